@@ -1,0 +1,1 @@
+"""Conversion of PyTorch checkpoints; the only place that knows PyTorch's names and layouts."""

@@ -1,0 +1,78 @@
+"""`python -m convert SOURCE --out DIR`: PyTorch checkpoint in, Orbax checkpoint out."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tqdm
+
+from convert.lora import parse_lora
+from convert.pipeline import Progress, open_source, write_checkpoint
+from qvd_jax import checkpoint
+from qvd_jax.errors import command
+from qvd_jax.pipelines.text_to_video import DTYPES
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, converts, prints what was written."""
+    args = _parser().parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    started = time.perf_counter()
+    checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
+    source = open_source(args.source, args.motion, [parse_lora(lora) for lora in args.lora])
+    print(source.description)
+    for note in source.notes:
+        print(f"note: {note}")
+    with tqdm.tqdm(unit="B", unit_scale=True) as bar:
+
+        def on_progress(progress: Progress) -> None:
+            bar.set_description(progress.component, refresh=False)
+            bar.reset(progress.total) if bar.total != progress.total else None
+            bar.update(progress.done - bar.n)
+
+        write_checkpoint(
+            source,
+            args.out,
+            dtype=DTYPES[args.dtype],
+            overwrite=args.overwrite,
+            on_progress=on_progress,
+        )
+    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{args.out}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="diffusers folder: an AnimateDiff pipeline, or Stable Diffusion 1.5 with --motion",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--motion",
+        type=Path,
+        metavar="PATH",
+        help="motion adapter folder, or original mm_*.ckpt / v3_sd15_mm.ckpt",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="motion LoRA or domain adapter to merge; may be given again",
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""AnimateDiff's UNet: its config read from the keys, and the original motion-module names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.tensors import Tensors
+from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import UNet3DConfig
+
+_ORIGINAL_MOTION = (
+    (r"\.temporal_transformer\.", "."),
+    (r"\.attention_blocks\.0\.", ".attn1."),
+    (r"\.attention_blocks\.1\.", ".attn2."),
+    (r"\.norms\.0\.", ".norm1."),
+    (r"\.norms\.1\.", ".norm2."),
+    (r"\.ff_norm\.", ".norm3."),
+)
+_POSITIONS = re.compile(r"\.(pos_embed|pos_encoder)\.pe$")
+
+_OTHER_FAMILIES = (
+    ("controlnet_cond_embedding", "a ControlNet or SparseCtrl"),
+    ("temporal_res_block", "Stable Video Diffusion"),
+    ("temp_convs", "ModelScope or ZeroScope"),
+    ("transformer_in", "ModelScope or ZeroScope"),
+    ("add_embedding", "Stable Diffusion XL"),
+)
+
+
+def rename_original(name: str) -> str:
+    """A name (or its module part) of the original AnimateDiff code as diffusers has it."""
+    name = f"{name.removeprefix('module.')}."
+    for pattern, replacement in _ORIGINAL_MOTION:
+        name = re.sub(pattern, replacement, name)
+    return name.removesuffix(".")
+
+
+def is_original(tensors: Tensors) -> bool:
+    """Whether motion modules carry the original code's names."""
+    return any(".temporal_transformer." in name for name in tensors)
+
+
+def motion_tensors(tensors: Tensors, where: str) -> Tensors:
+    """The motion modules of an adapter or an original checkpoint, by diffusers' names.
+
+    Raises:
+      InputError: the file holds something else.
+    """
+    motion = {rename_original(name): tensor for name, tensor in tensors.items()}
+    strange = [name for name in motion if ".motion_modules." not in name]
+    if strange or not motion:
+        found = f"{len(strange)} other tensors, the first {strange[0]}" if strange else "no tensors"
+        raise InputError(
+            f"{where}: motion modules are expected, it holds {_describe(tensors) or found}"
+        )
+    return motion
+
+
+def version(tensors: Tensors) -> str:
+    """Generation of the motion modules, from the keys and the positional tables alone."""
+    if any(name.startswith("mid_block.motion_modules.") for name in tensors):
+        return "v2"
+    return "v1" if positions(tensors) == 24 else "v3"
+
+
+def positions(tensors: Tensors) -> int | None:
+    """Length of the positional tables, if they are stored."""
+    lengths = {t.shape[1] for name, t in tensors.items() if _POSITIONS.search(name)}
+    if len(lengths) > 1:
+        raise InputError(f"motion modules have positional tables of different lengths: {lengths}")
+    return lengths.pop() if lengths else None
+
+
+def without_positions(tensors: Tensors) -> Tensors:
+    """The tensors less the positional tables, which are recomputed."""
+    return {name: t for name, t in tensors.items() if not _POSITIONS.search(name)}
+
+
+def unet_config(
+    tensors: Tensors,
+    unet_json: Mapping[str, Any],
+    motion_json: Mapping[str, Any],
+    *,
+    original_norms: bool,
+    where: str,
+) -> UNet3DConfig:
+    """Reads the UNet's shape from its tensors.
+
+    Only what tensors cannot tell, the numbers of heads and of norm groups, comes from the
+    configs.
+
+    Args:
+      tensors: spatial weights and motion modules, by diffusers' names.
+      unet_json: the UNet's `config.json`.
+      motion_json: the motion adapter's, or the UNet's where they are one.
+      original_norms: whether the norms follow the original code's scopes, not diffusers'.
+      where: how messages name the checkpoint.
+
+    Raises:
+      InputError: the tensors are of another family, or a config value is missing or odd.
+    """
+    other = _describe(tensors)
+    if other or "conv_in.weight" not in tensors:
+        raise InputError(
+            f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
+            f"or Stable Diffusion 1.5 UNet is expected"
+        )
+
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise InputError(f"{where}: the tensor {name} is missing")
+        return tensors[name].shape
+
+    def count(pattern: str) -> int:
+        return len({m[1] for name in tensors if (m := re.match(pattern, name))})
+
+    levels = count(r"down_blocks\.(\d+)\.resnets\.")
+    motion_levels = count(r"down_blocks\.(\d+)\.motion_modules\.")
+    if motion_levels != levels:
+        raise InputError(
+            f"{where}: the UNet has {levels} levels, its motion modules have {motion_levels}; "
+            f"were they made for another base model, such as Stable Diffusion XL?"
+        )
+    attention = tuple(count(rf"down_blocks\.{i}\.attentions\.(\d+)\.") > 0 for i in range(levels))
+    context = next(
+        (t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight") and ".attentions." in name),
+        None,
+    )
+    if context is None or not levels:
+        raise InputError(f"{where}: there is no attention to a text")
+    # Stable Diffusion 1.5 calls the number of heads attention_head_dim.
+    heads = unet_json.get("num_attention_heads") or unet_json.get("attention_head_dim")
+    generation = version(tensors)
+    epsilon = _number(unet_json.get("norm_eps", 1e-5), f"{where}: norm_eps")
+    return UNet3DConfig(
+        in_channels=shape("conv_in.weight")[1],
+        out_channels=shape("conv_out.weight")[0],
+        block_channels=tuple(
+            shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+        ),
+        layers_per_block=count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        attention_levels=attention,
+        num_heads=_per_level(heads, levels, f"{where}: attention_head_dim"),
+        context_dim=context,
+        norm_groups=_per_level(unet_json.get("norm_num_groups", 32), 1, f"{where}: norm_num_groups")[0],
+        down_eps=(epsilon,) * levels,
+        mid_eps=epsilon,
+        up_eps=(epsilon,) * levels,
+        resnet_norm_scope="joint" if original_norms and generation == "v1" else "frame",
+        temporal_norm_scope="frame" if original_norms else "joint",
+        temporal_heads=_per_level(
+            motion_json.get("motion_num_attention_heads", 8),
+            levels,
+            f"{where}: motion_num_attention_heads",
+        ),
+        max_frames=positions(tensors) or motion_json.get("motion_max_seq_length", 32),
+        temporal_mid_block=generation == "v2",
+    )
+
+
+def _describe(tensors: Tensors) -> str | None:
+    """Which other family's marks the names bear."""
+    for mark, family in _OTHER_FAMILIES:
+        if any(mark in name for name in tensors):
+            return family
+    return None
+
+
+def _number(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{where}: a positive number is needed, got {value!r}")
+    return float(value)
+
+
+def _per_level(value: Any, levels: int, where: str) -> tuple[int, ...]:
+    values = list(value) if isinstance(value, list | tuple) else [value] * levels
+    good = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    if not good or len(values) != levels:
+        raise InputError(f"{where}: one positive integer, or {levels}, are needed, got {value!r}")
+    return tuple(values)

@@ -1,0 +1,91 @@
+"""VAE and CLIP text encoder: configs read from the keys, and older names."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.tensors import Tensors
+from qvd_jax.config import from_dict
+from qvd_jax.errors import InputError
+from qvd_jax.models.clip import CLIPTextConfig
+from qvd_jax.models.vae import VAEConfig
+
+_OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def rename_vae(tensors: Tensors) -> Tensors:
+    """Names of diffusers before 0.18, still found in published files, as they are today."""
+
+    def rename(name: str) -> str:
+        return re.sub(
+            r"(attentions\.0\.)(query|key|value|proj_attn)\.",
+            lambda match: f"{match[1]}{_OLD_VAE_ATTENTION[match[2]]}.",
+            name,
+        )
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def rename_text(tensors: Tensors) -> Tensors:
+    """Names with or without the `text_model.` prefix, less the table of position ids."""
+    return {
+        name.removeprefix("text_model."): tensor
+        for name, tensor in tensors.items()
+        if not name.endswith("embeddings.position_ids")
+    }
+
+
+def vae_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> VAEConfig:
+    """Reads the VAE's shape from its tensors, the rest from its `config.json`.
+
+    Raises:
+      InputError: the tensors are of another kind of VAE.
+    """
+    if any("time_mix_conv" in name or "temporal_res_block" in name for name in tensors):
+        raise InputError(f"{where} is Stable Video Diffusion's; an image VAE is expected")
+    shape = _shapes(tensors, where, "AutoencoderKL")
+    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    fields = {
+        "channels": shape("encoder.conv_in.weight")[1],
+        "latent_channels": shape("decoder.conv_in.weight")[1],
+        "block_channels": [
+            shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+        ],
+        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "norm_groups": json.get("norm_num_groups", 32),
+        "scaling_factor": json.get("scaling_factor", 0.18215),
+    }
+    return from_dict(VAEConfig, fields, where)
+
+
+def text_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> CLIPTextConfig:
+    """Reads the text tower's shape from its tensors, heads and activation from `config.json`.
+
+    Raises:
+      InputError: the tensors are no CLIP text tower.
+    """
+    shape = _shapes(tensors, where, "CLIP text encoder")
+    vocabulary, hidden = shape("embeddings.token_embedding.weight")
+    fields = {
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": shape("encoder.layers.0.mlp.fc1.weight")[0],
+        "num_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
+        "num_heads": json.get("num_attention_heads", 12),
+        "max_length": shape("embeddings.position_embedding.weight")[0],
+        "activation": json.get("hidden_act", "quick_gelu"),
+    }
+    return from_dict(CLIPTextConfig, fields, where)
+
+
+def _shapes(tensors: Tensors, where: str, kind: str) -> Any:
+    def shape(name: str) -> tuple[int, ...]:
+        if name not in tensors:
+            raise InputError(f"{where} is no {kind}: the tensor {name} is missing")
+        return tensors[name].shape
+
+    return shape
+
+
+def _count(tensors: Tensors, pattern: str) -> int:
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})

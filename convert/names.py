@@ -1,0 +1,144 @@
+"""From the paths of our parameters to PyTorch's names, and the tensors between them.
+
+The map runs from our side: every parameter of a Flax module names the PyTorch tensors it is made
+of, so a checkpoint fits exactly if these names are its names.
+"""
+
+import re
+from collections.abc import Callable
+
+import flax
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from convert.tensors import Tensors
+from qvd_jax.axes import Params
+from qvd_jax.errors import InputError
+
+Names = Callable[[str], tuple[str, ...]]
+"""Our path, slash-separated, to the PyTorch tensors that are concatenated for it."""
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+_UNET = (
+    (r"/blocks_(\d+)/resnet/", r"/resnets_\1/"),
+    (r"/blocks_(\d+)/attention/", r"/attentions_\1/"),
+    (r"/blocks_(\d+)/motion_module/", r"/motion_modules_\1/"),
+    (r"/block/", "/transformer_blocks_0/"),
+    (r"/to_out/", "/to_out_0/"),
+    (r"/ff/proj/", "/ff/net_0/proj/"),
+    (r"/ff/out/", "/ff/net_2/"),
+    (r"/(down|up)sample/", r"/\1samplers_0/"),
+)
+_VAE = (
+    (r"/mid_block/attention/(?:attn/)?", "/mid_block/attentions_0/"),
+    (r"/to_out/", "/to_out_0/"),
+    (r"/(down|up)sample/", r"/\1samplers_0/"),
+)
+_CLIP_TEXT = (
+    (r"^(token|position)_embedding/", r"embeddings/\1_embedding/"),
+    (r"^encoder_(\d+)/", r"encoder/layers_\1/"),
+    (r"/fc([12])/", r"/mlp/fc\1/"),
+    (r"/to_(qkv|out)/", r"/\1_proj/"),
+)
+
+
+def _names(rules: tuple[tuple[str, str], ...], fused: dict[str, tuple[str, ...]]) -> Names:
+    def names(path: str) -> tuple[str, ...]:
+        for pattern, replacement in rules:
+            path = re.sub(pattern, replacement, path)
+        module, _, leaf = path.rpartition("/")
+        parent, _, last = module.rpartition("/")
+        modules = [f"{parent}/{part}" for part in fused[last]] if last in fused else [module]
+        # Flax numbers the entries of a list with an underscore; linear_1 is a plain name.
+        return tuple(
+            re.sub(r"(?<!linear)_(\d+)(?=/|$)", r".\1", part).replace("/", ".")
+            + f".{_LEAVES[leaf]}"
+            for part in modules
+        )
+
+    return names
+
+
+_ATTENTION = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+
+UNET: Names = _names(_UNET, _ATTENTION)
+VAE: Names = _names(_VAE, _ATTENTION)
+CLIP_TEXT: Names = _names(_CLIP_TEXT, {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
+
+
+def build_params(
+    expected: Params,
+    names: Names,
+    tensors: Tensors,
+    dtype: DTypeLike,
+    on_bytes: Callable[[int], None],
+) -> Params:
+    """Reads a module's parameters, tensor by tensor.
+
+    Args:
+      expected: tree of shapes, from `jax.eval_shape` of the module's `init`.
+      names: which tensors make up each parameter.
+      tensors: the checkpoint; must have passed `check_names`.
+      dtype: of the result.
+      on_bytes: called after each parameter with its bytes, for a progress bar.
+
+    Returns:
+      The tree with `jax.Array` leaves.
+    """
+    shapes = flax.traverse_util.flatten_dict(expected, sep="/")
+    params = {}
+    for path, leaf in shapes.items():
+        parts = [
+            np.transpose(array, _axes(path, array.ndim))
+            for array in (tensors[name].read() for name in names(path))
+        ]
+        array = np.concatenate(parts, axis=-1).reshape(leaf.shape).astype(dtype)
+        params[path] = jax.block_until_ready(jax.device_put(array))
+        on_bytes(array.nbytes)
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _axes(path: str, ndim: int) -> tuple[int, ...]:
+    """Axes that bring a PyTorch weight `[O, K, *kernel]` to flax's `[*kernel, K, O]`."""
+    if path.endswith("kernel"):
+        return (*range(2, ndim), 1, 0)
+    return tuple(range(ndim))
+
+
+def check_names(params: Params, names: Names, tensors: Tensors, where: str) -> None:
+    """Checks that the tensors are exactly those the parameters are made of.
+
+    Args:
+      params: tree of shapes, as in `build_params`.
+      names: which tensors make up each parameter.
+      tensors: the checkpoint.
+      where: how messages name the checkpoint.
+
+    Raises:
+      InputError: listing every missing (-), extra (+) and misshapen (!) tensor at once.
+    """
+    shapes = flax.traverse_util.flatten_dict(params, sep="/")
+    expected: dict[str, tuple[int, ...]] = {}
+    lines = []
+    for path, leaf in shapes.items():
+        parts = names(path)
+        for name in parts:
+            want = (*leaf.shape[:-1], leaf.shape[-1] // len(parts))
+            expected[name] = want
+            if name not in tensors:
+                lines.append(f"- {name}")
+                continue
+            shape = tensors[name].shape
+            have = tuple(shape[axis] for axis in _axes(path, len(shape)))
+            # A 1x1 convolution is a Dense here.
+            unit_axes = have[: len(have) - len(want)]
+            if have[len(unit_axes) :] != want or set(unit_axes) - {1}:
+                lines.append(f"! {name} {shape}: does not fit {path} {leaf.shape}")
+    lines += [f"+ {name} {tensors[name].shape}" for name in tensors if name not in expected]
+    if lines:
+        raise InputError(
+            f"{where} does not fit ({len(lines)} tensors; - missing, + extra, ! other shape):\n  "
+            + "\n  ".join(sorted(lines))
+        )

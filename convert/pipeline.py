@@ -1,0 +1,269 @@
+"""Conversion of a whole pipeline folder, component by component and tensor by tensor."""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+from convert import animatediff, companions, names
+from convert.lora import merge_lora
+from convert.names import Names
+from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
+from qvd_jax import checkpoint
+from qvd_jax.diffusion import schedules
+from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.pipelines.text_to_video import ComponentConfigs, VideoDefaults, make_manifest
+
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint: everything is known of it, no tensor has been read.
+
+    Attributes:
+      configs: the components' configs.
+      tensors: the components' tensors, by component name.
+      tokenizer: the tokenizer's folder.
+      scheduler: noise schedule and solver.
+      defaults: of a video.
+      description: one line on what it is.
+      notes: what the user should know, such as a config that the tensors contradict.
+    """
+
+    configs: ComponentConfigs
+    tensors: dict[str, Tensors]
+    tokenizer: Path
+    scheduler: schedules.SchedulerConfig
+    defaults: VideoDefaults
+    description: str
+    notes: tuple[str, ...]
+
+
+class Progress(NamedTuple):
+    """Bytes written of one component, for a progress bar."""
+
+    component: str
+    done: int
+    total: int
+
+
+_NAMES: dict[str, Names] = {
+    "unet": names.UNET,
+    "vae": names.VAE,
+    "text_encoder": names.CLIP_TEXT,
+}
+
+
+def open_source(
+    source: Path, motion: Path | None = None, loras: Sequence[tuple[Path, float]] = ()
+) -> Source:
+    """Opens a diffusers folder: an AnimateDiff pipeline, or Stable Diffusion 1.5 and motion.
+
+    Args:
+      source: the folder.
+      motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
+      loras: files and scales of motion LoRAs and domain adapters, merged in this order.
+
+    Raises:
+      InputError: something is missing, damaged, or of another family.
+    """
+    if not source.is_dir():
+        raise InputError(f"{source} is no folder; a diffusers pipeline folder is expected")
+    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [part for part in parts if not (source / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image or "
+            f"AnimateDiff pipeline"
+        )
+    unet, config, notes = _open_unet(source, motion)
+    for path, scale in loras:
+        unet = merge_lora(unet, path, scale, animatediff.rename_original)
+        notes.append(f"merged {path.name} at scale {scale:g}")
+
+    vae_folder, text_folder = source / "vae", source / "text_encoder"
+    vae = companions.rename_vae(
+        open_folder(vae_folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
+    )
+    text = companions.rename_text(open_folder(text_folder, "model", "pytorch_model"))
+    configs = ComponentConfigs(
+        unet=config,
+        vae=companions.vae_config(vae, read_json(vae_folder / "config.json"), str(vae_folder)),
+        text_encoder=companions.text_config(
+            text, read_json(text_folder / "config.json"), str(text_folder)
+        ),
+    )
+    _check_widths(configs, source)
+    scheduler, scheduler_note = _open_scheduler(source, has_own_motion=motion is None)
+    version = f"AnimateDiff {_version(config)}"
+    norms = "original" if config.temporal_norm_scope == "frame" else "diffusers"
+    return Source(
+        configs=configs,
+        tensors={"unet": unet, "vae": vae, "text_encoder": text},
+        tokenizer=source / "tokenizer",
+        scheduler=scheduler,
+        defaults=_defaults(configs, read_json(source / "unet" / "config.json")),
+        description=f"{version}, GroupNorm scopes of {norms} AnimateDiff",
+        notes=(*notes, *scheduler_note),
+    )
+
+
+def write_checkpoint(
+    source: Source,
+    out: Path,
+    *,
+    dtype: DTypeLike,
+    overwrite: bool = False,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> None:
+    """Reads the tensors of a source and writes them as a checkpoint.
+
+    Args:
+      source: from `open_source`.
+      out: the folder to make.
+      dtype: of the written parameters.
+      overwrite: whether a checkpoint already there is replaced.
+      on_progress: called after each parameter.
+
+    Raises:
+      InputError: tensors are missing, extra or misshapen, `out` exists, or space is short.
+    """
+    shapes = source.configs.param_shapes(dtype)
+    sizes = {name: checkpoint.tree_bytes(tree) for name, tree in shapes.items()}
+    checkpoint.check_replaceable(out, overwrite=overwrite)
+    checkpoint.check_space(out.parent, sum(sizes.values()))
+    for name, tensors in source.tensors.items():
+        names.check_names(shapes[name], _NAMES[name], tensors, name)
+    with checkpoint.write_directory(out, overwrite=overwrite) as folder:
+        for name, tensors in source.tensors.items():
+            done = 0
+
+            def on_bytes(count: int, name: str = name) -> None:
+                nonlocal done
+                done += count
+                on_progress(Progress(name, done, sizes[name]))
+
+            params = names.build_params(shapes[name], _NAMES[name], tensors, dtype, on_bytes)
+            checkpoint.save_params(folder, name, params)
+            # Freed before the next component is read.
+            jax.tree.map(lambda array: array.delete(), params)
+        _copy_tokenizer(source.tokenizer, folder / checkpoint.TOKENIZER)
+        manifest = make_manifest(
+            source.configs,
+            source.scheduler,
+            source.defaults,
+            family="animatediff",
+            description=source.description,
+        )
+        checkpoint.write_manifest(folder, manifest)
+
+
+def _open_unet(source: Path, motion: Path | None) -> tuple[Tensors, UNet3DConfig, list[str]]:
+    folder = source / "unet"
+    tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
+    unet_json = motion_json = read_json(folder / "config.json")
+    has_motion = any(".motion_modules." in name for name in tensors)
+    if has_motion and motion is not None:
+        raise InputError(f"{folder} has motion modules of its own; leave --motion out")
+    original = False
+    where = str(folder)
+    if not has_motion:
+        motion = motion or source / "motion_adapter"
+        if not motion.exists():
+            raise InputError(
+                f"{folder} has no motion modules; name a motion adapter folder or an original "
+                f"mm_*.ckpt with --motion"
+            )
+        adapter, motion_json = _open_motion(motion)
+        original = animatediff.is_original(adapter)
+        tensors = {**tensors, **animatediff.motion_tensors(adapter, str(motion))}
+        where = f"{folder} with {motion}"
+    config = animatediff.unet_config(
+        tensors, unet_json, motion_json, original_norms=original, where=where
+    )
+    notes = []
+    claimed = motion_json.get("use_motion_mid_block")
+    if claimed is not None and claimed != config.temporal_mid_block:
+        notes.append(
+            f"config.json says use_motion_mid_block = {claimed}, but the weights "
+            f"{'have' if config.temporal_mid_block else 'lack'} a mid-block motion module; the "
+            f"weights decide: {_version(config)}"
+        )
+    return animatediff.without_positions(tensors), config, notes
+
+
+def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
+    if motion.is_dir():
+        tensors = open_folder(motion, "diffusion_pytorch_model", "diffusion_pytorch_model")
+        return tensors, read_json(motion / "config.json")
+    if motion.suffix not in (*PICKLES, ".safetensors"):
+        raise InputError(
+            f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected"
+        )
+    return open_file(motion), {}
+
+
+def _open_scheduler(
+    source: Path, *, has_own_motion: bool
+) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
+    path = source / "scheduler" / "scheduler_config.json"
+    data = read_json(path)
+    if has_own_motion and data.get("_class_name") in schedules.SOLVERS:
+        return schedules.from_diffusers(data, str(path)), ()
+    reason = (
+        f"{data.get('_class_name')} is not supported"
+        if has_own_motion
+        else "motion modules were trained with linear betas, Stable Diffusion's are scaled"
+    )
+    return schedules.ANIMATEDIFF, (f"scheduler set to AnimateDiff's DDIM: {reason}",)
+
+
+def _version(config: UNet3DConfig) -> str:
+    if config.temporal_mid_block:
+        return "v2"
+    return "v1" if config.max_frames == 24 else "v3"
+
+
+def _defaults(configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:
+    size = unet_json.get("sample_size")
+    size = size if isinstance(size, int) and size > 0 else 64
+    stride = configs.unet.stride
+    pixels = math.ceil(size / stride) * stride * configs.vae.stride
+    frames = min(VideoDefaults().frames, configs.unet.max_frames)
+    return replace(VideoDefaults(), frames=frames, height=pixels, width=pixels)
+
+
+def _check_widths(configs: ComponentConfigs, source: Path) -> None:
+    for what, have, want in (
+        ("text", configs.text_encoder.hidden_size, configs.unet.context_dim),
+        ("latents", configs.vae.latent_channels, configs.unet.in_channels),
+        ("prediction", configs.unet.out_channels, configs.vae.latent_channels),
+    ):
+        if have != want:
+            raise InputError(
+                f"{source}: components do not belong together: the {what} has {have} channels, "
+                f"{want} are needed"
+            )
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    target.mkdir()
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise InputError(f"{source} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
+    for name in found:
+        shutil.copyfile(source / name, target / name)

@@ -1,0 +1,26 @@
+"""Post-training quantization of video diffusion models (QVD, arXiv 2407.11585) in JAX."""
+
+from qvd_jax.diffusion.schedules import SchedulerConfig
+from qvd_jax.errors import InputError
+from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from qvd_jax.models.layers import FLOAT, LayerSet
+from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, VideoDefaults, load, save
+
+__all__ = [
+    "FLOAT",
+    "AutoencoderKL",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "InputError",
+    "LayerSet",
+    "SchedulerConfig",
+    "TextToVideoPipeline",
+    "UNet3D",
+    "UNet3DConfig",
+    "VAEConfig",
+    "VideoDefaults",
+    "load",
+    "save",
+]

@@ -1,0 +1,25 @@
+"""Axis letters and array aliases.
+
+Every docstring and comment of the package gives shapes in these letters:
+
+    B  videos of a batch          K  contracted axis of a product
+    F  frames                     O  output channels of a product
+    H  height                     S  sampler steps
+    W  width                      N  timesteps of a batch: B, or 1 for all of it
+    C  channels                   D  width of one attention head
+    L  tokens                     T  training timesteps of the diffusion process
+
+Videos are channels-last everywhere, `[B, F, H, W, C]`; H and W count pixels, or latent
+positions where the text says so. Other layouts exist only inside `convert/`.
+"""
+
+from typing import Any, Literal
+
+import jax
+
+Array = jax.Array
+Params = Any
+"""Nested dict of arrays, as flax stores a module's parameters."""
+
+NormScope = Literal["frame", "joint"]
+"""Whether a GroupNorm takes its statistics per frame, or jointly over all frames of a video."""

@@ -1,0 +1,239 @@
+"""Checkpoints: a manifest, one Orbax item for each component, and the tokenizer's files.
+
+    DIR/manifest.json      format version, family, configs of all components, scheduler, defaults
+    DIR/unet/ vae/ ...     parameters, one Orbax item each
+    DIR/tokenizer/         the tokenizer's own files
+
+A checkpoint is written beside its place and moved there when it is whole.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from qvd_jax import config as configs
+from qvd_jax.axes import Params
+from qvd_jax.errors import InputError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds, apart from arrays and the tokenizer.
+
+    Attributes:
+      family: "animatediff".
+      components: the config of each component, by component name.
+      scheduler: the config of the sampler.
+      defaults: frames, size, steps and so on of a video nobody asked otherwise of.
+      description: one line for people: where the weights came from.
+      versions: of the packages that wrote the checkpoint.
+      format_version: of this layout.
+    """
+
+    family: str
+    components: dict[str, Any]
+    scheduler: dict[str, Any]
+    defaults: dict[str, Any]
+    description: str
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages a result depends on."""
+    names = ("qvd_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+@contextlib.contextmanager
+def write_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path` when the block ends without an error.
+
+    Args:
+      path: the final place.
+      overwrite: whether a checkpoint already there is replaced.
+
+    Raises:
+      InputError: `path` exists and may not be replaced, or its parent is no folder.
+    """
+    check_replaceable(path, overwrite=overwrite)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if path.exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            path.rename(retired / path.name)
+            partial.rename(path)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raises `InputError` if no checkpoint can be written at `path`."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write in {path.parent}")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise InputError(f"{path} exists already; pass --overwrite to replace it")
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path} exists and is no qvd_jax checkpoint; it is not replaced")
+
+
+def tree_bytes(tree: Params) -> int:
+    """Bytes of all arrays (or shapes) of a tree."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises `InputError` if the file system of `folder` has fewer free bytes than needed."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `folder/manifest.json`."""
+    text = json.dumps(configs.to_dict(manifest), indent=2)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Reads and checks `path/manifest.json`.
+
+    Raises:
+      InputError: there is none, it is no JSON, of a newer format, or of other keys.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        hint = "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""
+        raise InputError(f"{path} is no qvd_jax checkpoint: it has no {MANIFEST}{hint}")
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is no JSON: {error}") from error
+    version = data.get("format_version") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise InputError(
+            f"{file} has format version {version}, this qvd_jax reads up to {FORMAT_VERSION}; "
+            f"install a newer qvd_jax"
+        )
+    return configs.from_dict(Manifest, data, str(file))
+
+
+def save_params(folder: Path, name: str, params: Params) -> None:
+    """Writes the parameters of one component as the Orbax item `folder/name`.
+
+    Args:
+      folder: the checkpoint.
+      name: the component.
+      params: tree of `jax.Array`; Orbax would copy numpy arrays, all of them at once.
+    """
+    # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(folder.absolute() / name, args=arguments)
+
+
+def restore_params(
+    folder: Path, name: str, expected: Params, sharding: jax.sharding.Sharding | None = None
+) -> Params:
+    """Restores one component's parameters.
+
+    Args:
+      folder: the checkpoint.
+      name: the component.
+      expected: tree of `jax.ShapeDtypeStruct`; arrays arrive in these dtypes.
+      sharding: where every array is put, without a copy on the host device; None is the default
+        device.
+
+    Raises:
+      InputError: the item is missing or damaged, or its tree or shapes are not the expected.
+    """
+    item = folder.absolute() / name
+    if not item.is_dir():
+        raise InputError(f"{folder}: the component {name!r} is missing")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            stored = checkpointer.metadata(item).item_metadata
+            shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored.tree)
+        except Exception as error:
+            raise InputError(f"{item} is damaged: {_first_line(error)}") from error
+        check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
+        if sharding is None:
+            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
+        )
+        try:
+            return checkpointer.restore(item, target)
+        except Exception as error:
+            raise InputError(f"{item} is damaged: {_first_line(error)}") from error
+
+
+def stored_dtype(folder: Path, name: str) -> np.dtype:
+    """The dtype of a component's parameters on disk.
+
+    Raises:
+      InputError: the item is missing or damaged.
+    """
+    item = folder.absolute() / name
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            tree = checkpointer.metadata(item).item_metadata.tree
+            return np.dtype(jax.tree.leaves(tree)[0].dtype)
+        except Exception as error:
+            raise InputError(f"{item} is missing or damaged: {_first_line(error)}") from error
+
+
+def check_tree(found: Any, expected: Any, where: str) -> None:
+    """Compares two trees of shapes by path.
+
+    Raises:
+      InputError: listing every missing (-), extra (+) and misshapen (!) name at once.
+    """
+    have = flax.traverse_util.flatten_dict(found, sep="/")
+    want = flax.traverse_util.flatten_dict(expected, sep="/")
+    lines = [f"- {name} {tuple(want[name])}" for name in want if name not in have]
+    lines += [f"+ {name} {tuple(have[name])}" for name in have if name not in want]
+    lines += [
+        f"! {name}: {tuple(have[name])}, expected {tuple(want[name])}"
+        for name in want
+        if name in have and tuple(have[name]) != tuple(want[name])
+    ]
+    if lines:
+        raise InputError(
+            f"{where} does not fit ({len(lines)} names; - missing, + extra, ! other shape):\n  "
+            + "\n  ".join(sorted(lines))
+        )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

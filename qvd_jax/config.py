@@ -1,0 +1,101 @@
+"""Frozen dataclasses from untrusted dictionaries, strictly."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from qvd_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], data: Any, where: str) -> T:
+    """Builds the dataclass `cls` from parsed JSON or YAML.
+
+    Args:
+      cls: a dataclass; fields may be scalars, literals, tuples, optionals and dataclasses.
+      data: the mapping to read; lists stand for tuples.
+      where: how messages name the place, for instance "DIR/manifest.json: unet".
+
+    Raises:
+      InputError: an unknown key (with the nearest known one), a missing one, or a value of
+        another type.
+    """
+    if not isinstance(data, Mapping):
+        raise InputError(f"{where}: a mapping is needed, got {data!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in fields:
+            raise InputError(f"{where}: unknown key {key!r}{did_you_mean(str(key), fields)}")
+    for name, field in fields.items():
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and name not in data:
+            raise InputError(f"{where}: key {name!r} is missing")
+    hints = typing.get_type_hints(cls)
+    values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
+    try:
+        return cls(**values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dictionary `from_dict` reads back; tuples become lists, as in JSON."""
+    return {
+        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
+    }
+
+
+def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    """A hint naming the nearest known words, or all of them if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(known)}"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            names = [str(argument) for argument in arguments]
+            raise InputError(f"{where}: unknown value {value!r}{did_you_mean(str(value), names)}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(value, hint, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{where}: a list is needed, got {value!r}")
+        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return from_dict(typing.cast("type[Any]", hint), value, where)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise InputError(f"{where}: a mapping is needed, got {value!r}")
+        return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
+    if hint is Any:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    # bool is a subclass of int, but `true` is no number here.
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise InputError(f"{where}: {hint.__name__} is needed, got {value!r}")
+    return value

@@ -1,0 +1,111 @@
+"""Writing videos and contact sheets; nothing half-written is left behind."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+
+from qvd_jax.errors import InputError
+
+VIDEO_SUFFIXES = (".mp4", ".gif")
+
+
+def check_writable(path: Path, *, overwrite: bool) -> None:
+    """Raises `InputError` if no file can be written at `path`."""
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write in {path.parent}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already; pass --overwrite to replace it")
+
+
+def write_video(path: Path, video: np.ndarray, fps: int) -> None:
+    """Writes a video as .mp4 (H.264) or as an endlessly looping .gif.
+
+    Args:
+      path: its suffix decides the format.
+      video: uint8 `[F, H, W, 3]`.
+      fps: frames per second.
+
+    Raises:
+      InputError: the file could not be written, for want of space for instance.
+    """
+    if path.suffix == ".mp4":
+        # macro_block_size: H.264 with halved chroma needs even sides, imageio would round to 16.
+        _write(
+            path,
+            _even(video),
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=2,
+        )
+    else:
+        _write(path, video, plugin="pillow", duration=1000 / fps, loop=0)
+
+
+def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> None:
+    """Writes a PNG with one row for each video and evenly chosen frames as columns.
+
+    Args:
+      path: of the PNG.
+      videos: uint8 `[B, F, H, W, 3]`.
+      columns: how many frames to show at most.
+
+    Raises:
+      InputError: the file could not be written.
+    """
+    frames = videos.shape[1]
+    chosen = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
+    rows = np.concatenate(np.moveaxis(videos[:, chosen], 1, 0), axis=2)
+    _write(path, np.concatenate(rows), plugin="pillow")
+
+
+def tile(videos: np.ndarray) -> np.ndarray:
+    """Videos side by side in one: `[B, F, H, W, 3] -> [F, rows H, columns W, 3]`, black where B
+    leaves places empty.
+    """
+    count, frames, height, width, channels = videos.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = int(np.ceil(count / columns))
+    grid = np.zeros((rows * columns, frames, height, width, channels), videos.dtype)
+    grid[:count] = videos
+    grid = grid.reshape(rows, columns, frames, height, width, channels)
+    return grid.transpose(2, 0, 3, 1, 4, 5).reshape(frames, rows * height, columns * width, channels)
+
+
+def _even(video: np.ndarray) -> np.ndarray:
+    height, width = video.shape[1:3]
+    return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _write(path: Path, pixels: np.ndarray, **options: Any) -> None:
+    def write(target: Path) -> None:
+        imageio.imwrite(target, pixels, **options)
+
+    _replace_when_whole(path, write)
+
+
+def _replace_when_whole(path: Path, write: Callable[[Path], None]) -> None:
+    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    partial = Path(name)
+    try:
+        write(partial)
+        if partial.stat().st_size == 0:
+            raise OSError("the encoder wrote nothing")
+        partial.chmod(0o644)
+        partial.replace(path)
+    # RuntimeError: what imageio raises when ffmpeg fails.
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+    finally:
+        partial.unlink(missing_ok=True)

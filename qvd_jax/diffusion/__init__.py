@@ -1,0 +1,1 @@
+"""The sampler: per-step coefficients, the step, and the loop over it."""

@@ -1,0 +1,153 @@
+"""The sampling loop: one jit-compiled scan over the steps of a solver's table."""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.diffusion.solvers import StepTable, step
+
+
+class SamplerState(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+      latents: `[B, F, H, W, C]`, float32.
+      last: the predicted sample of the last step, of the same shape.
+    """
+
+    latents: Array
+    last: Array
+
+
+def initial_noise(seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+    """Unit-normal noise `[B, *shape]`; a video's depends on the seed and its index alone."""
+    keys = video_keys(seed, videos)
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+
+
+def video_keys(seed: int, videos: int) -> Array:
+    """One random key for each video, `[B]`."""
+    base = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))
+
+
+def window_starts(frames: int, window: int) -> tuple[int, ...]:
+    """First frames of the windows that cover a video, overlapping by at least a quarter.
+
+    Windows follow each other by three quarters of their length; the last one ends with the video.
+    """
+    if frames <= window:
+        return (0,)
+    stride = max(1, window - max(1, window // 4))
+    return (*range(0, frames - window, stride), frames - window)
+
+
+# The state is donated: the loop then needs no second copy of the latents.
+@functools.partial(
+    jax.jit,
+    static_argnames=("unet", "window", "guided", "noisy", "clip"),
+    donate_argnames=("state",),
+)
+def sample_steps(
+    unet: nn.Module,
+    params: Params,
+    state: SamplerState,
+    table: StepTable,
+    indices: Array,
+    context: Array,
+    guidance_scale: Array,
+    keys: Array,
+    *,
+    window: int,
+    guided: bool,
+    noisy: bool,
+    clip: float | None,
+) -> tuple[SamplerState, Array]:
+    """Runs the steps of `table` as one scan.
+
+    Temporal features of all steps and the text's keys and values are computed before the scan.
+
+    Args:
+      unet: a `UNet3D`.
+      params: its parameters.
+      state: latents and last predicted sample; donated.
+      table: the rows to walk, `[S]` each.
+      indices: their numbers in the whole schedule, `[S]`, from which step noise is drawn.
+      context: text embedding `[2B, L, C]`, negative prompts first; `[B, L, C]` if not guided.
+      guidance_scale: scalar of classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+      keys: one random key for each video, `[B]`.
+      window: frames the UNet sees at once; longer videos run in overlapping windows, whose
+        predictions are averaged.
+      guided: whether negative and positive prompts run as one batch and are combined.
+      noisy: whether the table takes fresh noise.
+      clip: magnitude to which predicted samples are clipped.
+
+    Returns:
+      The state after the last row, and whether each step's latents were finite, `[S]`.
+    """
+    variables = {"params": params}
+    temporal = unet.apply(variables, table.timestep[:, None].reshape(-1), method="temporal_features")
+    text = unet.apply(variables, context, method="context_features")
+
+    def predict(latents: Array, features: Params) -> Array:
+        if guided:
+            latents = jnp.concatenate([latents, latents])
+        prediction = _predict_windows(unet, variables, latents, features, text, window)
+        if not guided:
+            return prediction
+        negative, positive = jnp.split(prediction, 2)
+        return negative + guidance_scale * (positive - negative)
+
+    def body(state: SamplerState, xs: tuple[StepTable, Array, Params]) -> tuple[SamplerState, Array]:
+        row, index, features = xs
+        features = jax.tree.map(lambda feature: feature[None], features)
+        prediction = predict(row.model_in * state.latents, features)
+        noise = _step_noise(keys, index, state.latents.shape[1:]) if noisy else 0.0
+        state = SamplerState(*step(state.latents, prediction, state.last, noise, row, clip))
+        return state, jnp.isfinite(state.latents).all()
+
+    return lax.scan(body, state, (table, indices, temporal))
+
+
+def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
+    # Step i draws from stream i + 1 of the video's key; the key itself drew the first latents.
+    def draw(key: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(key, index + 1), shape, jnp.float32)
+
+    return jax.vmap(draw)(keys)
+
+
+def _predict_windows(
+    unet: nn.Module,
+    variables: Params,
+    latents: Array,
+    temporal: Params,
+    text: Params,
+    window: int,
+) -> Array:
+    """The UNet's prediction, averaged over the windows that see each frame."""
+
+    def denoise(part: Array) -> Array:
+        return unet.apply(variables, part, temporal, text, method="denoise")
+
+    frames = latents.shape[1]
+    starts = window_starts(frames, window)
+    if len(starts) == 1:
+        return denoise(latents)
+
+    def add(total: Array, start: Array) -> tuple[Array, None]:
+        part = denoise(lax.dynamic_slice_in_dim(latents, start, window, axis=1))
+        seen = lax.dynamic_slice_in_dim(total, start, window, axis=1)
+        return lax.dynamic_update_slice_in_dim(total, seen + part, start, axis=1), None
+
+    total, _ = lax.scan(add, jnp.zeros_like(latents), jnp.array(starts))
+    views = np.zeros(frames, np.float32)
+    for start in starts:
+        views[start : start + window] += 1
+    return total / views[:, None, None, None]

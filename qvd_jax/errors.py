@@ -1,0 +1,33 @@
+"""The error a user can cause, and how a command ends on it."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+
+class InputError(ValueError):
+    """Something given by the user does not fit; the message says what, where, and what would."""
+
+
+def command(
+    main: Callable[[Sequence[str] | None], None],
+) -> Callable[[Sequence[str] | None], int]:
+    """Makes `main(argv)` return an exit code and print one line instead of a traceback.
+
+    Input errors and failures of the file system end with 2, Ctrl-C with 130; everything else is
+    a defect and keeps its traceback.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:
+            main(argv)
+        except (InputError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written", file=sys.stderr)
+            return 130
+        return 0
+
+    return wrapped

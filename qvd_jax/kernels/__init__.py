@@ -1,0 +1,1 @@
+"""Products of the network, with their formulation chosen per backend and shape."""

@@ -1,0 +1,1 @@
+"""Float definitions of the networks; they know nothing of quantization."""

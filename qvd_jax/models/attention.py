@@ -1,0 +1,261 @@
+"""Attention: spatial, to the text, and over time."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qvd_jax.axes import Array, NormScope
+from qvd_jax.models.layers import FeedForward, LayerSet, sinusoidal_positions
+
+KeysValues = tuple[Array, Array]
+"""Keys and values, each `[B, L, heads, D]`."""
+
+_CPU_LOGITS_BYTES = 2**25
+"""Logits of more bytes than this are computed video by video on the CPU, to stay in cache."""
+
+
+def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
+    """Softmax attention with scale D**-0.5; logits and softmax in float32.
+
+    Args:
+      q: `[B, L, heads, D]`.
+      k: `[B, M, heads, D]`, M the number of keys.
+      v: `[B, M, heads, D]`.
+      is_causal: whether token i sees only the keys up to i.
+
+    Returns:
+      `[B, L, heads, D]` in the dtype of `q`.
+    """
+
+    def library(q: Array, k: Array, v: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+
+    def cpu(q: Array, k: Array, v: Array) -> Array:
+        batch, length, heads, _ = q.shape
+        if batch > 1 and 4 * batch * heads * length * k.shape[1] > _CPU_LOGITS_BYTES:
+            return lax.map(lambda one: _cpu_attention(*one, is_causal=is_causal), (q, k, v))
+        return _cpu_attention(q, k, v, is_causal=is_causal)
+
+    return lax.platform_dependent(q, k, v, cpu=cpu, default=library)
+
+
+def _cpu_attention(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """`dot_product_attention` of `[..., L, heads, D]` that divides after the product with v.
+
+    The division then runs over `[L, D]` instead of `[L, M]`; `jax.nn.dot_product_attention` was
+    the slowest of the formulations measured on the CPU.
+    """
+    f32 = jnp.float32
+    logits = jnp.einsum("...lhd,...mhd->...hlm", q, k, preferred_element_type=f32)
+    logits = logits * (1 / math.sqrt(q.shape[-1]))
+    if is_causal:
+        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
+        logits = jnp.where(mask, logits, jnp.finfo(f32).min)
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    total = weights.sum(-1)
+    out = jnp.einsum(
+        "...hlm,...mhd->...lhd", weights.astype(v.dtype), v, preferred_element_type=f32
+    )
+    return (out / jnp.swapaxes(total, -1, -2)[..., None]).astype(q.dtype)
+
+
+def _split_heads(x: Array, heads: int) -> Array:
+    """`[..., C] -> [..., heads, D]`."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one product for queries, keys and values.
+
+    Attributes:
+      channels: C.
+      heads: number of heads; divides C.
+      layers: the layer classes.
+      use_bias: whether queries, keys and values have a bias; the output always has.
+      is_causal: whether a token sees only the tokens before it.
+    """
+
+    channels: int
+    heads: int
+    layers: LayerSet
+    use_bias: bool = False
+    is_causal: bool = False
+
+    def setup(self) -> None:
+        self.to_qkv = self.layers.dense(3 * self.channels, use_bias=self.use_bias)
+        self.to_out = self.layers.dense(self.channels)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[..., L, C]` to `[..., L, C]`."""
+        q, k, v = jnp.split(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, axis=-1)
+        out = dot_product_attention(
+            *(_split_heads(t, self.heads) for t in (q, k, v)), is_causal=self.is_causal
+        )
+        return self.to_out(out.reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention to a context; its keys and values are computed apart, once per prompt.
+
+    Attributes:
+      channels: C.
+      heads: number of heads; divides C.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.to_q = self.layers.dense(self.channels, use_bias=False)
+        self.to_kv = self.layers.dense(2 * self.channels, use_bias=False)
+        self.to_out = self.layers.dense(self.channels)
+
+    def context_features(self, context: Array) -> KeysValues:
+        """Keys and values of the context `[B, L, C]`."""
+        k, v = jnp.split(self.to_kv(context), 2, axis=-1)
+        return _split_heads(k, self.heads), _split_heads(v, self.heads)
+
+    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+        """Maps `[B, F, L, C]` to `[B, F, L, C]`; all frames attend to one copy of the text."""
+        k, v = keys_values
+        q = _split_heads(self.to_q(x.reshape(x.shape[0], -1, x.shape[-1])), self.heads)
+        out = dot_product_attention(q, k, v)
+        return self.to_out(out.reshape(x.shape))
+
+
+class SpatialBlock(nn.Module):
+    """Self-attention within a frame, attention to the text, feed-forward.
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm1 = self.layers.layer_norm()
+        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
+        self.norm2 = self.layers.layer_norm()
+        self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
+        self.norm3 = self.layers.layer_norm()
+        self.ff = FeedForward(self.channels, self.layers)
+
+    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+        """Maps `[B, F, L, C]` to `[B, F, L, C]`."""
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), keys_values)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer over the positions of each frame (diffusers' `Transformer2DModel`).
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      norm_groups: groups of the norm, whose epsilon is 1e-6 in every family.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    norm_groups: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm = self.layers.group_norm(self.norm_groups, 1e-6)
+        self.proj_in = self.layers.dense(self.channels)
+        self.block = SpatialBlock(self.channels, self.heads, self.layers)
+        self.proj_out = self.layers.dense(self.channels)
+
+    def context_features(self, context: Array) -> KeysValues:
+        """Keys and values of the text `[B, L, C]`."""
+        return self.block.attn2.context_features(context)
+
+    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+        batch, frames, height, width, channels = x.shape
+        tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
+        return x + self.proj_out(self.block(tokens, keys_values)).reshape(x.shape)
+
+
+class MotionBlock(nn.Module):
+    """Two self-attentions over time and a feed-forward; positions enter behind each norm.
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      max_frames: length of the positional table.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    max_frames: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm1 = self.layers.layer_norm()
+        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
+        self.norm2 = self.layers.layer_norm()
+        self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
+        self.norm3 = self.layers.layer_norm()
+        self.ff = FeedForward(self.channels, self.layers)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames.
+
+        Raises:
+          ValueError: there are more frames than positions in the table.
+        """
+        frames = x.shape[-2]
+        if frames > self.max_frames:
+            raise ValueError(
+                f"{frames} frames are more than the motion module's {self.max_frames} positions"
+            )
+        positions = sinusoidal_positions(self.max_frames, self.channels)[:frames].astype(x.dtype)
+        x = x + self.attn1(self.norm1(x) + positions)
+        x = x + self.attn2(self.norm2(x) + positions)
+        return x + self.ff(self.norm3(x))
+
+
+class MotionModule(nn.Module):
+    """AnimateDiff's temporal transformer (Guo et al., arXiv 2307.04725).
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      max_frames: length of the positional table.
+      norm_groups: groups of the norm, whose epsilon is 1e-6.
+      norm_scope: "joint" in diffusers, "frame" in the original code.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    max_frames: int
+    norm_groups: int
+    norm_scope: NormScope
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm = self.layers.group_norm(self.norm_groups, 1e-6, self.norm_scope)
+        self.proj_in = self.layers.dense(self.channels)
+        self.block = MotionBlock(self.channels, self.heads, self.max_frames, self.layers)
+        self.proj_out = self.layers.dense(self.channels)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+        batch, frames, height, width, channels = x.shape
+        tokens = self.norm(x).reshape(batch, frames, height * width, channels)
+        tokens = self.block(self.proj_in(tokens.swapaxes(1, 2)))
+        return x + self.proj_out(tokens).swapaxes(1, 2).reshape(x.shape)

@@ -1,0 +1,107 @@
+"""CLIP's text tower (Radford et al., arXiv 2103.00020)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from qvd_jax.axes import Array
+from qvd_jax.models.attention import SelfAttention
+from qvd_jax.models.layers import FLOAT, LayerSet
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """Shape of the text tower; the defaults are ViT-L/14's, as in Stable Diffusion 1.5.
+
+    Attributes:
+      vocab_size: number of token ids.
+      hidden_size: C of the embedding.
+      intermediate_size: hidden width of the feed-forward.
+      num_layers: number of transformer layers.
+      num_heads: heads of the attention.
+      max_length: L of the text, padding included.
+      activation: "quick_gelu" is x sigmoid(1.702 x), "gelu" the exact form.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    max_length: int = 77
+    activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"CLIPTextConfig.num_heads = {self.num_heads} does not divide hidden_size = "
+                f"{self.hidden_size}"
+            )
+
+
+OPENCLIP_H = CLIPTextConfig(
+    hidden_size=1024, intermediate_size=4096, num_layers=23, num_heads=16, activation="gelu"
+)
+"""ModelScope's text tower: OpenCLIP ViT-H without its last layer."""
+
+
+class CLIPLayer(nn.Module):
+    """Causal self-attention and feed-forward, normalized before each.
+
+    Attributes:
+      config: the tower's.
+      layers: the layer classes.
+    """
+
+    config: CLIPTextConfig
+    layers: LayerSet
+
+    def setup(self) -> None:
+        config, layers = self.config, self.layers
+        self.layer_norm1 = layers.layer_norm()
+        self.self_attn = SelfAttention(
+            config.hidden_size, config.num_heads, layers, use_bias=True, is_causal=True
+        )
+        self.layer_norm2 = layers.layer_norm()
+        self.fc1 = layers.dense(config.intermediate_size)
+        self.fc2 = layers.dense(config.hidden_size)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[B, L, C]` to `[B, L, C]`."""
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.fc1(self.layer_norm2(x))
+        if self.config.activation == "quick_gelu":
+            h = h * nn.sigmoid(1.702 * h)
+        else:
+            h = nn.gelu(h, approximate=False)
+        return x + self.fc2(h)
+
+
+class CLIPTextEncoder(nn.Module):
+    """Token ids to the last hidden state behind the final norm.
+
+    Attributes:
+      config: the tower's shape.
+      layers: the layer classes and dtypes.
+    """
+
+    config: CLIPTextConfig
+    layers: LayerSet = FLOAT
+
+    def setup(self) -> None:
+        config, layers = self.config, self.layers
+        dtypes = {"dtype": layers.dtype, "param_dtype": layers.param_dtype}
+        self.token_embedding = nn.Embed(config.vocab_size, config.hidden_size, **dtypes)
+        self.position_embedding = nn.Embed(config.max_length, config.hidden_size, **dtypes)
+        self.encoder = [CLIPLayer(config, layers) for _ in range(config.num_layers)]
+        self.final_layer_norm = layers.layer_norm()
+
+    def __call__(self, token_ids: Array) -> Array:
+        """Maps `[B, L]` token ids to `[B, L, C]`; padding is not masked, as in CLIP."""
+        x = self.token_embedding(token_ids)
+        x = x + self.position_embedding(jnp.arange(token_ids.shape[-1]))
+        for layer in self.encoder:
+            x = layer(x)
+        return self.final_layer_norm(x)

@@ -1,0 +1,184 @@
+"""What every network is made of: the injected layers, norms, embeddings, feed-forward."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qvd_jax.axes import Array, NormScope
+from qvd_jax.kernels import floating
+
+ModuleDef = Any
+
+
+@dataclass(frozen=True)
+class LayerSet:
+    """The Dense and conv classes a network is built from, with their dtypes.
+
+    Networks never name a layer class, so another set turns the same network into an observing or
+    a quantized one with the same module paths.
+
+    Attributes:
+      dense_cls: called like `nn.Dense`.
+      conv_cls: called like `nn.Conv`.
+      dtype: dtype of the computation.
+      param_dtype: dtype in which parameters are stored.
+    """
+
+    dense_cls: Callable[..., ModuleDef]
+    conv_cls: Callable[..., ModuleDef]
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    def dense(self, features: int, *, use_bias: bool = True) -> ModuleDef:
+        """A map of the last axis, `[..., K] -> [..., O]`."""
+        return self.dense_cls(
+            features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype
+        )
+
+    def conv(
+        self,
+        features: int,
+        kernel_size: tuple[int, ...],
+        *,
+        strides: tuple[int, ...] | None = None,
+        padding: tuple[tuple[int, int], ...] | None = None,
+    ) -> ModuleDef:
+        """A convolution over the axes before the last; padding defaults to half the kernel."""
+        return self.conv_cls(
+            features,
+            kernel_size,
+            strides=strides or (1,) * len(kernel_size),
+            padding=padding or tuple((k // 2, k // 2) for k in kernel_size),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+    def layer_norm(self, epsilon: float = 1e-5) -> nn.Module:
+        """LayerNorm over the last axis."""
+        return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def group_norm(
+        self, groups: int, epsilon: float, scope: NormScope = "frame"
+    ) -> "GroupNorm":
+        """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames."""
+        return GroupNorm(groups, epsilon, scope, dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+FLOAT = LayerSet(
+    dense_cls=functools.partial(nn.Dense, dot_general=floating.dot_general),
+    conv_cls=functools.partial(nn.Conv, conv_general_dilated=floating.conv_general_dilated),
+)
+"""Flax's own layers in float32; `dataclasses.replace` gives other dtypes."""
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm (Wu and He, arXiv 1803.08494) written as one scale and shift per channel.
+
+    The form lets XLA fuse the normalization with the activation behind it. Statistics are
+    float32, the variance centred.
+
+    Attributes:
+      groups: number of groups; divides C.
+      epsilon: added to the variance.
+      norm_scope: "frame" normalizes every frame alone, "joint" all frames of a video together.
+      dtype: dtype of the result.
+      param_dtype: dtype of `scale` and `bias`.
+    """
+
+    groups: int
+    epsilon: float
+    norm_scope: NormScope = "frame"
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalizes `x`, `[B, F, H, W, C]`."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
+        axes = (1, 2, 3) if self.norm_scope == "joint" else (2, 3)
+        x = x.astype(jnp.float32)
+
+        def group_mean(values: Array) -> Array:
+            # Channels are averaged after positions: XLA vectorizes that order on the CPU.
+            means = values.mean(axes, keepdims=True)
+            grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
+            return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
+
+        mean = group_mean(x)
+        variance = group_mean(jnp.square(x - mean))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
+        shift = bias.astype(jnp.float32) - mean * factor
+        return (x * factor + shift).astype(self.dtype)
+
+
+def sinusoidal_embedding(timesteps: Array, width: int) -> Array:
+    """Embedding of timesteps, cosines before sines: `[N] -> [N, width]`, float32.
+
+    Frequency i is exp(-ln(10000) i / (width/2)) (Ho et al., arXiv 2006.11239, as in diffusers
+    with `flip_sin_to_cos=True, freq_shift=0`).
+    """
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def sinusoidal_positions(length: int, width: int) -> Array:
+    """Positional table `[length, width]` with sines and cosines interleaved, float32.
+
+    Entry (p, 2i) is sin(p w_i), entry (p, 2i+1) is cos(p w_i), w_i = exp(-ln(10000) 2i / width)
+    (Vaswani et al., arXiv 1706.03762, section 3.5).
+    """
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(length, width)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two Dense layers with a SiLU between them, after the sinusoid.
+
+    Attributes:
+      width: width of the result.
+      layers: the layer classes.
+    """
+
+    width: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.linear_1 = self.layers.dense(self.width)
+        self.linear_2 = self.layers.dense(self.width)
+
+    def __call__(self, sinusoid: Array) -> Array:
+        """Maps `[N, C]` to `[N, width]`."""
+        return self.linear_2(nn.silu(self.linear_1(sinusoid)))
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward (Shazeer, arXiv 2002.05202): the first half of `proj` is the value.
+
+    Attributes:
+      channels: C of input and output; the hidden width is four times that.
+      layers: the layer classes.
+    """
+
+    channels: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.proj = self.layers.dense(8 * self.channels)
+        self.out = self.layers.dense(self.channels)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[..., C]` to `[..., C]`."""
+        value, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return self.out(value * nn.gelu(gate, approximate=False))

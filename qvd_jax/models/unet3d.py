@@ -1,0 +1,401 @@
+"""The video UNet: one module whose families differ by the data of `UNet3DConfig`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from qvd_jax.axes import Array, NormScope
+from qvd_jax.models.attention import KeysValues, MotionModule, SpatialTransformer
+from qvd_jax.models.blocks import Downsample, ResnetBlock, Upsample
+from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
+
+
+@dataclass(frozen=True)
+class UNet3DConfig:
+    """Every axis on which the families of video UNets differ.
+
+    Levels count from the highest resolution down, in the up path too: entry i of a per-level
+    tuple belongs to `down_blocks_i` and to `up_blocks_{n-1-i}`.
+
+    Attributes:
+      in_channels: C of the latents, conditioning channels included.
+      out_channels: C of the prediction.
+      block_channels: C of each level.
+      layers_per_block: layers of a down stage; an up stage has one more.
+      attention_levels: which levels have spatial transformers; the mid block always has.
+      num_heads: heads of the spatial transformers of each level (their number, not their width).
+      context_dim: C of the text embedding.
+      norm_groups: groups of every GroupNorm.
+      down_eps: epsilon of the resnet norms in each down stage.
+      mid_eps: epsilon of the resnet norms in the mid block.
+      up_eps: epsilon of the resnet norms of each level on the way up.
+      resnet_norm_scope: scope of the resnet norms and of `conv_norm_out`.
+      temporal_op: what mixes the frames. "motion_module": a transformer with a positional table
+        after each layer.
+      temporal_norm_scope: scope of the temporal operator's norm.
+      temporal_heads: heads of the temporal attention of each level.
+      max_frames: length of the positional table of the frames.
+      temporal_mid_block: whether the mid block has the temporal operator too.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)
+    num_heads: tuple[int, ...] = (8, 8, 8, 8)
+    context_dim: int = 768
+    norm_groups: int = 32
+    down_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
+    mid_eps: float = 1e-5
+    up_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
+    resnet_norm_scope: NormScope = "frame"
+    temporal_op: Literal["motion_module"] = "motion_module"
+    temporal_norm_scope: NormScope = "joint"
+    temporal_heads: tuple[int, ...] = (8, 8, 8, 8)
+    max_frames: int = 32
+    temporal_mid_block: bool = False
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_channels)
+        for name in ("attention_levels", "num_heads", "down_eps", "up_eps", "temporal_heads"):
+            if len(getattr(self, name)) != levels:
+                raise ValueError(
+                    f"UNet3DConfig.{name} has {len(getattr(self, name))} entries, one for each "
+                    f"of the {levels} levels of block_channels is needed"
+                )
+        for level, channels in enumerate(self.block_channels):
+            for name, divisor in (
+                ("norm_groups", self.norm_groups),
+                ("num_heads", self.num_heads[level]),
+                ("temporal_heads", self.temporal_heads[level]),
+            ):
+                if channels % divisor:
+                    raise ValueError(
+                        f"UNet3DConfig.{name} = {divisor} does not divide the {channels} "
+                        f"channels of level {level}"
+                    )
+
+    @property
+    def stride(self) -> int:
+        """By how much H and W of the latents must be divisible."""
+        return 2 ** (len(self.block_channels) - 1)
+
+
+def animatediff(
+    version: Literal["v1", "v2", "v3"], norms: Literal["diffusers", "original"] = "diffusers"
+) -> UNet3DConfig:
+    """AnimateDiff on Stable Diffusion 1.5.
+
+    The published implementations normalize over different scopes with the same weights:
+    diffusers joins the frames in the motion modules; the original code never does, but joins
+    them in the resnets of v1.
+
+    Args:
+      version: generation of the motion module; v2 alone has one in the mid block.
+      norms: whose GroupNorm scopes to follow.
+    """
+    return UNet3DConfig(
+        max_frames=24 if version == "v1" else 32,
+        temporal_mid_block=version == "v2",
+        temporal_norm_scope="joint" if norms == "diffusers" else "frame",
+        resnet_norm_scope="joint" if (version, norms) == ("v1", "original") else "frame",
+    )
+
+
+class Features(NamedTuple):
+    """What the layers need and the latents do not change, computed before the sampling loop.
+
+    Each field is nested as the stages are: a tuple over stages of a tuple over layers.
+
+    Attributes:
+      down: of `down_blocks`.
+      mid: of `mid_block`, one stage.
+      up: of `up_blocks`.
+    """
+
+    down: Any
+    mid: Any
+    up: Any
+
+
+class Layer(nn.Module):
+    """A resnet, then its spatial transformer, then its motion module.
+
+    Attributes:
+      config: the UNet's.
+      level: the level whose widths and heads apply.
+      in_channels: C of the input, skip included.
+      epsilon: epsilon of the resnet's norms.
+      has_attention: whether there is a spatial transformer.
+      has_motion: whether there is a motion module.
+      layers: the layer classes.
+    """
+
+    config: UNet3DConfig
+    level: int
+    in_channels: int
+    epsilon: float
+    has_attention: bool
+    has_motion: bool
+    layers: LayerSet
+
+    def setup(self) -> None:
+        config, channels = self.config, self.config.block_channels[self.level]
+        self.resnet = ResnetBlock(
+            self.in_channels,
+            channels,
+            config.norm_groups,
+            self.epsilon,
+            config.resnet_norm_scope,
+            self.layers,
+        )
+        if self.has_attention:
+            self.attention = SpatialTransformer(
+                channels, config.num_heads[self.level], config.norm_groups, self.layers
+            )
+        if self.has_motion:
+            self.motion_module = MotionModule(
+                channels,
+                config.temporal_heads[self.level],
+                config.max_frames,
+                config.norm_groups,
+                config.temporal_norm_scope,
+                self.layers,
+            )
+
+    def temporal_features(self, activated_embedding: Array) -> Array:
+        """The resnet's projection of the time embedding."""
+        return self.resnet.temporal_features(activated_embedding)
+
+    def context_features(self, context: Array) -> KeysValues | None:
+        """The spatial transformer's keys and values of the text."""
+        return self.attention.context_features(context) if self.has_attention else None
+
+    def __call__(self, x: Array, temporal: Array, context: KeysValues | None) -> Array:
+        """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, C]`."""
+        x = self.resnet(x, temporal)
+        if self.has_attention:
+            x = self.attention(x, context)
+        if self.has_motion:
+            x = self.motion_module(x)
+        return x
+
+
+class Stage(nn.Module):
+    """The layers of one level and the sampler behind them.
+
+    Attributes:
+      config: the UNet's.
+      level: the level.
+      in_channels: C of the input of each layer, skip included.
+      epsilon: epsilon of the resnet norms.
+      has_attention: whether each layer has a spatial transformer.
+      has_motion: whether each layer has a motion module.
+      sampler: what follows the layers.
+      layers: the layer classes.
+    """
+
+    config: UNet3DConfig
+    level: int
+    in_channels: tuple[int, ...]
+    epsilon: float
+    has_attention: tuple[bool, ...]
+    has_motion: tuple[bool, ...]
+    sampler: Literal["down", "up"] | None
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.blocks = [
+            Layer(self.config, self.level, width, self.epsilon, attention, motion, self.layers)
+            for width, attention, motion in zip(
+                self.in_channels, self.has_attention, self.has_motion, strict=True
+            )
+        ]
+        channels = self.config.block_channels[self.level]
+        if self.sampler == "down":
+            self.downsample = Downsample(channels, self.layers)
+        elif self.sampler == "up":
+            self.upsample = Upsample(channels, self.layers)
+
+    def temporal_features(self, activated_embedding: Array) -> tuple[Array, ...]:
+        """Each layer's projection of the time embedding."""
+        return tuple(block.temporal_features(activated_embedding) for block in self.blocks)
+
+    def context_features(self, context: Array) -> tuple[KeysValues | None, ...]:
+        """Each layer's keys and values of the text."""
+        return tuple(block.context_features(context) for block in self.blocks)
+
+    def __call__(
+        self, x: Array, temporal: Any, context: Any, skips: list[Array] | None = None
+    ) -> tuple[Array, list[Array]]:
+        """Runs the stage.
+
+        Args:
+          x: `[B, F, H, W, C]`.
+          temporal: this stage's temporal features.
+          context: this stage's context features.
+          skips: on the way up, the stack from which each layer takes its skip.
+
+        Returns:
+          The result, and every intermediate result a skip may be taken from, oldest first.
+        """
+        results = []
+        for block, feature, keys_values in zip(self.blocks, temporal, context, strict=True):
+            if skips is not None:
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = block(x, feature, keys_values)
+            results.append(x)
+        if self.sampler is not None:
+            x = self.downsample(x) if self.sampler == "down" else self.upsample(x)
+            results.append(x)
+        return x, results
+
+
+class UNet3D(nn.Module):
+    """Predicts the noise (or v) of video latents.
+
+    Sampling calls `temporal_features` for all steps and `context_features` for the prompts once,
+    then `denoise` at every step; `__call__` does all three.
+
+    Attributes:
+      config: the family's data.
+      layers: the layer classes and dtypes.
+    """
+
+    config: UNet3DConfig
+    layers: LayerSet = FLOAT
+
+    def setup(self) -> None:
+        config, layers = self.config, self.layers
+        widths = config.block_channels
+        last = len(widths) - 1
+
+        def stage(
+            level: int, inputs: tuple[int, ...], epsilon: float, sampler: Literal["down", "up"] | None
+        ) -> Stage:
+            attention = (config.attention_levels[level],) * len(inputs)
+            motion = (True,) * len(inputs)
+            return Stage(config, level, inputs, epsilon, attention, motion, sampler, layers)
+
+        self.time_embedding = TimestepEmbedding(4 * widths[0], layers)
+        self.conv_in = layers.conv(widths[0], (3, 3))
+
+        skips = [widths[0]]
+        down = []
+        for level, width in enumerate(widths):
+            inputs = (skips[-1],) + (width,) * (config.layers_per_block - 1)
+            sampler: Literal["down"] | None = "down" if level < last else None
+            down.append(stage(level, inputs, config.down_eps[level], sampler))
+            skips += [width] * (config.layers_per_block + (level < last))
+        self.down_blocks = down
+
+        self.mid_block = Stage(
+            config,
+            last,
+            (widths[-1],) * 2,
+            config.mid_eps,
+            (True, False),
+            (config.temporal_mid_block, False),
+            None,
+            layers,
+        )
+
+        up = []
+        below = widths[-1]
+        for level in reversed(range(len(widths))):
+            inputs = ()
+            for _ in range(config.layers_per_block + 1):
+                inputs += (below + skips.pop(),)
+                below = widths[level]
+            up.append(stage(level, inputs, config.up_eps[level], "up" if level > 0 else None))
+        self.up_blocks = up
+
+        self.conv_norm_out = layers.group_norm(
+            config.norm_groups, 1e-5, config.resnet_norm_scope
+        )
+        self.conv_out = layers.conv(config.out_channels, (3, 3))
+
+    def temporal_features(self, timesteps: Array) -> Features:
+        """Projections of the time embedding for every resnet.
+
+        They depend on nothing but the step, so a sampler computes those of all its steps at once.
+
+        Args:
+          timesteps: `[N]`, in units of training timesteps, fractions allowed.
+
+        Returns:
+          `[N, C]` for each layer.
+        """
+        sinusoid = sinusoidal_embedding(timesteps, self.config.block_channels[0])
+        embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
+        return Features(
+            tuple(stage.temporal_features(embedding) for stage in self.down_blocks),
+            self.mid_block.temporal_features(embedding),
+            tuple(stage.temporal_features(embedding) for stage in self.up_blocks),
+        )
+
+    def context_features(self, context: Array) -> Features:
+        """Keys and values of the text for every spatial transformer.
+
+        Args:
+          context: text embedding `[B, L, C]`.
+
+        Returns:
+          A pair `[B, L, heads, D]` for each layer, None where it has no transformer.
+        """
+        context = context.astype(self.layers.dtype)
+        return Features(
+            tuple(stage.context_features(context) for stage in self.down_blocks),
+            self.mid_block.context_features(context),
+            tuple(stage.context_features(context) for stage in self.up_blocks),
+        )
+
+    def denoise(self, latents: Array, temporal: Features, context: Features) -> Array:
+        """Predicts the noise (or v), given the features of one step and of the prompts.
+
+        Args:
+          latents: `[B, F, H, W, C]`, H and W divisible by `config.stride`.
+          temporal: of `temporal_features`, N = B or 1.
+          context: of `context_features`.
+
+        Returns:
+          `[B, F, H, W, C]`, float32.
+
+        Raises:
+          ValueError: H or W is not divisible by the stride.
+        """
+        height, width = latents.shape[2:4]
+        if height % self.config.stride or width % self.config.stride:
+            raise ValueError(
+                f"latents of {height}x{width} positions: the UNet halves them "
+                f"{len(self.config.block_channels) - 1} times, so both sides must be divisible "
+                f"by {self.config.stride}"
+            )
+        x = self.conv_in(latents.astype(self.layers.dtype))
+        skips = [x]
+        for stage, *features in zip(self.down_blocks, temporal.down, context.down, strict=True):
+            x, results = stage(x, *features)
+            skips += results
+        x, _ = self.mid_block(x, temporal.mid, context.mid)
+        for stage, *features in zip(self.up_blocks, temporal.up, context.up, strict=True):
+            x, _ = stage(x, *features, skips)
+        x = nn.silu(self.conv_norm_out(x))
+        return self.conv_out(x).astype(jnp.float32)
+
+    def __call__(self, latents: Array, timesteps: Array, context: Array) -> Array:
+        """Predicts the noise (or v) of `latents` at `timesteps`.
+
+        Args:
+          latents: `[B, F, H, W, C]`.
+          timesteps: `[N]`, N = B or 1.
+          context: text embedding `[B, L, C]`, one for each video (not for each frame).
+
+        Returns:
+          `[B, F, H, W, C]`, float32.
+        """
+        return self.denoise(
+            latents, self.temporal_features(timesteps), self.context_features(context)
+        )

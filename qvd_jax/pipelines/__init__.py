@@ -1,0 +1,1 @@
+"""From prompts to videos, and between pipelines and checkpoints."""

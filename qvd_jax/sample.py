@@ -1,0 +1,184 @@
+"""`python -m qvd_jax.sample --checkpoint DIR --prompt TEXT`: prompts in, videos out."""
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+
+from qvd_jax.data import video_io
+from qvd_jax.diffusion.schedules import SOLVERS
+from qvd_jax.errors import InputError, command
+from qvd_jax.pipelines.text_to_video import DTYPES, load
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, samples, writes the files, prints where the time went."""
+    args = _parser().parse_args(argv)
+    prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
+    if not prompts:
+        raise InputError("there are no prompts; pass --prompt TEXT or --prompts-file FILE")
+    targets = output_paths(args.out, prompts)
+    sheet = sheet_path(args.out) if args.contact_sheet else None
+    for path in filter(None, (*targets, sheet)):
+        video_io.check_writable(path, overwrite=args.overwrite)
+    print(f"compilation cache: {enable_compilation_cache()}")
+
+    compile_seconds = _count_compile_seconds()
+    seconds = {}
+    started = time.perf_counter()
+    pipe = load(args.checkpoint, dtype=DTYPES.get(args.dtype))
+    if args.scheduler:
+        pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
+    seconds["load"] = time.perf_counter() - started
+    print(f"{pipe.description}; {pipe.scheduler.solver}; {jax.default_backend()}")
+
+    started = time.perf_counter()
+    steps = args.steps or pipe.defaults.steps
+    compiled = compile_seconds()
+    with tqdm.tqdm(total=steps, desc="sampling", unit="step") as bar:
+        latents = pipe(
+            prompts,
+            args.negative_prompt,
+            frames=args.frames,
+            height=args.height,
+            width=args.width,
+            steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            seed=args.seed,
+            output_type="latents",
+            progress=lambda done: bar.update(done - bar.n) and None,
+        )
+    sampled = compile_seconds()
+    seconds["sampling"] = time.perf_counter() - started - (sampled - compiled)
+
+    started = time.perf_counter()
+    videos = pipe.decode(latents)
+    seconds["decode"] = time.perf_counter() - started - (compile_seconds() - sampled)
+    seconds["compile"] = compile_seconds()
+
+    write(videos, targets, sheet, args.fps or pipe.defaults.fps)
+    for path in filter(None, (*targets, sheet)):
+        print(path)
+    order = ("load", "compile", "sampling", "decode")
+    print("seconds: " + ", ".join(f"{name} {seconds[name]:.1f}" for name in order))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt for each line that is not blank.
+
+    Raises:
+      InputError: the file is missing, no UTF-8, or has no prompt.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a text file with one prompt a line is expected")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path} has no prompts; one a line is expected")
+    return prompts
+
+
+def output_paths(out: Path, prompts: Sequence[str]) -> list[Path]:
+    """One path for all videos side by side, or one for each prompt in the folder `out`.
+
+    Raises:
+      InputError: the suffix is of no video format, or the folder cannot be made.
+    """
+    if out.suffix in video_io.VIDEO_SUFFIXES and not out.is_dir():
+        return [out]
+    if out.suffix and not out.is_dir():
+        raise InputError(
+            f"{out}: a file ends in {' or '.join(video_io.VIDEO_SUFFIXES)}, a folder in neither"
+        )
+    if not out.parent.is_dir():
+        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
+    out.mkdir(exist_ok=True)
+    slugs = (re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts)
+    return [out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs)]
+
+
+def sheet_path(out: Path) -> Path:
+    """Where the contact sheet goes: beside the file, or into the folder."""
+    return out.with_suffix(".png") if out.suffix else out / "contact-sheet.png"
+
+
+def write(videos: np.ndarray, targets: Sequence[Path], sheet: Path | None, fps: int) -> None:
+    """Writes videos `[B, F, H, W, 3]` to one file each, or side by side into a single one."""
+    pictures = [video_io.tile(videos)] if len(targets) == 1 else list(videos)
+    for path, video in zip(targets, pictures, strict=True):
+        video_io.write_video(path, video, fps)
+    if sheet:
+        video_io.write_contact_sheet(sheet, videos)
+
+
+def enable_compilation_cache() -> str:
+    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
+    if not jax.config.jax_compilation_cache_dir:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "qvd_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return jax.config.jax_compilation_cache_dir
+
+
+def _count_compile_seconds() -> Callable[[], float]:
+    """Starts counting what JAX spends on tracing, lowering and compiling; gives the sum so far."""
+    spent = [0.0]
+
+    def listen(event: str, duration: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: spent[0]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qvd_jax.sample", description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
+    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
+    parser.add_argument("--steps", type=_positive, metavar="N")
+    parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
+    parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
+    parser.add_argument("--frames", type=_positive, metavar="F")
+    parser.add_argument("--height", type=_positive, metavar="H", help="in pixels")
+    parser.add_argument("--width", type=_positive, metavar="W", help="in pixels")
+    parser.add_argument("--fps", type=_positive, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("video.mp4"),
+        metavar="PATH.mp4|.gif|DIR",
+        help="a file shows all prompts side by side, a folder gets one file each (%(default)s)",
+    )
+    parser.add_argument(
+        "--contact-sheet", action="store_true", help="write a PNG of chosen frames as well"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -123,7 +123,11 @@ def unet_config(
         )
     attention = tuple(count(rf"down_blocks\.{i}\.attentions\.(\d+)\.") > 0 for i in range(levels))
     context = next(
-        (t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight") and ".attentions." in name),
+        (
+            t.shape[1]
+            for name, t in tensors.items()
+            if name.endswith("attn2.to_k.weight") and ".attentions." in name
+        ),
         None,
     )
     if context is None or not levels:
@@ -142,7 +146,9 @@ def unet_config(
         attention_levels=attention,
         num_heads=_per_level(heads, levels, f"{where}: attention_head_dim"),
         context_dim=context,
-        norm_groups=_per_level(unet_json.get("norm_num_groups", 32), 1, f"{where}: norm_num_groups")[0],
+        norm_groups=_per_level(
+            unet_json.get("norm_num_groups", 32), 1, f"{where}: norm_num_groups"
+        )[0],
         down_eps=(epsilon,) * levels,
         mid_eps=epsilon,
         up_eps=(epsilon,) * levels,

@@ -24,9 +24,7 @@ def parse_lora(argument: str) -> tuple[Path, float]:
         return Path(argument), 1.0
 
 
-def merge_lora(
-    tensors: Tensors, path: Path, scale: float, rename: Callable[[str], str]
-) -> Tensors:
+def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str], str]) -> Tensors:
     """Adds `scale * up @ down` to the attention weights a LoRA file names.
 
     There is no division by the rank and no alpha tensor, as in AnimateDiff's own loader.
@@ -44,7 +42,9 @@ def merge_lora(
     for key, tensor in open_file(path).items():
         match = _KEY.fullmatch(key)
         if not match:
-            raise InputError(f"{path}: {key} is no key of an AnimateDiff LoRA (..to_q_lora.down.weight)")
+            raise InputError(
+                f"{path}: {key} is no key of an AnimateDiff LoRA (..to_q_lora.down.weight)"
+            )
         module = rename(match["module"].removeprefix("module.").removeprefix("unet."))
         layer = match["layer"] + (".0" if match["layer"] == "to_out" else "")
         side = {"A": "down", "B": "up"}.get(match["side"], match["side"])

@@ -211,9 +211,7 @@ def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
         tensors = open_folder(motion, "diffusion_pytorch_model", "diffusion_pytorch_model")
         return tensors, read_json(motion / "config.json")
     if motion.suffix not in (*PICKLES, ".safetensors"):
-        raise InputError(
-            f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected"
-        )
+        raise InputError(f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected")
     return open_file(motion), {}
 
 

@@ -1,5 +1,6 @@
 """Named tensors of PyTorch files, read one at a time."""
 
+import functools
 import json
 import pickle
 from collections.abc import Callable
@@ -124,19 +125,20 @@ def _open_safetensors(path: Path) -> Tensors:
 
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
-    return {
-        name: LazyTensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()
-    }
+    return {name: LazyTensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
 
 
 def _open_pickle(path: Path) -> Tensors:
     try:
         import torch
     except ImportError as error:
-        raise InputError(f"{path} is a pickle: pip install 'qvd_jax[convert]' to read it") from error
+        raise InputError(
+            f"{path} is a pickle: pip install 'qvd_jax[convert]' to read it"
+        ) from error
 
     try:
         try:
@@ -152,7 +154,9 @@ def _open_pickle(path: Path) -> Tensors:
             f"run on loading ({_first_line(error)})"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is truncated or no pickle of tensors: {_first_line(error)}") from error
+        raise InputError(
+            f"{path} is truncated or no pickle of tensors: {_first_line(error)}"
+        ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict):
@@ -164,7 +168,7 @@ def _open_pickle(path: Path) -> Tensors:
         return tensor.numpy()
 
     return {
-        str(name): LazyTensor(tuple(value.shape), lambda value=value: read(value))
+        str(name): LazyTensor(tuple(value.shape), functools.partial(read, value))
         for name, value in content.items()
         if isinstance(value, torch.Tensor)
     }

@@ -131,7 +131,9 @@ def read_manifest(path: Path) -> Manifest:
     """
     file = path / MANIFEST
     if not file.is_file():
-        hint = "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""
+        hint = (
+            "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""
+        )
         raise InputError(f"{path} is no qvd_jax checkpoint: it has no {MANIFEST}{hint}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

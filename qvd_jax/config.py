@@ -48,9 +48,7 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The dictionary `from_dict` reads back; tuples become lists, as in JSON."""
-    return {
-        field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
 def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -3,15 +3,21 @@
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 
 class InputError(ValueError):
     """Something given by the user does not fit; the message says what, where, and what would."""
 
 
-def command(
-    main: Callable[[Sequence[str] | None], None],
-) -> Callable[[Sequence[str] | None], int]:
+class Main(Protocol):
+    """The entry point of a command; returns its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int:
+        """Runs the command with `argv`, or with the process's arguments."""
+
+
+def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     """Makes `main(argv)` return an exit code and print one line instead of a traceback.
 
     Input errors and failures of the file system end with 2, Ctrl-C with 130; everything else is

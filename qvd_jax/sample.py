@@ -33,17 +33,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"compilation cache: {enable_compilation_cache()}")
 
     compile_seconds = _count_compile_seconds()
-    seconds = {}
     started = time.perf_counter()
     pipe = load(args.checkpoint, dtype=DTYPES.get(args.dtype))
     if args.scheduler:
         pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
-    seconds["load"] = time.perf_counter() - started
+    seconds = {"load": time.perf_counter() - started}
     print(f"{pipe.description}; {pipe.scheduler.solver}; {jax.default_backend()}")
 
     started = time.perf_counter()
     steps = args.steps or pipe.defaults.steps
-    compiled = compile_seconds()
+    loaded = compile_seconds()
     with tqdm.tqdm(total=steps, desc="sampling", unit="step") as bar:
         latents = pipe(
             prompts,
@@ -55,21 +54,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             guidance_scale=args.guidance_scale,
             seed=args.seed,
             output_type="latents",
-            progress=lambda done: bar.update(done - bar.n) and None,
+            progress=lambda done: _set(bar, done),
         )
     sampled = compile_seconds()
-    seconds["sampling"] = time.perf_counter() - started - (sampled - compiled)
+    seconds["sampling"] = time.perf_counter() - started - (sampled - loaded)
 
     started = time.perf_counter()
     videos = pipe.decode(latents)
     seconds["decode"] = time.perf_counter() - started - (compile_seconds() - sampled)
-    seconds["compile"] = compile_seconds()
+    seconds["compile"] = compile_seconds() - loaded
 
     write(videos, targets, sheet, args.fps or pipe.defaults.fps)
     for path in filter(None, (*targets, sheet)):
         print(path)
     order = ("load", "compile", "sampling", "decode")
     print("seconds: " + ", ".join(f"{name} {seconds[name]:.1f}" for name in order))
+
+
+def _set(bar: tqdm.tqdm, done: int) -> None:
+    bar.update(done - bar.n)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -125,20 +128,20 @@ def write(videos: np.ndarray, targets: Sequence[Path], sheet: Path | None, fps: 
 
 def enable_compilation_cache() -> str:
     """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
-    if not jax.config.jax_compilation_cache_dir:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "qvd_jax" / "xla"))
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "qvd_jax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return jax.config.jax_compilation_cache_dir
+    return place
 
 
 def _count_compile_seconds() -> Callable[[], float]:
     """Starts counting what JAX spends on tracing, lowering and compiling; gives the sum so far."""
     spent = [0.0]
 
-    def listen(event: str, duration: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            spent[0] += duration
+            spent[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: spent[0]

@@ -1,6 +1,6 @@
 """A tiny AnimateDiff pipeline with random weights, saved by diffusers in its own layout.
 
-    python tests/tiny_animatediff.py DIR
+python tests/tiny_animatediff.py DIR
 """
 
 import json

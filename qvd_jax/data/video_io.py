@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,9 @@ def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> Non
 
 
 def tile(videos: np.ndarray) -> np.ndarray:
-    """Videos side by side in one: `[B, F, H, W, 3] -> [F, rows H, columns W, 3]`, black where B
-    leaves places empty.
+    """Videos side by side in one, `[B, F, H, W, 3] -> [F, rows H, columns W, 3]`.
+
+    The grid is as square as it can be; places left over are black.
     """
     count, frames, height, width, channels = videos.shape
     columns = int(np.ceil(np.sqrt(count)))
@@ -79,7 +81,9 @@ def tile(videos: np.ndarray) -> np.ndarray:
     grid = np.zeros((rows * columns, frames, height, width, channels), videos.dtype)
     grid[:count] = videos
     grid = grid.reshape(rows, columns, frames, height, width, channels)
-    return grid.transpose(2, 0, 3, 1, 4, 5).reshape(frames, rows * height, columns * width, channels)
+    return grid.transpose(2, 0, 3, 1, 4, 5).reshape(
+        frames, rows * height, columns * width, channels
+    )
 
 
 def _even(video: np.ndarray) -> np.ndarray:
@@ -89,7 +93,10 @@ def _even(video: np.ndarray) -> np.ndarray:
 
 def _write(path: Path, pixels: np.ndarray, **options: Any) -> None:
     def write(target: Path) -> None:
-        imageio.imwrite(target, pixels, **options)
+        with warnings.catch_warnings():
+            # imageio starts ffmpeg; between fork and exec no thread of JAX's is needed.
+            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+            imageio.imwrite(target, pixels, **options)
 
     _replace_when_whole(path, write)
 

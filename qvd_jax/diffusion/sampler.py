@@ -92,7 +92,7 @@ def sample_steps(
       The state after the last row, and whether each step's latents were finite, `[S]`.
     """
     variables = {"params": params}
-    temporal = unet.apply(variables, table.timestep[:, None].reshape(-1), method="temporal_features")
+    temporal = unet.apply(variables, table.timestep, method="temporal_features")
     text = unet.apply(variables, context, method="context_features")
 
     def predict(latents: Array, features: Params) -> Array:
@@ -104,7 +104,9 @@ def sample_steps(
         negative, positive = jnp.split(prediction, 2)
         return negative + guidance_scale * (positive - negative)
 
-    def body(state: SamplerState, xs: tuple[StepTable, Array, Params]) -> tuple[SamplerState, Array]:
+    def body(
+        state: SamplerState, xs: tuple[StepTable, Array, Params]
+    ) -> tuple[SamplerState, Array]:
         row, index, features = xs
         features = jax.tree.map(lambda feature: feature[None], features)
         prediction = predict(row.model_in * state.latents, features)

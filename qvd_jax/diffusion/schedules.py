@@ -120,9 +120,7 @@ def from_diffusers(data: Mapping[str, Any], where: str) -> SchedulerConfig:
     """
     name = data.get("_class_name")
     if name not in SOLVERS:
-        raise InputError(
-            f"{where}: unknown scheduler {name!r}{did_you_mean(str(name), SOLVERS)}"
-        )
+        raise InputError(f"{where}: unknown scheduler {name!r}{did_you_mean(str(name), SOLVERS)}")
     solver = SOLVERS[name]
     for key, supported in _ONLY.items():
         if key in data and data[key] not in supported:
@@ -173,12 +171,12 @@ def spaced_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
     # DPM-Solver++ spaces one step more and leaves the last out.
     points = steps + 1 if config.solver == "dpmsolver++" else steps
     if config.timestep_spacing == "linspace":
-        spaced = np.linspace(0, total - 1, points)
+        spaced = np.linspace(0.0, total - 1, points)
         # Euler alone visits fractions of a timestep.
         spaced = spaced if config.solver == "euler" else np.round(spaced)
     else:
-        spaced = np.arange(points) * (total // points) + config.steps_offset
-    return spaced[::-1][:steps].astype(np.float64)
+        spaced = np.arange(points, dtype=np.float64) * (total // points) + config.steps_offset
+    return spaced[::-1][:steps]
 
 
 def lcm_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:

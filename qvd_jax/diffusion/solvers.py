@@ -19,6 +19,9 @@ from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 
 
+Column = np.ndarray | Array
+
+
 class StepTable(NamedTuple):
     """Coefficients of all steps; every field is `[S]`, float32.
 
@@ -34,15 +37,15 @@ class StepTable(NamedTuple):
       to_noise: of fresh unit-normal noise.
     """
 
-    timestep: np.ndarray
-    model_in: np.ndarray
-    x0_x: np.ndarray
-    x0_p: np.ndarray
-    to_x: np.ndarray
-    to_d: np.ndarray
-    to_last: np.ndarray
-    to_p: np.ndarray
-    to_noise: np.ndarray
+    timestep: Column
+    model_in: Column
+    x0_x: Column
+    x0_p: Column
+    to_x: Column
+    to_d: Column
+    to_last: Column
+    to_p: Column
+    to_noise: Column
 
 
 class Schedule(NamedTuple):
@@ -144,9 +147,7 @@ def _ddim(config: SchedulerConfig, steps: int) -> Schedule:
     direction = np.sqrt(1 - following)
     # The direction is the noise: the prediction itself, or sqrt(alpha) v + sqrt(1 - alpha) x.
     noise_x, noise_p = (
-        (0.0, 1.0)
-        if config.prediction_type == "epsilon"
-        else (np.sqrt(1 - alpha), np.sqrt(alpha))
+        (0.0, 1.0) if config.prediction_type == "epsilon" else (np.sqrt(1 - alpha), np.sqrt(alpha))
     )
     table = _table(
         timestep,

@@ -73,8 +73,7 @@ def _cpu_formulation(
     """
     kernel, channels = rhs.shape[:-2], rhs.shape[-2]
     positions = math.prod(
-        _output_size(*axis)
-        for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
+        _output_size(*axis) for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
     )
     if math.prod(kernel) == 1:
         return "patches"
@@ -105,8 +104,7 @@ def _conv_as_products(
     """
     kernel = rhs.shape[:-2]
     sizes = [
-        _output_size(*axis)
-        for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
+        _output_size(*axis) for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
     ]
     padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from qvd_jax.axes import Array, NormScope
 from qvd_jax.models.layers import LayerSet
 
+
 class ResnetBlock(nn.Module):
     """Two normalized 3x3 convolutions around an optional temporal feature.
 

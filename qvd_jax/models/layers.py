@@ -64,9 +64,7 @@ class LayerSet:
         """LayerNorm over the last axis."""
         return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
 
-    def group_norm(
-        self, groups: int, epsilon: float, scope: NormScope = "frame"
-    ) -> "GroupNorm":
+    def group_norm(self, groups: int, epsilon: float, scope: NormScope = "frame") -> "GroupNorm":
         """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames."""
         return GroupNorm(groups, epsilon, scope, dtype=self.dtype, param_dtype=self.param_dtype)
 

@@ -177,7 +177,7 @@ class Layer(nn.Module):
     def __call__(self, x: Array, temporal: Array, context: KeysValues | None) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, C]`."""
         x = self.resnet(x, temporal)
-        if self.has_attention:
+        if context is not None:
             x = self.attention(x, context)
         if self.has_motion:
             x = self.motion_module(x)
@@ -274,7 +274,10 @@ class UNet3D(nn.Module):
         last = len(widths) - 1
 
         def stage(
-            level: int, inputs: tuple[int, ...], epsilon: float, sampler: Literal["down", "up"] | None
+            level: int,
+            inputs: tuple[int, ...],
+            epsilon: float,
+            sampler: Literal["down", "up"] | None,
         ) -> Stage:
             attention = (config.attention_levels[level],) * len(inputs)
             motion = (True,) * len(inputs)
@@ -313,9 +316,7 @@ class UNet3D(nn.Module):
             up.append(stage(level, inputs, config.up_eps[level], "up" if level > 0 else None))
         self.up_blocks = up
 
-        self.conv_norm_out = layers.group_norm(
-            config.norm_groups, 1e-5, config.resnet_norm_scope
-        )
+        self.conv_norm_out = layers.group_norm(config.norm_groups, 1e-5, config.resnet_norm_scope)
         self.conv_out = layers.conv(config.out_channels, (3, 3))
 
     def temporal_features(self, timesteps: Array) -> Features:
@@ -376,12 +377,12 @@ class UNet3D(nn.Module):
             )
         x = self.conv_in(latents.astype(self.layers.dtype))
         skips = [x]
-        for stage, *features in zip(self.down_blocks, temporal.down, context.down, strict=True):
-            x, results = stage(x, *features)
+        for stage, feature, text in zip(self.down_blocks, temporal.down, context.down, strict=True):
+            x, results = stage(x, feature, text)
             skips += results
         x, _ = self.mid_block(x, temporal.mid, context.mid)
-        for stage, *features in zip(self.up_blocks, temporal.up, context.up, strict=True):
-            x, _ = stage(x, *features, skips)
+        for stage, feature, text in zip(self.up_blocks, temporal.up, context.up, strict=True):
+            x, _ = stage(x, feature, text, skips)
         x = nn.silu(self.conv_norm_out(x))
         return self.conv_out(x).astype(jnp.float32)
 

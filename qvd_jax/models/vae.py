@@ -47,7 +47,9 @@ class VAEConfig:
         return 2 ** (len(self.block_channels) - 1)
 
 
-def _resnet(config: VAEConfig, in_channels: int, out_channels: int, layers: LayerSet) -> ResnetBlock:
+def _resnet(
+    config: VAEConfig, in_channels: int, out_channels: int, layers: LayerSet
+) -> ResnetBlock:
     return ResnetBlock(
         in_channels,
         out_channels,

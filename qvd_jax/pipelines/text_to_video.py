@@ -163,20 +163,14 @@ class TextToVideoPipeline:
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         negatives = _negative_prompts(negative_prompts, len(prompts))
-        want = replace(
-            self.defaults,
-            **{
-                name: value
-                for name, value in (
-                    ("frames", frames),
-                    ("height", height),
-                    ("width", width),
-                    ("steps", steps),
-                    ("guidance_scale", guidance_scale),
-                )
-                if value is not None
-            },
-        )
+        asked: dict[str, Any] = {
+            "frames": frames,
+            "height": height,
+            "width": width,
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+        }
+        want = replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
         shape = self.latents_shape(want.frames, want.height, want.width)
         schedule = make_schedule(self.scheduler, want.steps)
         _check_choice("output_type", output_type, ("video", "latents"))
@@ -273,6 +267,8 @@ class TextToVideoPipeline:
             window = min(self.defaults.frames, config.max_frames)
         steps = len(schedule.table.timestep)
         stride = steps if progress is None else 1
+        # Placed like the text embedding, so that the first call compiles for what later ones see.
+        latents = jax.device_put(latents, context.sharding)
         state = sampler.SamplerState(latents, jnp.zeros_like(latents))
         for start in range(0, steps, stride):
             rows = slice(start, start + stride)
@@ -364,7 +360,7 @@ def load(
     }
     modules = configs.modules(replace(FLOAT, dtype=dtype, param_dtype=dtype))
     return TextToVideoPipeline(
-        **modules,  # type: ignore[arg-type]
+        **modules,
         params=params,
         tokenizer=tokenizer,
         scheduler=scheduler,

@@ -129,7 +129,9 @@ def _open_safetensors(path: Path) -> Tensors:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
-    return {name: LazyTensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+    return {
+        name: LazyTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()
+    }
 
 
 def _open_pickle(path: Path) -> Tensors:

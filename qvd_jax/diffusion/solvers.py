@@ -9,7 +9,7 @@ d_last is the d of the step before. The coefficients are computed in float64 on 
 loop holds no branch and no schedule; the tables below are the papers' formulas solved for them.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,11 +19,8 @@ from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 
 
-Column = np.ndarray | Array
-
-
 class StepTable(NamedTuple):
-    """Coefficients of all steps; every field is `[S]`, float32.
+    """Coefficients of all steps; every field is `[S]`, float32, and numpy's until it is jitted.
 
     Attributes:
       timestep: what the UNet is told.
@@ -37,15 +34,15 @@ class StepTable(NamedTuple):
       to_noise: of fresh unit-normal noise.
     """
 
-    timestep: Column
-    model_in: Column
-    x0_x: Column
-    x0_p: Column
-    to_x: Column
-    to_d: Column
-    to_last: Column
-    to_p: Column
-    to_noise: Column
+    timestep: Array
+    model_in: Array
+    x0_x: Array
+    x0_p: Array
+    to_x: Array
+    to_d: Array
+    to_last: Array
+    to_p: Array
+    to_noise: Array
 
 
 class Schedule(NamedTuple):
@@ -111,7 +108,7 @@ def _table(timestep: np.ndarray, **columns: np.ndarray | float) -> StepTable:
     values = {**dict.fromkeys(StepTable._fields, 0.0), "model_in": 1.0, **columns}
     values["timestep"] = timestep
     full = {k: np.broadcast_to(v, timestep.shape).astype(np.float32) for k, v in values.items()}
-    return StepTable(**full)
+    return StepTable(**cast("dict[str, Array]", full))
 
 
 def _sample_columns(config: SchedulerConfig, alpha: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,39 +1,5 @@
-"""The error a user can cause, and how a command ends on it."""
-
-import functools
-import sys
-from collections.abc import Callable, Sequence
-from typing import Protocol
+"""The error a user can cause."""
 
 
 class InputError(ValueError):
     """Something given by the user does not fit; the message says what, where, and what would."""
-
-
-class Main(Protocol):
-    """The entry point of a command; returns its exit code."""
-
-    def __call__(self, argv: Sequence[str] | None = None) -> int:
-        """Runs the command with `argv`, or with the process's arguments."""
-
-
-def command(main: Callable[[Sequence[str] | None], None]) -> Main:
-    """Makes `main(argv)` return an exit code and print one line instead of a traceback.
-
-    Input errors and failures of the file system end with 2, Ctrl-C with 130; everything else is
-    a defect and keeps its traceback.
-    """
-
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
-        try:
-            main(argv)
-        except (InputError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
-            return 130
-        return 0
-
-    return wrapped

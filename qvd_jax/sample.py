@@ -13,9 +13,10 @@ import jax
 import numpy as np
 import tqdm
 
+from qvd_jax.cli import command, positive_int
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
-from qvd_jax.errors import InputError, command
+from qvd_jax.errors import InputError
 from qvd_jax.pipelines.text_to_video import DTYPES, load
 
 
@@ -153,13 +154,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
-    parser.add_argument("--steps", type=_positive, metavar="N")
+    parser.add_argument("--steps", type=positive_int, metavar="N")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
-    parser.add_argument("--frames", type=_positive, metavar="F")
-    parser.add_argument("--height", type=_positive, metavar="H", help="in pixels")
-    parser.add_argument("--width", type=_positive, metavar="W", help="in pixels")
-    parser.add_argument("--fps", type=_positive, metavar="N")
+    parser.add_argument("--frames", type=positive_int, metavar="F")
+    parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
+    parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
+    parser.add_argument("--fps", type=positive_int, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument(
@@ -174,13 +175,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 if __name__ == "__main__":

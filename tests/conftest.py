@@ -14,6 +14,14 @@ from convert.__main__ import main as convert
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tests sample few shapes many times, from several processes."""
+    place = tmp_path_factory.getbasetemp() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AnimateDiffPipeline]:
     """A v2 pipeline folder as diffusers saves it, and the pipeline itself."""

@@ -1,10 +1,10 @@
-"""A tiny AnimateDiff pipeline with random weights, saved by diffusers in its own layout.
+"""AnimateDiff pipelines with random weights, saved by diffusers in its own layout.
 
-python tests/tiny_animatediff.py DIR
+python tests/random_animatediff.py DIR [--size sd15] [--dtype bfloat16]
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def make_unet2d(**options: Any) -> UNet2DConditionModel:
             "block_out_channels": CHANNELS,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "layers_per_block": 2,
+            "layers_per_block": 1,
             "cross_attention_dim": 24,
             "attention_head_dim": 4,
             "norm_num_groups": 8,
@@ -67,7 +67,7 @@ def make_adapter(version: str, **options: Any) -> MotionAdapter:
     return MotionAdapter(
         **{
             "block_out_channels": CHANNELS,
-            "motion_layers_per_block": 2,
+            "motion_layers_per_block": 1,
             "motion_num_attention_heads": 4,
             "motion_norm_num_groups": 8,
             "motion_max_seq_length": 24 if version == "v1" else 32,
@@ -89,11 +89,9 @@ def make_vae() -> AutoencoderKL:
     )
 
 
-def make_pipeline(folder: Path, version: str = "v2", seed: int = 0) -> AnimateDiffPipeline:
-    """Builds and saves the pipeline, and returns it."""
-    torch.manual_seed(seed)
-    vae, unet, adapter = make_vae(), make_unet2d(), make_adapter(version)
-    text = CLIPTextModel(
+def make_text_encoder() -> CLIPTextModel:
+    """A text tower of two layers over the characters of `make_tokenizer`."""
+    return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=190,
             hidden_size=24,
@@ -101,11 +99,16 @@ def make_pipeline(folder: Path, version: str = "v2", seed: int = 0) -> AnimateDi
             num_hidden_layers=2,
             num_attention_heads=4,
             max_position_embeddings=16,
+            bos_token_id=188,
+            eos_token_id=189,
+            pad_token_id=189,
         )
     )
-    for module in (vae, unet, adapter, text):
-        randomize(module)
-        module.eval()
+
+
+def save(folder: Path, *modules: torch.nn.Module, dtype: torch.dtype) -> AnimateDiffPipeline:
+    """Joins VAE, text encoder, UNet and adapter to a pipeline in `folder`."""
+    vae, text, unet, adapter = (module.to(dtype).eval() for module in modules)
     pipe = AnimateDiffPipeline(
         vae=vae,
         text_encoder=text,
@@ -121,6 +124,39 @@ def make_pipeline(folder: Path, version: str = "v2", seed: int = 0) -> AnimateDi
     return pipe
 
 
+def make_pipeline(folder: Path, version: str = "v2", seed: int = 0) -> AnimateDiffPipeline:
+    """Builds and saves the smallest pipeline that has every kind of layer."""
+    torch.manual_seed(seed)
+    modules = (make_vae(), make_text_encoder(), make_unet2d(), make_adapter(version))
+    for module in modules:
+        randomize(module)
+    return save(folder, *modules, dtype=torch.float32)
+
+
+def make_sd15_pipeline(folder: Path, dtype: torch.dtype) -> None:
+    """Builds and saves a pipeline of AnimateDiff v2's real size, as its classes initialise it."""
+    modules = (
+        AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+        ),
+        CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072)),
+        UNet2DConditionModel(cross_attention_dim=768, sample_size=64),
+        MotionAdapter(use_motion_mid_block=True),
+    )
+    save(folder, *modules, dtype=dtype)
+
+
 if __name__ == "__main__":
-    make_pipeline(Path(sys.argv[1]))
-    print(f"{sys.argv[1]}: a tiny AnimateDiff pipeline with random weights")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=["tiny", "sd15"], default="tiny")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    if args.size == "tiny":
+        make_pipeline(args.folder)
+    else:
+        make_sd15_pipeline(args.folder, getattr(torch, args.dtype))
+    print(f"{args.folder}: a {args.size} AnimateDiff pipeline with random weights")

@@ -152,4 +152,4 @@ def _predict_windows(
     views = np.zeros(frames, np.float32)
     for start in starts:
         views[start : start + window] += 1
-    return total / views[:, None, None, None]
+    return total / views[None, :, None, None, None]

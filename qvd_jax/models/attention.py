@@ -52,8 +52,10 @@ def _cpu_attention(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
     logits = jnp.einsum("...lhd,...mhd->...hlm", q, k, preferred_element_type=f32)
     logits = logits * (1 / math.sqrt(q.shape[-1]))
     if is_causal:
-        mask = jnp.tril(jnp.ones(logits.shape[-2:], bool))
-        logits = jnp.where(mask, logits, jnp.finfo(f32).min)
+        rows, columns = (
+            lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim + axis) for axis in (-2, -1)
+        )
+        logits = jnp.where(columns <= rows, logits, jnp.finfo(f32).min)
     weights = jnp.exp(logits - logits.max(-1, keepdims=True))
     total = weights.sum(-1)
     out = jnp.einsum(
@@ -222,7 +224,8 @@ class MotionBlock(nn.Module):
             raise ValueError(
                 f"{frames} frames are more than the motion module's {self.max_frames} positions"
             )
-        positions = sinusoidal_positions(self.max_frames, self.channels)[:frames].astype(x.dtype)
+        positions = sinusoidal_positions(self.max_frames, self.channels)[None, None, :frames]
+        positions = positions.astype(x.dtype)
         x = x + self.attn1(self.norm1(x) + positions)
         x = x + self.attn2(self.norm2(x) + positions)
         return x + self.ff(self.norm3(x))

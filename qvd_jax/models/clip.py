@@ -101,7 +101,7 @@ class CLIPTextEncoder(nn.Module):
     def __call__(self, token_ids: Array) -> Array:
         """Maps `[B, L]` token ids to `[B, L, C]`; padding is not masked, as in CLIP."""
         x = self.token_embedding(token_ids)
-        x = x + self.position_embedding(jnp.arange(token_ids.shape[-1]))
+        x = x + self.position_embedding(jnp.arange(token_ids.shape[-1]))[None]
         for layer in self.encoder:
             x = layer(x)
         return self.final_layer_norm(x)

@@ -113,8 +113,9 @@ class GroupNorm(nn.Module):
 
         mean = group_mean(x)
         variance = group_mean(jnp.square(x - mean))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale.astype(jnp.float32)
-        shift = bias.astype(jnp.float32) - mean * factor
+        scale, bias = (p.astype(jnp.float32).reshape(1, 1, 1, 1, channels) for p in (scale, bias))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
+        shift = bias - mean * factor
         return (x * factor + shift).astype(self.dtype)
 
 
@@ -126,7 +127,7 @@ def sinusoidal_embedding(timesteps: Array, width: int) -> Array:
     """
     half = width // 2
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -137,7 +138,7 @@ def sinusoidal_positions(length: int, width: int) -> Array:
     (Vaswani et al., arXiv 1706.03762, section 3.5).
     """
     frequencies = jnp.exp(-math.log(10000) * jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None]
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(length, width)
 
 

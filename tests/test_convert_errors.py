@@ -1,0 +1,654 @@
+"""What a user can get wrong when converting ends with one line that says so, and leaves nothing."""
+
+import contextlib
+import functools
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+import pytest
+import random_animatediff
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    ControlNetModel,
+    SparseControlNetModel,
+    UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
+)
+from pytorch_sources import (
+    Weights,
+    edit_json,
+    original_motion,
+    original_names,
+    read_weights,
+    rewrite,
+    split_motion,
+    weights_file,
+    write_weights,
+)
+from safetensors.torch import save_file
+
+from convert.__main__ import main as convert
+from convert.tensors import open_file
+from qvd_jax import checkpoint
+from qvd_jax.errors import InputError
+from qvd_jax.pipelines.text_to_video import ComponentConfigs
+
+Tiny = tuple[Path, AnimateDiffPipeline]
+Edit = Callable[[Path], list[object] | None]
+"""Spoils the source folder; returns further arguments of the command."""
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+LORA = f"{ATTENTION}.processor.to_q_lora"
+
+
+class Outcome(NamedTuple):
+    """How a command ended: its code, the message, and what it printed."""
+
+    code: int
+    message: str
+    printed: str
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shapes_traced_once() -> Iterator[None]:
+    """Most sources here have the same configs, and tracing takes most of a tiny conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(ComponentConfigs.param_shapes)
+        patch.setattr(ComponentConfigs, "param_shapes", cached)
+        yield
+
+
+@pytest.fixture
+def source(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of the v2 pipeline folder, to be spoiled."""
+    return shutil.copytree(tiny[0], tmp_path / "source")
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """The folder that holds the output, and nothing else."""
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent"
+
+
+@pytest.fixture
+def run(parent: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command that is to fail; nothing in the output's folder may have changed."""
+
+    def snapshot() -> dict[Path, bytes | None]:
+        return {p: p.read_bytes() if p.is_file() else None for p in sorted(parent.rglob("*"))}
+
+    def run(source: object, *arguments: object, out: Path | None = None) -> Outcome:
+        before = snapshot()
+        code = convert([str(source), "--out", str(out or parent / "out"), *map(str, arguments)])
+        assert snapshot() == before
+        printed, stderr = capsys.readouterr()
+        assert "Traceback" not in stderr
+        # A progress bar may have been drawn on the lines before.
+        start = re.search(r"^(error: |interrupted: )", stderr, re.MULTILINE).start()
+        message = stderr[start:]
+        assert message.endswith("\n")
+        assert not re.search(r"^(error|interrupted): ", message[1:], re.MULTILINE)
+        return Outcome(code, message.removesuffix("\n"), printed)
+
+    return run
+
+
+def assert_one_line_error(outcome: Outcome, *parts: str) -> None:
+    assert outcome.code == 2
+    assert "\n" not in outcome.message
+    for part in parts:
+        assert part in outcome.message
+
+
+def edit_unet(edit: Callable[[Weights], Any]) -> Edit:
+    """An edit of the UNet's tensors in place."""
+
+    def apply(source: Path) -> None:
+        tensors = read_weights(source / "unet")
+        edit(tensors)
+        write_weights(source / "unet", tensors)
+
+    return apply
+
+
+def drop_motion(source: Path) -> None:
+    shutil.rmtree(source / "motion_adapter")
+    write_weights(source / "unet", split_motion(read_weights(source / "unet"))[0])
+
+
+def shards(shard: str) -> Edit:
+    def apply(source: Path) -> None:
+        # The file is there, and good: only its place is wrong.
+        shutil.copy(source / UNET, source / "evil.safetensors")
+        rewrite(source / "unet", "sharded")
+        index = source / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+        data = json.loads(index.read_text())
+        data["weight_map"]["conv_in.weight"] = shard.replace("SOURCE", str(source))
+        index.write_text(json.dumps(data))
+
+    return apply
+
+
+def truncate(keep: float, layout: str | None = None) -> Edit:
+    def apply(source: Path) -> None:
+        file = source / UNET
+        if layout is not None:
+            rewrite(source / "unet", layout)
+            file = file.with_suffix(".bin")
+        data = file.read_bytes()
+        file.write_bytes(data[: int(keep * len(data))])
+
+    return apply
+
+
+def motion(make: Callable[[Path], Path]) -> Edit:
+    """Takes the source's motion modules away and names others by --motion."""
+
+    def apply(source: Path) -> list[object]:
+        adapter = make(source)
+        if adapter != source / "motion_adapter":
+            drop_motion(source)
+        return ["--motion", adapter]
+
+    return apply
+
+
+def three_level_adapter(source: Path) -> Path:
+    channels = {"block_out_channels": (32, 64, 64)}
+    random_animatediff.make_adapter("v3", **channels).save_pretrained(source.parent / "sdxl")
+    return source.parent / "sdxl"
+
+
+def sparse_control(source: Path) -> Path:
+    with torch.random.fork_rng():
+        model = SparseControlNetModel(
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+            norm_num_groups=8,
+            cross_attention_dim=24,
+            attention_head_dim=4,
+            num_attention_heads=4,
+            motion_num_attention_heads=4,
+            conditioning_embedding_out_channels=(8, 8),
+        )
+    torch.save(model.state_dict(), source.parent / "sparse.ckpt")
+    return source.parent / "sparse.ckpt"
+
+
+def spatial_only(source: Path) -> Path:
+    torch.save(split_motion(read_weights(source / "unet"))[0], source.parent / "mm.ckpt")
+    return source.parent / "mm.ckpt"
+
+
+def lora(tensors: Weights, scale: str = "") -> Edit:
+    def apply(source: Path) -> list[object]:
+        torch.save(tensors, source.parent / "lora.ckpt")
+        return ["--lora", f"{source.parent / 'lora.ckpt'}{scale}"]
+
+    return apply
+
+
+def pair(up: tuple[int, ...], down: tuple[int, ...]) -> Weights:
+    return {f"{LORA}.up.weight": torch.zeros(up), f"{LORA}.down.weight": torch.zeros(down)}
+
+
+def config(component: str, **changes: object) -> Edit:
+    return lambda source: edit_json(source / component / "config.json", **changes)
+
+
+def write(path: str, text: str) -> Edit:
+    return lambda source: (source / path).write_text(text) and None
+
+
+def case(edit: Edit, *parts: str, id: str) -> Any:
+    return pytest.param(edit, parts, id=id)
+
+
+FILES = [
+    case(lambda source: shutil.rmtree(source), "source is no folder", id="source"),
+    case(
+        lambda source: [shutil.rmtree(source / name) for name in ("vae", "tokenizer")] and None,
+        "source lacks the folders vae, tokenizer of a diffusers text-to-image or AnimateDiff",
+        id="components",
+    ),
+    case(
+        lambda source: (source / UNET).unlink(),
+        "unet holds no weights; looked for diffusion_pytorch_model.safetensors, "
+        "diffusion_pytorch_model.fp16.safetensors, diffusion_pytorch_model.bin, ",
+        id="weights",
+    ),
+    case(
+        lambda source: [file.unlink() for file in (source / "tokenizer").iterdir()] and None,
+        "tokenizer holds no tokenizer files (vocab.json, merges.txt, ",
+        id="tokenizer files",
+    ),
+    case(
+        lambda source: (source / "vae" / "config.json").unlink(),
+        "vae/config.json does not exist",
+        id="config",
+    ),
+    case(truncate(0.5), f"{UNET} is truncated or no safetensors file: ", id="half safetensors"),
+    case(truncate(0), f"{UNET} is truncated or no safetensors file: ", id="empty safetensors"),
+    case(truncate(0.5, "bin"), ".bin is truncated or no pickle of tensors: ", id="half pickle"),
+    case(truncate(0.5, "old bin"), ".bin is ", "truncated", id="half old pickle"),
+    case(
+        shards("../evil.safetensors"),
+        "index.json: conv_in.weight is said to lie in '../evil.safetensors'; a shard is a file of "
+        "the same folder",
+        id="index with ..",
+    ),
+    case(
+        shards("SOURCE/evil.safetensors"),
+        "index.json: conv_in.weight is said to lie in '/",
+        "a shard is a file of the same folder",
+        id="index with absolute path",
+    ),
+    case(
+        shards("lost.safetensors"), "unet/lost.safetensors does not exist", id="index, lost shard"
+    ),
+]
+
+CONFIGS = [
+    case(write("unet/config.json", '{"a":'), "unet/config.json is no JSON: ", id="half JSON"),
+    case(
+        write("vae/config.json", "[1]"),
+        "vae/config.json: a JSON object is needed, got list",
+        id="array",
+    ),
+    case(
+        config("unet", norm_eps="a"),
+        "unet: norm_eps: a positive number is needed, got 'a'",
+        id="eps",
+    ),
+    case(
+        config("unet", num_attention_heads=[4, 4, 4]),
+        "attention_head_dim: one positive integer, or 2, are needed, got [4, 4, 4]",
+        id="heads of three levels",
+    ),
+    case(
+        config("unet", num_attention_heads=7), "num_heads = 7 does not divide the 32", id="7 heads"
+    ),
+    case(
+        config("unet", norm_num_groups=7), "norm_groups = 7 does not divide the 32", id="7 groups"
+    ),
+    case(config("vae", norm_num_groups=0), "norm_groups", "0", id="VAE of no groups"),
+    case(config("text_encoder", num_attention_heads=0), "num_heads", "0", id="text of no heads"),
+    case(
+        config("text_encoder", hidden_act="relu"),
+        "text_encoder.activation: unknown value 'relu'",
+        id="activation",
+    ),
+    case(
+        lambda source: (
+            edit_unet(lambda t: [t.pop(k) for k in list(t) if k.endswith(".pe")])(source)
+            or edit_json(source / "unet" / "config.json", motion_max_seq_length="32")
+        ),
+        "motion_max_seq_length",
+        "'32'",
+        id="text for a number",
+    ),
+    case(
+        lambda source: edit_json(source / "scheduler" / "scheduler_config.json", thresholding=True),
+        "scheduler_config.json: thresholding = True is not supported; it must be False",
+        id="thresholding",
+    ),
+]
+
+MOTION = [
+    case(
+        drop_motion,
+        "unet has no motion modules; name a motion adapter folder or an original mm_*.ckpt with "
+        "--motion",
+        id="none",
+    ),
+    case(
+        motion(lambda source: source.parent / "typo.ckpt"),
+        "typo.ckpt does not exist",
+        id="lost file",
+    ),
+    case(
+        motion(lambda source: source / "motion_adapter"),
+        "unet has motion modules of its own; leave --motion out",
+        id="two",
+    ),
+    case(
+        motion(three_level_adapter),
+        "the UNet has 2 levels, its motion modules have 3; were they made for another base model, "
+        "such as Stable Diffusion XL?",
+        id="three levels",
+    ),
+    case(
+        motion(sparse_control),
+        "sparse.ckpt: motion modules are expected, it holds a ControlNet or SparseCtrl",
+        id="SparseCtrl",
+    ),
+    case(
+        motion(spatial_only),
+        "mm.ckpt: motion modules are expected, it holds 208 other tensors, the first ",
+        id="spatial weights",
+    ),
+    case(
+        motion(lambda source: source / "model_index.json"),
+        "model_index.json: a motion adapter folder or an original mm_*.ckpt is expected",
+        id="no checkpoint",
+    ),
+]
+
+LORAS = [
+    case(
+        lora({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 32)}),
+        "lora.ckpt: lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight is no key of an "
+        "AnimateDiff LoRA (..to_q_lora.down.weight)",
+        id="foreign keys",
+    ),
+    case(lora({}), "lora.ckpt holds no tensors", id="empty"),
+    case(
+        lora({f"{LORA}.up.weight": torch.zeros(32, 4)}),
+        f"lora.ckpt: {ATTENTION}.to_q.weight has only up of down and up",
+        id="half",
+    ),
+    case(
+        lora(pair((32, 4), (4, 64))),
+        f"lora.ckpt: {ATTENTION}.to_q.weight is (32, 32), which up (32, 4) x down (4, 64) does not "
+        "fit",
+        id="other width",
+    ),
+    case(lora(pair((32, 4), (2, 32))), "up (32, 4) x down (2, 32) does not fit", id="two ranks"),
+    case(lora(pair((32,), (32,))), "up (32,) x down (32,) does not fit", id="vectors"),
+    case(
+        lora(pair((32, 4, 1, 1), (4, 32, 1, 1))),
+        "up (32, 4, 1, 1) x down (4, 32, 1, 1) does not fit",
+        id="convolutions",
+    ),
+    case(
+        lora({key.replace("blocks.0", "blocks.7"): t for key, t in pair((32, 4), (4, 32)).items()}),
+        "lora.ckpt adds to 1 weights that this model lacks, the first down_blocks.7.",
+        id="other block",
+    ),
+    case(lora(pair((32, 4), (4, 32)), ":nan"), "nan", id="scale of nan"),
+    case(
+        lambda source: ["--lora", source.parent / "typo.ckpt:0.5"],
+        "typo.ckpt does not exist",
+        id="lost file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "parts"), FILES)
+def test_missing_and_damaged_files_are_named(source, run, edit, parts):
+    edit(source)
+    assert_one_line_error(run(source), *parts)
+
+
+@pytest.mark.parametrize(("edit", "parts"), CONFIGS)
+def test_config_values_that_cannot_be_are_named(source, run, edit, parts):
+    edit(source)
+    assert_one_line_error(run(source), *parts)
+
+
+@pytest.mark.parametrize(("edit", "parts"), MOTION)
+def test_motion_modules_must_come_from_one_place_and_fit(source, run, edit, parts):
+    assert_one_line_error(run(source, *(edit(source) or ())), *parts)
+
+
+@pytest.mark.parametrize(("edit", "parts"), LORAS)
+def test_lora_must_fit_the_model(source, run, edit, parts):
+    assert_one_line_error(run(source, *edit(source)), *parts)
+
+
+def test_motion_lora_of_v2_is_refused_by_v3_which_has_no_mid_block_module(tmp_path, tiny, run):
+    random_animatediff.make_pipeline(tmp_path / "v3", "v3")
+    tensors = {}
+    for name, tensor in split_motion(tiny[1].unet.state_dict())[1].items():
+        if name.endswith("to_q.weight"):
+            stem = original_names(name)[0].replace(".to_q.weight", ".processor.to_q_lora")
+            width = tensor.shape[0]
+            tensors[f"{stem}.up.weight"] = torch.zeros(width, 4)
+            tensors[f"{stem}.down.weight"] = torch.zeros(4, width)
+    torch.save(tensors, tmp_path / "v2_lora.ckpt")
+    assert_one_line_error(
+        run(tmp_path / "v3", "--lora", tmp_path / "v2_lora.ckpt"),
+        "v2_lora.ckpt adds to 2 weights that this model lacks, the first mid_block.motion_modules.",
+        "motion LoRAs fit v2 motion modules, which have one in the mid block",
+    )
+
+
+@pytest.fixture(params=["safetensors", "bin", "old bin"])
+def weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small file of weights."""
+    (tmp_path / "unet").mkdir()
+    save_file({"w": torch.ones(2, 3)}, tmp_path / UNET)
+    if "bin" in request.param:
+        rewrite(tmp_path / "unet", request.param)
+    (file,) = (tmp_path / "unet").iterdir()
+    assert open_file(file)["w"].shape == (2, 3)
+    return file
+
+
+def test_a_file_cut_anywhere_is_refused_on_opening(weights):
+    data = weights.read_bytes()
+    for length in range(len(data)):
+        weights.write_bytes(data[:length])
+        with pytest.raises(InputError, match=f"^{re.escape(str(weights))} is (truncated|refused)"):
+            open_file(weights)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_file_with_one_changed_byte_is_read_or_refused(weights):
+    data = weights.read_bytes()
+    for i, byte in enumerate(data):
+        weights.write_bytes(data[:i] + bytes([byte ^ 1]) + data[i + 1 :])
+        with contextlib.suppress(InputError):
+            for tensor in open_file(weights).values():
+                tensor.read()
+
+
+class Evil:
+    """Makes a folder on unpickling."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_code_in_a_pickle_does_not_run_and_is_named(source, tmp_path, run):
+    marker = tmp_path / "marker"
+    torch.save({"conv_in.weight": Evil(marker)}, (source / UNET).with_suffix(".bin"))
+    weights_file(source / "unet").unlink()
+    outcome = run(source)
+    assert not marker.exists()
+    assert_one_line_error(outcome, "diffusion_pytorch_model.bin is refused: ", "posix.mkdir")
+    # PyTorch's own message says how to load it all the same.
+    assert "weights_only" not in outcome.message
+
+
+def stable_video_diffusion() -> torch.nn.Module:
+    return UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=24,
+        num_attention_heads=(4, 4),
+        layers_per_block=1,
+    )
+
+
+def model_scope() -> torch.nn.Module:
+    return UNet3DConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        layers_per_block=1,
+    )
+
+
+def control_net() -> torch.nn.Module:
+    return ControlNetModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        layers_per_block=1,
+        conditioning_embedding_out_channels=(8, 8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "family"),
+    [
+        (stable_video_diffusion, "Stable Video Diffusion"),
+        (model_scope, "ModelScope or ZeroScope"),
+        (control_net, "a ControlNet or SparseCtrl"),
+    ],
+)
+@pytest.mark.parametrize("with_motion", [False, True], ids=["alone", "with --motion"])
+def test_other_families_are_called_by_name(source, tmp_path, run, make, family, with_motion):
+    arguments = []
+    if with_motion:
+        torch.save(
+            original_motion(split_motion(read_weights(source / "unet"))[1]), tmp_path / "mm.ckpt"
+        )
+        arguments = ["--motion", tmp_path / "mm.ckpt"]
+    shutil.rmtree(source / "motion_adapter")
+    write_weights(source / "unet", make().state_dict())
+    assert_one_line_error(
+        run(source, *arguments),
+        f" is {family}; an AnimateDiff or Stable Diffusion 1.5 UNet is expected",
+    )
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_at_once(source, run):
+    lost, extra = "mid_block.resnets.0.conv1.bias", "mid_block.odd.weight"
+    wide, vector, long = (
+        "mid_block.resnets.0.time_emb_proj.weight",
+        "mid_block.resnets.1.time_emb_proj.weight",
+        "mid_block.resnets.1.norm2.weight",
+    )
+
+    def edit(tensors: Weights) -> None:
+        del tensors[lost]
+        tensors[extra] = torch.zeros(3, 5)
+        tensors[wide] = tensors[wide].T
+        tensors[vector] = tensors[vector].flatten()
+        tensors[long] = torch.ones(65)
+
+    edit_unet(edit)(source)
+    outcome = run(source)
+    assert outcome.code == 2
+    head, *lines = outcome.message.splitlines()
+    assert head == ("error: unet does not fit (5 tensors; - missing, + extra, ! other shape):")
+    assert [line.split(":")[0].strip() for line in lines] == [
+        f"! {wide} (128, 64)",
+        f"! {long} (65,)",
+        f"! {vector} (8192,)",
+        f"+ {extra} (3, 5)",
+        f"- {lost}",
+    ]
+
+
+def test_existing_output_is_not_replaced_unless_asked(source, parent, tiny_checkpoint, run):
+    shutil.copytree(tiny_checkpoint, parent / "out")
+    assert_one_line_error(run(source), f"{parent}/out exists already; pass --overwrite")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_overwrite_replaces_nothing_but_a_checkpoint(source, parent, run, kind):
+    if kind == "folder":
+        (parent / "out").mkdir()
+        (parent / "out" / "thesis.tex").write_text("years of work")
+    else:
+        (parent / "out").write_text("years of work")
+    assert_one_line_error(
+        run(source, "--overwrite"),
+        f"{parent}/out exists and is no qvd_jax checkpoint; it is not replaced",
+    )
+
+
+def test_overwrite_replaces_a_whole_checkpoint(tmp_path, parent, tiny_checkpoint):
+    out = shutil.copytree(tiny_checkpoint, parent / "out")
+    (out / "stale").touch()
+    random_animatediff.make_pipeline(tmp_path / "v3", "v3")
+    assert convert([str(tmp_path / "v3"), "--out", str(out), "--overwrite"]) == 0
+    assert [path.name for path in parent.iterdir()] == ["out"]
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in tiny_checkpoint.iterdir()
+    }
+    assert checkpoint.read_manifest(out).description.startswith("AnimateDiff v3,")
+
+
+def test_output_in_a_missing_folder_is_refused(source, parent, run):
+    assert_one_line_error(
+        run(source, out=parent / "lost" / "out"),
+        f"{parent}/lost/out: the folder {parent}/lost does not exist; make it first",
+    )
+
+
+def test_lack_of_space_is_seen_before_anything_is_written(source, parent, run, monkeypatch):
+    free = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(checkpoint, "save_params", None)
+    outcome = run(source)
+    assert_one_line_error(outcome, f"{parent}: 0.01 GB are needed, 0.00 GB are free")
+
+
+@pytest.fixture
+def fail_at_vae(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes the writing of the second component raise."""
+    save = checkpoint.save_params
+
+    def set_failure(error: BaseException) -> None:
+        def failing(folder: Path, name: str, params: Any) -> None:
+            if name == "vae":
+                assert (folder / "unet").is_dir()
+                raise error
+            save(folder, name, params)
+
+        monkeypatch.setattr(checkpoint, "save_params", failing)
+
+    return set_failure
+
+
+def test_failure_half_way_keeps_the_checkpoint_that_was_to_be_replaced(
+    source, parent, tiny_checkpoint, run, fail_at_vae
+):
+    shutil.copytree(tiny_checkpoint, parent / "out")
+    fail_at_vae(OSError(28, "No space left on device"))
+    assert_one_line_error(run(source, "--overwrite"), "[Errno 28] No space left on device")
+
+
+def test_interrupt_half_way_ends_with_130_and_leaves_nothing(source, run, fail_at_vae):
+    fail_at_vae(KeyboardInterrupt())
+    outcome = run(source)
+    assert outcome.code == 130
+    assert outcome.message == "interrupted: nothing was written"
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(source, run, monkeypatch):
+    # TensorStore reports it like this, by no OSError.
+    refusal = ValueError(
+        'RESOURCE_EXHAUSTED: Error writing local file "/x/unet/_sharding": Failed writing: '
+        "Failed to write 18657 bytes to file 11: No space left on device [os_error_code='28']"
+    )
+
+    def full(self: object, path: Path, **options: object) -> None:
+        path.mkdir()
+        raise refusal
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", full)
+    assert_one_line_error(run(source), "No space left on device")

@@ -1,0 +1,481 @@
+"""The same weights arrive the same, whatever files, names and versions they come in."""
+
+import dataclasses
+import functools
+import re
+import shutil
+from pathlib import Path
+
+import chex
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_animatediff
+import torch
+from diffusers import AnimateDiffPipeline, AutoencoderKL, UNetMotionModel
+from hypothesis import given
+from hypothesis import strategies as st
+from pytorch_sources import (
+    edit_json,
+    make_sd15,
+    original_motion,
+    original_names,
+    read_weights,
+    rewrite,
+    split_motion,
+)
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import qvd_jax
+from convert import animatediff, companions, names
+from convert.__main__ import main as convert
+from convert.lora import parse_lora
+from convert.pipeline import open_source
+from convert.tensors import LazyTensor, Tensors, open_file, open_folder
+from qvd_jax import checkpoint
+from qvd_jax.diffusion.schedules import ANIMATEDIFF
+from qvd_jax.errors import InputError
+from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline
+
+Tiny = tuple[Path, AnimateDiffPipeline]
+COMPONENTS = ("unet", "vae", "text_encoder")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shapes_traced_once():
+    """Most sources here have the same configs, and tracing takes most of a tiny conversion."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(ComponentConfigs.param_shapes)
+        patch.setattr(ComponentConfigs, "param_shapes", cached)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> TextToVideoPipeline:
+    """The pipeline converted from whole safetensors files."""
+    return qvd_jax.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def sd15(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights as Stable Diffusion 1.5, with the motion modules in `../adapter`."""
+    return make_sd15(tiny[0], tmp_path_factory.mktemp("sd15") / "sd15")
+
+
+def run(source: Path, out: Path, *arguments: object) -> TextToVideoPipeline:
+    """Converts by the command line, and loads."""
+    assert convert([str(source), "--out", str(out), *map(str, arguments)]) == 0
+    return qvd_jax.load(out)
+
+
+def assert_same_params(pipe: TextToVideoPipeline, params: dict) -> None:
+    chex.assert_trees_all_equal(pipe.params, params, strict=True)
+
+
+def flat(tree: dict) -> dict[str, np.ndarray]:
+    return {
+        name: np.asarray(leaf)
+        for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()
+    }
+
+
+def sorted_values(arrays: object) -> np.ndarray:
+    return np.sort(np.concatenate([np.ravel(array) for array in arrays]))
+
+
+def test_each_weight_of_the_source_arrives_once_in_flax_layout(tiny, reference):
+    modules = {name: getattr(tiny[1], name).state_dict() for name in COMPONENTS}
+    source = {
+        name: {key: t.numpy() for key, t in tensors.items() if not key.endswith(".pe")}
+        for name, tensors in modules.items()
+    }
+    found = {name: flat(tree) for name, tree in reference.params.items()}
+    for name in COMPONENTS:
+        np.testing.assert_array_equal(
+            sorted_values(found[name].values()), sorted_values(source[name].values())
+        )
+
+    unet, vae, text = (source[name] for name in COMPONENTS)
+    motion = "up_blocks.0.motion_modules.2.transformer_blocks.0"
+    spatial = "mid_block.attentions.0.transformer_blocks.0"
+    attention = "decoder.mid_block.attentions.0"
+    layer = "encoder.layers.1.self_attn"
+
+    def joined(tensors: dict, module: str, parts: tuple[str, ...], leaf: str) -> np.ndarray:
+        return np.concatenate([tensors[f"{module}.{part}.{leaf}"].T for part in parts], axis=-1)
+
+    qkv, proj = ("to_q", "to_k", "to_v"), ("q_proj", "k_proj", "v_proj")
+    expected = {
+        "unet": {
+            "conv_in/kernel": unet["conv_in.weight"].transpose(2, 3, 1, 0),
+            "mid_block/blocks_0/attention/proj_in/kernel": unet[
+                "mid_block.attentions.0.proj_in.weight"
+            ][:, :, 0, 0].T,
+            "up_blocks_0/blocks_2/motion_module/block/attn2/to_qkv/kernel": joined(
+                unet, f"{motion}.attn2", qkv, "weight"
+            ),
+            "up_blocks_0/blocks_2/motion_module/block/norm3/scale": unet[f"{motion}.norm3.weight"],
+            "mid_block/blocks_0/attention/block/attn1/to_qkv/kernel": joined(
+                unet, f"{spatial}.attn1", qkv, "weight"
+            ),
+            "mid_block/blocks_0/attention/block/attn2/to_kv/kernel": joined(
+                unet, f"{spatial}.attn2", qkv[1:], "weight"
+            ),
+            "mid_block/blocks_1/resnet/time_emb_proj/kernel": unet[
+                "mid_block.resnets.1.time_emb_proj.weight"
+            ].T,
+        },
+        "vae": {
+            "decoder/mid_block/attention/attn/to_qkv/kernel": joined(vae, attention, qkv, "weight"),
+            "decoder/mid_block/attention/attn/to_qkv/bias": joined(vae, attention, qkv, "bias"),
+            "quant_conv/kernel": vae["quant_conv.weight"][:, :, 0, 0].T,
+        },
+        "text_encoder": {
+            "encoder_1/self_attn/to_qkv/kernel": joined(text, layer, proj, "weight"),
+            "encoder_1/self_attn/to_qkv/bias": joined(text, layer, proj, "bias"),
+            "token_embedding/embedding": text["embeddings.token_embedding.weight"],
+        },
+    }
+    for name, arrays in expected.items():
+        for path, array in arrays.items():
+            np.testing.assert_array_equal(found[name][path], array, err_msg=f"{name}/{path}")
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param(("sharded", "bin", "fp16"), id="unet sharded"),
+        pytest.param(("fp16", "fp16 sharded", "bin sharded"), id="unet fp16"),
+        pytest.param(("bin", "old bin", "sharded"), id="unet bin"),
+    ],
+)
+def test_weights_do_not_depend_on_their_files(tiny, reference, tmp_path, layouts):
+    source = tmp_path / "source"
+    shutil.copytree(tiny[0], source)
+    expected = dict(reference.params)
+    for name, layout in zip(COMPONENTS, layouts, strict=True):
+        rewrite(source / name, layout)
+        if "fp16" in layout:
+            expected[name] = jax.tree.map(
+                lambda x: x.astype(jnp.float16).astype(jnp.float32), expected[name]
+            )
+    assert_same_params(run(source, tmp_path / "out"), expected)
+
+
+def test_full_precision_is_preferred_to_fp16_and_safetensors_to_pickles(tmp_path):
+    stem = "diffusion_pytorch_model"
+    (tmp_path / f"{stem}.fp16.bin").touch()
+    # From the least wanted to the most: each is taken as soon as it is there.
+    for i, name in enumerate((f"{stem}.bin", f"{stem}.fp16.safetensors", f"{stem}.safetensors")):
+        tensors = {"w": torch.full((2,), i / 3)}
+        (torch.save if name.endswith("bin") else save_file)(tensors, tmp_path / name)
+        found = open_folder(tmp_path, stem, stem)["w"].read()
+        np.testing.assert_array_equal(found, tensors["w"].numpy(), err_msg=name)
+
+
+def test_pickled_parameters_and_bfloat16_tensors_are_read_like_float32(tmp_path):
+    tensor = torch.randn(3, 5).bfloat16().float()
+    pickled = {"parameter": torch.nn.Parameter(tensor), "half": tensor.bfloat16(), "epoch": 3}
+    torch.save(pickled, tmp_path / "weights.ckpt")
+    save_file({"stored": tensor.bfloat16()}, tmp_path / "weights.safetensors")
+    tensors = open_file(tmp_path / "weights.ckpt") | open_file(tmp_path / "weights.safetensors")
+    assert tensors.keys() == {"parameter", "half", "stored"}
+    for found in tensors.values():
+        np.testing.assert_array_equal(found.read().astype(np.float32), tensor.numpy())
+
+
+def test_stable_diffusion_with_an_adapter_folder_equals_the_animatediff_folder(
+    sd15, reference, tmp_path, capsys
+):
+    pipe = run(sd15, tmp_path / "out", "--motion", sd15.parent / "adapter")
+    assert_same_params(pipe, reference.params)
+    assert (pipe.unet, pipe.vae, pipe.text_encoder) == (
+        reference.unet,
+        reference.vae,
+        reference.text_encoder,
+    )
+    assert pipe.unet.config.temporal_norm_scope == "joint"
+    assert pipe.unet.config.resnet_norm_scope == "frame"
+    assert pipe.scheduler == ANIMATEDIFF
+    assert pipe.defaults == reference.defaults
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "AnimateDiff v2, GroupNorm scopes of diffusers AnimateDiff"
+    assert [line for line in printed if line.startswith("note: ")] == [
+        "note: scheduler set to AnimateDiff's DDIM: motion modules were trained with linear betas, "
+        "Stable Diffusion's are scaled"
+    ]
+    prompts = ["a red panda", "", "Surfing!"]
+    assert pipe.tokenizer(prompts)["input_ids"] == reference.tokenizer(prompts)["input_ids"]
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "training output"])
+def test_original_motion_checkpoint_gives_the_weights_of_the_adapter_with_its_own_norms(
+    sd15, tiny, reference, tmp_path, wrapped
+):
+    motion = split_motion(read_weights(tiny[0] / "unet"))[1]
+    original = original_motion(motion)
+    modules = {name.partition(".temporal_transformer.")[0] for name in original}
+    assert len(original) == 28 * len(modules)  # as CHECKPOINTS.md 1.3 counts them
+    content = {**original, "animatediff_config": {"unet_additional_kwargs": {"depth": 1}}}
+    if wrapped:
+        content = {
+            "epoch": 3,
+            "global_step": 1000,
+            "state_dict": {f"module.{name}": tensor for name, tensor in original.items()},
+        }
+    torch.save(content, tmp_path / "mm.ckpt")
+    source = tmp_path / "source"
+    shutil.copytree(sd15, source)
+    if not wrapped:
+        # The text encoder's names as transformers 5 writes them.
+        shutil.copytree(tiny[0] / "text_encoder", source / "text_encoder", dirs_exist_ok=True)
+    pipe = run(source, tmp_path / "out", "--motion", tmp_path / "mm.ckpt")
+    assert_same_params(pipe, reference.params)
+    assert pipe.unet.config == dataclasses.replace(
+        reference.unet.config,
+        temporal_norm_scope="frame",
+        resnet_norm_scope="frame",
+        temporal_heads=(8, 8),  # the file does not say; 8 in all published ones
+    )
+    assert pipe.description == "AnimateDiff v2, GroupNorm scopes of original AnimateDiff"
+
+
+def test_original_v1_converts_to_bfloat16_rounded_and_joins_frames_in_resnets_alone(tmp_path):
+    folder = tmp_path / "v1"
+    pipeline = random_animatediff.make_pipeline(folder, "v1", seed=1)
+    source = make_sd15(folder, tmp_path / "sd15")
+    _, motion = split_motion(read_weights(folder / "unet"))
+    torch.save(original_motion(motion), tmp_path / "mm.ckpt")
+    pipe = run(source, tmp_path / "out", "--motion", tmp_path / "mm.ckpt", "--dtype", "bfloat16")
+    assert pipe.unet.config.resnet_norm_scope == "joint"
+    assert pipe.unet.config.temporal_norm_scope == "frame"
+    assert pipe.unet.config.max_frames == 24
+    assert not pipe.unet.config.temporal_mid_block
+    for name in COMPONENTS:
+        leaves = jax.tree.leaves(pipe.params[name])
+        chex.assert_type(leaves, jnp.bfloat16)
+        state = getattr(pipeline, name).state_dict()
+        np.testing.assert_array_equal(
+            sorted_values(np.asarray(leaf, np.float32) for leaf in leaves),
+            sorted_values(
+                t.bfloat16().float() for key, t in state.items() if not key.endswith(".pe")
+            ),
+        )
+
+
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_version_and_norm_scopes_follow_from_the_weights(version, tmp_path):
+    folder = tmp_path / "pipeline"
+    random_animatediff.make_pipeline(folder, version)
+    source = make_sd15(folder, tmp_path / "sd15")
+    _, motion = split_motion(read_weights(folder / "unet"))
+    torch.save(original_motion(motion), tmp_path / "mm.ckpt")
+    found = {
+        "folder": open_source(folder),
+        "adapter": open_source(source, tmp_path / "adapter"),
+        "original": open_source(source, tmp_path / "mm.ckpt"),
+    }
+    for layout, opened in found.items():
+        config = opened.configs.unet
+        assert config.max_frames == (24 if version == "v1" else 32)
+        assert config.temporal_mid_block == (version == "v2")
+        assert opened.description.startswith(f"AnimateDiff {version},")
+        assert (config.temporal_norm_scope, config.resnet_norm_scope) == (
+            ("joint", "frame")
+            if layout != "original"
+            else ("frame", "joint" if version == "v1" else "frame")
+        )
+
+
+def test_a_config_that_claims_a_mid_block_the_weights_lack_is_overruled(tmp_path, capsys):
+    folder = tmp_path / "v3"
+    random_animatediff.make_pipeline(folder, "v3")
+    edit_json(folder / "unet" / "config.json", use_motion_mid_block=True)
+    out = tmp_path / "out"
+    assert convert([str(folder), "--out", str(out)]) == 0
+    assert (
+        "note: config.json says use_motion_mid_block = True, but the weights lack a mid-block "
+        "motion module; the weights decide: v3\n"
+    ) in capsys.readouterr().out
+    unet = checkpoint.read_manifest(out).components["unet"]
+    assert unet["temporal_mid_block"] is False
+
+
+def our_place(name: str) -> tuple[str, int, int]:
+    """Where an attention weight lies in our tree: path, and which part of how many."""
+    stage, kind, block, attention, layer = re.fullmatch(
+        r"((?:down|up)_blocks\.\d|mid_block)\.(attentions|motion_modules)\.(\d)"
+        r"\.transformer_blocks\.0\.(attn\d)\.(to_q|to_k|to_v|to_out)(?:\.0)?\.weight",
+        name,
+    ).groups()
+    fused, part, parts = layer, 0, 1
+    if layer != "to_out" and (kind, attention) != ("attentions", "attn2"):
+        fused, part, parts = "to_qkv", ("to_q", "to_k", "to_v").index(layer), 3
+    elif layer in ("to_k", "to_v"):
+        fused, part, parts = "to_kv", ("to_k", "to_v").index(layer), 2
+    module = "attention" if kind == "attentions" else "motion_module"
+    stage = stage.replace(".", "_")
+    return f"{stage}/blocks_{block}/{module}/block/{attention}/{fused}/kernel", part, parts
+
+
+def test_loras_add_scale_times_up_times_down_to_the_weights_they_name(
+    tiny, reference, tmp_path, capsys
+):
+    unet = tiny[1].unet.state_dict()
+    targets = [name for name in unet if re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", name)]
+    motion = [name for name in targets if ".motion_modules." in name]
+    spatial = [name for name in targets if ".attentions." in name]
+    assert len(motion) == 11 * 8
+    assert len(spatial) == 6 * 8
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(chosen: list[str], rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        return {
+            name: (
+                torch.randn(unet[name].shape[0], rank, generator=generator),
+                torch.randn(rank, unet[name].shape[1], generator=generator),
+            )
+            for name in chosen
+        }
+
+    def keys(pairs: dict, rename: object = lambda name: name) -> dict[str, torch.Tensor]:
+        content = {}
+        for name, (up, down) in pairs.items():
+            stem = re.sub(r"\.(to_\w+)(\.0)?\.weight$", r".processor.\1_lora", rename(name))
+            content |= {f"{stem}.up.weight": up, f"{stem}.down.weight": down}
+        return content
+
+    zoom, pan, domain = draw(motion, 4), draw(motion[::3], 2), draw(spatial, 3)
+    original = keys(zoom, lambda name: original_names(name)[0])
+    assert (
+        "mid_block.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0"
+        ".processor.to_q_lora.down.weight"
+    ) in original
+    assert (
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight"
+    ) in keys(domain)
+    torch.save({"state_dict": original, "animatediff_config": {}}, tmp_path / "zoom.ckpt")
+    # As diffusers publishes them.
+    save_file(keys(pan, lambda name: f"unet.{name}"), tmp_path / "pan.safetensors")
+    torch.save(keys(domain), tmp_path / "adapter.ckpt")
+
+    pipe = run(
+        *(tiny[0], tmp_path / "out", "--lora", f"{tmp_path / 'zoom.ckpt'}:0.5"),
+        *("--lora", f"{tmp_path / 'pan.safetensors'}:-1.25", "--lora", tmp_path / "adapter.ckpt"),
+    )
+
+    printed = capsys.readouterr().out
+    for name, scale in (("zoom.ckpt", "0.5"), ("pan.safetensors", "-1.25"), ("adapter.ckpt", "1")):
+        assert f"note: merged {name} at scale {scale}\n" in printed
+    expected = flat(reference.params["unet"])
+    touched = set()
+    for name in targets:
+        weight = unet[name].double()
+        for pairs, scale in ((zoom, 0.5), (pan, -1.25), (domain, 1.0)):
+            if name in pairs:
+                up, down = pairs[name]
+                weight = weight + scale * up.double() @ down.double()
+        path, part, parts = our_place(name)
+        if path not in touched:
+            expected[path] = np.full(expected[path].shape, np.nan)
+            touched.add(path)
+        width = expected[path].shape[1] // parts
+        expected[path][:, part * width : (part + 1) * width] = weight.numpy().T
+    found = flat(pipe.params["unet"])
+    assert found.keys() == expected.keys()
+    for path, array in found.items():
+        if path in touched:
+            np.testing.assert_allclose(array, expected[path], rtol=0, atol=2e-6, err_msg=path)
+        else:
+            np.testing.assert_array_equal(array, expected[path], err_msg=path)
+    for name in ("vae", "text_encoder"):
+        chex.assert_trees_all_equal(pipe.params[name], reference.params[name])
+
+
+PATHS = st.text("ab:./ -_0", min_size=1).map(lambda text: f"{text}.ckpt")
+
+
+@given(PATHS, st.floats(allow_nan=False, allow_infinity=False))
+def test_parse_lora_splits_the_scale_from_any_path_and_defaults_to_one(path, scale):
+    assert parse_lora(f"{path}:{scale!r}") == (Path(path), scale)
+    assert parse_lora(path) == (Path(path), 1.0)
+
+
+def meta_shapes(module: type, *arguments: object, **options: object) -> tuple[Tensors, object]:
+    """A PyTorch module's tensors by name, without memory behind them, and its config."""
+    with torch.device("meta"):
+        built = module(*arguments, **options)
+
+    def unreadable() -> np.ndarray:
+        raise AssertionError("names and shapes alone must do")
+
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), unreadable)
+        for name, tensor in built.state_dict().items()
+    }
+    return tensors, built.config
+
+
+VIT_L = {"num_attention_heads": 12, "intermediate_size": 3072, "hidden_act": "quick_gelu"}
+OPENCLIP_H = {"num_attention_heads": 16, "intermediate_size": 4096, "hidden_act": "gelu"}
+
+
+@pytest.mark.parametrize(
+    ("frames", "mid_block", "unet_total", "width", "depth", "text", "text_total"),
+    [
+        pytest.param(24, False, 1_276_658_564, 768, 12, VIT_L, 123_060_480, id="v1, ViT-L"),
+        pytest.param(32, True, 1_312_730_244, 1024, 23, OPENCLIP_H, 340_387_840, id="v2, ViT-H"),
+        pytest.param(32, False, 1_276_658_564, 768, 12, VIT_L, 123_060_480, id="v3, ViT-L"),
+    ],
+)
+def test_names_of_published_models_are_exactly_ours_at_full_size(
+    frames, mid_block, unet_total, width, depth, text, text_total
+):
+    tensors, config = {}, {}
+    tensors["unet"], config["unet"] = meta_shapes(
+        UNetMotionModel,
+        cross_attention_dim=768,
+        use_motion_mid_block=mid_block,
+        motion_max_seq_length=frames,
+    )
+    tensors["vae"], config["vae"] = meta_shapes(
+        AutoencoderKL,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+    )
+    tensors["text_encoder"], text_config = meta_shapes(
+        CLIPTextModel, CLIPTextConfig(hidden_size=width, num_hidden_layers=depth, **text)
+    )
+    configs = ComponentConfigs(
+        unet=animatediff.unet_config(
+            tensors["unet"], config["unet"], config["unet"], original_norms=False, where="unet"
+        ),
+        vae=companions.vae_config(tensors["vae"], config["vae"], "vae"),
+        text_encoder=companions.text_config(
+            tensors["text_encoder"], text_config.to_dict(), "text_encoder"
+        ),
+    )
+    version = "v2" if mid_block else "v1" if frames == 24 else "v3"
+    assert configs.unet == qvd_jax.models.unet3d.animatediff(version)
+    tensors["unet"] = animatediff.without_positions(tensors["unet"])
+    shapes = configs.param_shapes("float32")
+    maps = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.CLIP_TEXT}
+    totals = {"unet": unet_total, "vae": 83_653_863, "text_encoder": text_total}
+    for name, total in totals.items():
+        names.check_names(shapes[name], maps[name], tensors[name], name)
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes[name])) == total
+
+        kernels = [key for key in tensors[name] if re.search(r"(conv1|fc1)\.weight$", key)]
+        lost, turned = kernels[0], kernels[-1]
+        broken = {key: tensor for key, tensor in tensors[name].items() if key != lost}
+        shape = (1, *tensors[name][turned].shape)
+        broken |= {"odd.weight": LazyTensor((7,), None), turned: LazyTensor(shape, None)}
+        with pytest.raises(InputError, match=rf"^{name} does not fit \(3 tensors; ") as error:
+            names.check_names(shapes[name], maps[name], broken, name)
+        lines = [line.split()[:2] for line in str(error.value).splitlines()[1:]]
+        assert sorted(lines) == sorted([["-", lost], ["+", "odd.weight"], ["!", turned]])

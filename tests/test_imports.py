@@ -1,0 +1,57 @@
+"""Imports point down: each package uses only what lies below it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import qvd_jax
+
+ROOT = Path(qvd_jax.__file__).parent
+GROUND = {"axes", "errors", "config"}
+ALLOWED = {
+    "axes": set(),
+    "errors": set(),
+    "config": {"errors"},
+    "cli": {"errors"},
+    "checkpoint": GROUND,
+    "kernels": {"axes"},
+    "models": GROUND | {"kernels"},
+    "diffusion": GROUND,
+    "data": GROUND,
+    "pipelines": GROUND | {"checkpoint", "models", "diffusion"},
+}
+VERBS = {"sample", "benchmark"}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules and packages of qvd_jax a file imports, by their first name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            parts = node.module.split(".")
+            if parts[0] == "qvd_jax":
+                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("qvd_jax.")}
+        assert not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("convert"))
+    return found
+
+
+def test_every_module_has_its_place():
+    names = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert names - {"__init__", "__pycache__"} == set(ALLOWED) | VERBS
+
+
+@pytest.mark.parametrize("place", ALLOWED)
+def test_imports_point_down(place):
+    module = ROOT / f"{place}.py"
+    for path in [module] if module.exists() else (ROOT / place).rglob("*.py"):
+        assert imported(path) <= ALLOWED[place] | {place}, path
+
+
+def test_only_convert_knows_pytorch():
+    """The benchmark's peer runs PyTorch in a process of its own."""
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert path.stem == "benchmark" or "import torch" not in text, path

@@ -1,0 +1,417 @@
+"""Float parity of every block and every network with PyTorch, on shared random weights."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import AutoencoderKL as TorchVAE
+from diffusers import UNetMotionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_motion_model import (
+    AnimateDiffTransformer3D,
+    CrossAttnDownBlockMotion,
+    CrossAttnUpBlockMotion,
+    DownBlockMotion,
+    UNetMidBlockCrossAttnMotion,
+    UpBlockMotion,
+)
+from random_animatediff import randomize
+from transformers import CLIPTextConfig as TorchCLIPConfig
+from transformers import CLIPTextModel
+
+from convert import names
+from convert.animatediff import unet_config, without_positions
+from convert.companions import rename_text, text_config, vae_config
+from convert.tensors import LazyTensor, Tensors
+from qvd_jax.models.attention import MotionModule, SpatialTransformer, dot_product_attention
+from qvd_jax.models.blocks import ResnetBlock
+from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder
+from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
+from qvd_jax.models.unet3d import Stage, UNet3D, UNet3DConfig, animatediff
+from qvd_jax.models.vae import AutoencoderKL
+
+TOLERANCE = 1e-4
+BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 4, 6
+
+
+def tensors_of(module: torch.nn.Module) -> Tensors:
+    return {
+        name: LazyTensor(tuple(tensor.shape), tensor.numpy)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def transfer(torch_module: torch.nn.Module, module: nn.Module, *inputs: Any) -> Any:
+    """The Flax variables of `module` with the weights of the PyTorch block."""
+
+    # The name rules expect a parent in front of a block.
+    def block_names(path: str) -> tuple[str, ...]:
+        return tuple(name.removeprefix("x.") for name in names.UNET(f"x/{path}"))
+
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    tensors = without_positions(tensors_of(torch_module))
+    names.check_names(shapes, block_names, tensors, "block")
+    params = names.build_params(shapes, block_names, tensors, jnp.float32, lambda count: None)
+    return {"params": params}
+
+
+def video(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def to_torch(x: np.ndarray) -> torch.Tensor:
+    """`[B, F, H, W, C] -> [B * F, C, H, W]`."""
+    return torch.from_numpy(x.reshape(-1, *x.shape[2:])).permute(0, 3, 1, 2).contiguous()
+
+
+def from_torch(x: torch.Tensor, frames: int = FRAMES) -> np.ndarray:
+    """`[B * F, C, H, W] -> [B, F, H, W, C]`."""
+    return x.detach().permute(0, 2, 3, 1).unflatten(0, (-1, frames)).numpy()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (96, 64)])
+def test_resnet(channels):
+    inside, outside = channels
+    block = ResnetBlock2D(in_channels=inside, out_channels=outside, temb_channels=40, groups=32)
+    block.eps = 1e-5
+    randomize(block)
+    for norm in (block.norm1, block.norm2):
+        norm.eps = 1e-5
+    module = ResnetBlock(inside, outside, 32, 1e-5, "frame", FLOAT)
+    x, embedding = video(BATCH, FRAMES, HEIGHT, WIDTH, inside), video(BATCH, 40, seed=1)
+    expected = block(to_torch(x), torch.from_numpy(embedding).repeat_interleave(FRAMES, 0))
+
+    def run(module: ResnetBlock, x: Any, embedding: Any) -> Any:
+        return module(x, module.temporal_features(nn.silu(embedding)))
+
+    bound = nn.apply(run, module)
+    shapes_from = nn.init(run, module)
+    shapes = jax.eval_shape(shapes_from, jax.random.key(0), x, embedding)["params"]
+    tensors = tensors_of(block)
+    params = names.build_params(shapes, names.UNET, tensors, jnp.float32, lambda count: None)
+    found = jax.jit(bound)({"params": params}, x, embedding)
+    assert relative_error(found, from_torch(expected)) <= TOLERANCE
+
+
+def run_transformer(module: SpatialTransformer, x: Any, text: Any) -> Any:
+    return module(x, module.context_features(text))
+
+
+def test_spatial_transformer():
+    block = Transformer2DModel(8, 8, 64, cross_attention_dim=24, norm_num_groups=32)
+    randomize(block)
+    module = SpatialTransformer(64, 8, 32, FLOAT)
+    x, text = video(BATCH, FRAMES, HEIGHT, WIDTH, 64), video(BATCH, 7, 24, seed=1)
+    expected = block(to_torch(x), torch.from_numpy(text).repeat_interleave(FRAMES, 0)).sample
+    call = nn.apply(run_transformer, module)
+    variables = transfer_call(block, run_transformer, module, x, text)
+    assert relative_error(jax.jit(call)(variables, x, text), from_torch(expected)) <= TOLERANCE
+
+
+def transfer_call(torch_module: torch.nn.Module, call: Any, module: nn.Module, *inputs: Any) -> Any:
+    class Called(nn.Module):
+        def init(self, *args: Any) -> Any:
+            return nn.init(call, module)(*args)
+
+    return transfer(torch_module, Called(), *inputs)
+
+
+@pytest.mark.parametrize("frames", [1, 5, 24])
+def test_motion_module(frames):
+    block = AnimateDiffTransformer3D(
+        8,
+        8,
+        in_channels=64,
+        norm_num_groups=32,
+        activation_fn="geglu",
+        double_self_attention=True,
+        positional_embeddings="sinusoidal",
+        num_positional_embeddings=24,
+    )
+    randomize(block)
+    module = MotionModule(64, 8, 24, 32, "joint", FLOAT)
+    x = video(BATCH, frames, HEIGHT, WIDTH, 64)
+    expected = from_torch(block(to_torch(x), num_frames=frames), frames)
+    found = jax.jit(module.apply)(transfer(block, module, x), x)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_motion_module_refuses_more_frames_than_positions():
+    module = MotionModule(64, 8, 24, 32, "joint", FLOAT)
+    x = jnp.zeros((1, 25, 1, 1, 64))
+    with pytest.raises(ValueError, match="25 frames are more than the motion module's 24"):
+        module.init(jax.random.key(0), x)
+
+
+STAGE = {
+    "temb_channels": 40,
+    "resnet_eps": 1e-5,
+    "resnet_groups": 8,
+    "temporal_num_attention_heads": 4,
+}
+CONFIG = UNet3DConfig(
+    block_channels=(32, 64),
+    attention_levels=(True, False),
+    num_heads=(4, 4),
+    temporal_heads=(4, 4),
+    context_dim=24,
+    norm_groups=8,
+    down_eps=(1e-5, 1e-5),
+    up_eps=(1e-5, 1e-5),
+)
+CROSS = {"cross_attention_dim": 24, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_down_stage(attention):
+    make = CrossAttnDownBlockMotion if attention else DownBlockMotion
+    block = make(
+        in_channels=16, out_channels=32, num_layers=2, **STAGE, **(CROSS if attention else {})
+    )
+    module = Stage(CONFIG, 0, (16, 32), 1e-5, (attention,) * 2, (True,) * 2, "down", FLOAT)
+    check_stage(block, module, skips=[], attention=attention)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_up_stage(attention):
+    make = CrossAttnUpBlockMotion if attention else UpBlockMotion
+    block = make(
+        in_channels=16,
+        prev_output_channel=64,
+        out_channels=32,
+        num_layers=3,
+        **STAGE,
+        **(CROSS if attention else {}),
+    )
+    inputs = (64 + 32, 32 + 32, 32 + 16)
+    module = Stage(CONFIG, 0, inputs, 1e-5, (attention,) * 3, (True,) * 3, "up", FLOAT)
+    check_stage(block, module, skips=[16, 32, 32], attention=attention)
+
+
+def test_mid_stage():
+    block = UNetMidBlockCrossAttnMotion(in_channels=64, **STAGE, **CROSS)
+    module = Stage(CONFIG, 1, (64, 64), 1e-5, (True, False), (True, False), None, FLOAT)
+    check_stage(block, module, skips=[], attention=True)
+
+
+def check_stage(block: Any, module: Stage, skips: list[int], attention: bool) -> None:
+    randomize(block)
+    width = module.in_channels[0] - (skips[-1] if skips else 0)
+    x, embedding = video(BATCH, FRAMES, HEIGHT, WIDTH, width), video(BATCH, 40, seed=1)
+    text = video(BATCH, 7, 24, seed=2)
+    skip_videos = [video(BATCH, FRAMES, HEIGHT, WIDTH, c, seed=3 + i) for i, c in enumerate(skips)]
+
+    def call(module: Stage, x: Any, embedding: Any, text: Any, skip_videos: Any) -> Any:
+        temporal = module.temporal_features(nn.silu(embedding))
+        context = module.context_features(text)
+        return module(x, temporal, context, list(skip_videos) if skips else None)
+
+    inputs = (x, embedding, text, skip_videos)
+    variables = transfer_call(block, call, module, *inputs)
+    found, results = jax.jit(nn.apply(call, module))(variables, *inputs)
+
+    arguments: dict[str, Any] = {
+        "hidden_states": to_torch(x),
+        "temb": torch.from_numpy(embedding).repeat_interleave(FRAMES, 0),
+        "num_frames": FRAMES,
+    }
+    if attention:
+        arguments["encoder_hidden_states"] = torch.from_numpy(text).repeat_interleave(FRAMES, 0)
+    if skips:
+        arguments["res_hidden_states_tuple"] = tuple(to_torch(s) for s in skip_videos)
+    expected = block(**arguments)
+    if isinstance(expected, tuple):
+        expected, states = expected
+        for result, state in zip(results, states, strict=True):
+            assert relative_error(result, from_torch(state)) <= TOLERANCE
+    assert relative_error(found, from_torch(expected)) <= TOLERANCE
+
+
+def make_unet(version: str) -> UNetMotionModel:
+    """The four levels of a version with narrow layers; one layer a block keeps compilation short.
+
+    The two layers of the published models run in the stages above.
+    """
+    unet = UNetMotionModel(
+        block_out_channels=(16, 24, 32, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        num_attention_heads=4,
+        motion_num_attention_heads=4,
+        motion_max_seq_length=24 if version == "v1" else 32,
+        use_motion_mid_block=version == "v2",
+    )
+    randomize(unet)
+    return unet.eval()
+
+
+class OracleNorm(torch.nn.Module):
+    """GroupNorm over chosen axes, written out; swaps the scope of a diffusers norm."""
+
+    def __init__(self, norm: torch.nn.GroupNorm, frames: int, joint: bool):
+        super().__init__()
+        self.norm, self.frames, self.joint = norm, frames, joint
+
+    def forward(self, x):
+        # Motion norms see [B, C, F, H, W], resnet norms [B * F, C, H, W].
+        shape = x.shape
+        x = x.permute(0, 2, 1, 3, 4) if x.ndim == 5 else x.unflatten(0, (-1, self.frames))
+        groups = x.unflatten(2, (self.norm.num_groups, -1))
+        axes = (1, 3, 4, 5) if self.joint else (3, 4, 5)
+        mean = groups.mean(axes, keepdim=True)
+        variance = ((groups - mean) ** 2).mean(axes, keepdim=True)
+        x = ((groups - mean) / (variance + self.norm.eps).sqrt()).flatten(2, 3)
+        x = x * self.norm.weight[:, None, None] + self.norm.bias[:, None, None]
+        return x.permute(0, 2, 1, 3, 4) if len(shape) == 5 else x.flatten(0, 1)
+
+
+def original_norms(unet: UNetMotionModel, version: str, frames: int) -> None:
+    """CHECKPOINTS.md 1.5: motion norms per frame; v1's resnet norms jointly over the frames."""
+    for name, module in list(unet.named_modules()):
+        for child_name, child in module.named_children():
+            path = f"{name}.{child_name}"
+            if not isinstance(child, torch.nn.GroupNorm):
+                continue
+            if "motion_modules" in path:
+                setattr(module, child_name, OracleNorm(child, frames, joint=False))
+            elif version == "v1" and ".attentions." not in path:
+                setattr(module, child_name, OracleNorm(child, frames, joint=True))
+
+
+@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("version", ["v1", "v2", "v3"])
+def test_unet_whole(version, original):
+    frames, height, width = 5, 8, 16
+    unet = make_unet(version)
+    config = unet_config(
+        tensors_of(unet), unet.config, unet.config, original_norms=original, where="unet"
+    )
+    published = animatediff(version, "original" if original else "diffusers")
+    for field in (
+        "max_frames",
+        "temporal_mid_block",
+        "temporal_norm_scope",
+        "resnet_norm_scope",
+        "attention_levels",
+    ):
+        assert getattr(config, field) == getattr(published, field)
+    module = UNet3D(config)
+    latents, timesteps = video(BATCH, frames, height, width, 4), np.float32([961, 500])
+    text = video(BATCH, 7, 24, seed=1)
+    variables = transfer(unet, module, latents, timesteps, text)
+    if original:
+        original_norms(unet, version, frames)
+    with torch.no_grad():
+        expected = unet(
+            torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(text).repeat_interleave(frames, 0),
+        ).sample.permute(0, 2, 3, 4, 1)
+    found = jax.jit(module.apply)(variables, latents, timesteps, text)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_unet_refuses_sizes_its_stride_does_not_divide():
+    module = UNet3D(CONFIG)
+    latents, text = jnp.zeros((1, 1, 8, 7, 4)), jnp.zeros((1, 1, 24))
+    with pytest.raises(ValueError, match=r"8x7 positions.*divisible by 2"):
+        jax.eval_shape(module.init, jax.random.key(0), latents, jnp.zeros(1), text)
+
+
+@pytest.mark.parametrize("size", [(16, 24), (8, 40)])
+def test_vae_encodes_and_decodes(size):
+    vae = TorchVAE(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=2,
+        norm_num_groups=8,
+    )
+    randomize(vae)
+    tensors = tensors_of(vae)
+    module = AutoencoderKL(vae_config(tensors, vae.config, "vae"))
+    pixels = video(BATCH, FRAMES, *size, 3)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    names.check_names(shapes, names.VAE, tensors, "vae")
+    params = names.build_params(shapes, names.VAE, tensors, jnp.float32, lambda count: None)
+    variables = {"params": params}
+    posterior = vae.encode(to_torch(pixels)).latent_dist
+    mean, log_variance = jax.jit(lambda v, x: module.apply(v, x, method="encode"))(
+        variables, pixels
+    )
+    assert relative_error(mean, from_torch(posterior.mean)) <= TOLERANCE
+    assert relative_error(log_variance, from_torch(posterior.logvar)) <= TOLERANCE
+    latents = video(BATCH, FRAMES, size[0] // 4, size[1] // 4, 4)
+    decoded = jax.jit(lambda v, x: module.apply(v, x, method="decode"))(variables, latents)
+    assert relative_error(decoded, from_torch(vae.decode(to_torch(latents)).sample)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("published", [CLIPTextConfig(), OPENCLIP_H], ids=["vit-l", "openclip-h"])
+def test_clip_text(published):
+    """At the published activation, depth and number of heads, with narrow layers."""
+    text = CLIPTextModel(
+        TorchCLIPConfig(
+            vocab_size=100,
+            hidden_size=4 * published.num_heads,
+            intermediate_size=96,
+            num_hidden_layers=published.num_layers,
+            num_attention_heads=published.num_heads,
+            max_position_embeddings=77,
+            hidden_act=published.activation,
+            eos_token_id=99,
+            bos_token_id=98,
+        )
+    ).eval()
+    randomize(text)
+    tensors = rename_text(tensors_of(text))
+    config = text_config(tensors, text.config.to_dict(), "text_encoder")
+    assert (config.num_layers, config.activation) == (published.num_layers, published.activation)
+    module = CLIPTextEncoder(config)
+    ids = np.random.default_rng(0).integers(0, 100, (3, 77))
+    shapes = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    params = names.build_params(shapes, names.CLIP_TEXT, tensors, jnp.float32, lambda count: None)
+    expected = text(torch.from_numpy(ids)).last_hidden_state
+    found = jax.jit(module.apply)({"params": params}, ids)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_timestep_embedding_is_diffusers_with_cosines_first():
+    timesteps = np.float32([0, 1, 500.5, 961])
+    expected = get_timestep_embedding(
+        torch.from_numpy(timesteps), 320, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    found = np.asarray(sinusoidal_embedding(timesteps, 320))
+    assert relative_error(found, expected) <= TOLERANCE
+    np.testing.assert_allclose(found[3, :2], [0.946897, -0.778964], atol=1e-4)
+
+
+def test_positions_interleave_sines_and_cosines():
+    found = np.asarray(sinusoidal_positions(24, 64))
+    np.testing.assert_allclose(
+        found[1, :6], [0.84147, 0.54030, 0.68156, 0.73176, 0.53317, 0.84601], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("shape", [(3, 9, 2, 8), (40, 300, 4, 4)], ids=["whole", "mapped"])
+def test_attention_is_softmax_attention(shape, is_causal):
+    q, k, v = (video(*shape, seed=seed) for seed in range(3))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)), is_causal=is_causal
+    ).transpose(1, 2)
+    attention = jax.jit(dot_product_attention, static_argnames="is_causal")
+    found = attention(q, k, v, is_causal=is_causal)
+    assert relative_error(found, expected) <= TOLERANCE

@@ -1,0 +1,137 @@
+"""The whole pipeline: parity with diffusers' own, determinism, compilation, bad input."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+
+import qvd_jax
+from qvd_jax.diffusion import sampler
+from qvd_jax.errors import InputError
+
+PROMPTS = ["a red circle", "a blue square moving left"]
+SMALL = {"frames": 3, "height": 8, "width": 12, "steps": 2}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    return qvd_jax.load(tiny_checkpoint)
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def test_latents_and_pixels_equal_diffusers_pipeline(pipe, tiny):
+    """From a folder diffusers saved, same noise, 5 steps, guidance, negative prompts."""
+    latents = noise(2, 5, 8, 12, 4)
+    negatives = ["bad", "much worse"]
+    expected = tiny[1](
+        PROMPTS,
+        negative_prompt=negatives,
+        num_frames=5,
+        height=16,
+        width=24,
+        num_inference_steps=5,
+        guidance_scale=4.0,
+        latents=torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+        output_type="latent",
+    ).frames.permute(0, 2, 3, 4, 1)
+    options = {"frames": 5, "height": 16, "width": 24, "steps": 5, "guidance_scale": 4.0}
+    found = pipe(PROMPTS, negatives, **options, latents=latents, output_type="latents")
+    assert found.dtype == np.float32
+    assert relative_error(found, expected) <= 1e-3
+
+    with torch.no_grad():
+        pixels = tiny[1].decode_latents(expected.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    expected_video = (pixels / 2 + 0.5).clamp(0, 1).numpy() * 255
+    video = pipe(PROMPTS, negatives, **options, latents=latents)
+    assert video.dtype == np.uint8
+    assert np.abs(video - expected_video).max() <= 1
+
+
+def test_one_seed_gives_one_video_at_any_batch_size(pipe):
+    together = pipe(PROMPTS + PROMPTS[:1], seed=7, **SMALL)
+    alone = pipe(PROMPTS[:1], seed=7, **SMALL)
+    np.testing.assert_array_equal(together[:1], alone)
+    assert (together[2] != together[0]).any(), "videos of one prompt differ by their index"
+    assert (pipe(PROMPTS[:1], seed=8, **SMALL) != alone).any()
+
+
+def test_sampling_survives_save_and_load(pipe, tmp_path):
+    qvd_jax.save(pipe, tmp_path / "copy")
+    again = qvd_jax.load(tmp_path / "copy")
+    np.testing.assert_array_equal(again(PROMPTS, **SMALL), pipe(PROMPTS, **SMALL))
+
+
+def test_one_shape_compiles_once(pipe):
+    options = {**SMALL, "output_type": "latents"}
+    pipe("one", guidance_scale=5.0, **options)
+    compiled = sampler.sample_steps._cache_size()
+    pipe("two", "other", guidance_scale=3.0, seed=5, **options)
+    pipe("three", latents=noise(1, 3, 4, 6, 4), **options)
+    assert sampler.sample_steps._cache_size() == compiled
+
+
+def test_progress_sees_every_step_and_changes_nothing(pipe):
+    seen: list[int] = []
+    stepwise = pipe("one", progress=seen.append, output_type="latents", **SMALL)
+    whole = pipe("one", output_type="latents", **SMALL)
+    assert seen == [1, 2]
+    assert relative_error(stepwise, whole) <= 1e-6
+
+
+def test_no_guidance_ignores_the_negative_prompt(pipe):
+    options = {**SMALL, "guidance_scale": 1.0}
+    np.testing.assert_array_equal(pipe("one", "a", **options), pipe("one", "b", **options))
+
+
+def test_bfloat16_stays_near_float32(pipe, tiny_checkpoint):
+    half = qvd_jax.load(tiny_checkpoint, dtype="bfloat16")
+    options = {**SMALL, "guidance_scale": 1.0, "output_type": "latents"}
+    assert relative_error(half("one", **options), pipe("one", **options)) <= 0.1
+
+
+def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
+    latents = noise(2, 5, 4, 6, 4)
+    whole = pipe.decode(latents)
+    monkeypatch.setattr("qvd_jax.pipelines.text_to_video._DECODE_PIXELS", 2 * 8 * 12)
+    np.testing.assert_array_equal(pipe.decode(latents), whole)
+
+
+def test_frames_beyond_the_positions_run_in_windows(pipe):
+    short = replace(pipe, unet=replace_config(pipe, max_frames=4))
+    video = short("one", frames=7, height=8, width=12, steps=1)
+    assert video.shape == (1, 7, 8, 12, 3)
+
+
+def replace_config(pipe, **changes):
+    return pipe.unet.clone(config=replace(pipe.unet.config, **changes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": []}, "there are no prompts"),
+        ({"frames": 0}, "frames = 0: at least one"),
+        ({"height": 10}, r"height = 10: it must be a positive multiple of 4 .*such as 8 or 12"),
+        ({"width": 0}, "width = 0: it must be a positive multiple"),
+        ({"steps": 0}, "steps = 0: ddim takes 1 to 1000"),
+        ({"steps": 1001}, "steps = 1001: ddim takes 1 to 1000"),
+        ({"negative_prompts": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
+        ({"latents": np.zeros((2, 3, 4, 5, 4))}, r"latents of shape .*\(2, 3, 4, 6, 4\) is needed"),
+        ({"output_type": "pil"}, "output_type = 'pil': it must be one of video, latents"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_work(pipe, arguments, message):
+    broken = replace(pipe, params={})
+    with pytest.raises(InputError, match=message):
+        broken(**{"prompts": PROMPTS, **SMALL, **arguments})
+
+
+def test_a_step_that_is_not_finite_is_named(pipe):
+    latents = np.full((1, 3, 4, 6, 4), np.inf, np.float32)
+    with pytest.raises(InputError, match=r"step 1 of 2 \(timestep 501\) gave .* not finite"):
+        pipe("one", latents=latents, **SMALL)

@@ -1,0 +1,88 @@
+"""`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
+
+import imageio.v3 as imageio
+import pytest
+
+from qvd_jax import sample
+
+SMALL = ["--frames", "3", "--height", "8", "--width", "12", "--steps", "2"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+def run(checkpoint, *arguments):
+    return sample.main(["--checkpoint", str(checkpoint), *SMALL, *map(str, arguments)])
+
+
+def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  ein blauer Kreis, süß  \n", encoding="utf-8")
+    out = tmp_path / "video.mp4"
+    code = run(
+        tiny_checkpoint, "--prompts-file", prompts, "--prompt", "a dog", "--out", out,
+        "--contact-sheet", "--scheduler", "euler", "--seed", "3", "--fps", "4",
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert imageio.improps(out, plugin="FFMPEG").shape[1:3] == (16, 24)
+    assert imageio.imread(tmp_path / "video.png").shape == (24, 36, 3)
+    assert "compilation cache: " in captured.out
+    assert "seconds: load " in captured.out
+    assert "2/2" in captured.err, "a progress bar over the steps"
+
+
+def test_a_folder_gets_one_file_for_each_prompt(tiny_checkpoint, tmp_path):
+    assert run(tiny_checkpoint, "--prompt", "A Dog!", "x", "--out", tmp_path / "out") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-a-dog.mp4", "001-x.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there are no prompts; pass --prompt TEXT or --prompts-file FILE"),
+        (["--prompts-file", "{tmp}/none.txt"], "none.txt does not exist"),
+        (["--prompts-file", "{tmp}/empty.txt"], "empty.txt has no prompts"),
+        (["--prompts-file", "{tmp}/binary.txt"], "binary.txt is no UTF-8 text"),
+        (["--prompt", "a", "--out", "{tmp}/no/a.mp4"], "no does not exist; make it first"),
+        (["--prompt", "a", "--out", "{tmp}/a.avi"], "a file ends in .mp4 or .gif"),
+        (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
+        (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tiny_checkpoint, tmp_path, capsys, arguments, message
+):
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
+    (tmp_path / "old.gif").write_bytes(b"old")
+    before = sorted(tmp_path.rglob("*"))
+    assert run(tiny_checkpoint, *(a.format(tmp=tmp_path) for a in arguments)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.gif").read_bytes() == b"old"
+
+
+def test_a_checkpoint_of_diffusers_is_told_to_be_converted(tiny, tmp_path, capsys):
+    assert run(tiny[0], "--prompt", "a", "--out", tmp_path / "a.gif") == 2
+    assert "has no manifest.json; convert it first" in capsys.readouterr().err
+
+
+def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tiny_checkpoint, "--prompt", "a", "--scheduler", "pndm")
+    assert "ddim" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample.video_io, "write_video", interrupt)
+    assert run(tiny_checkpoint, "--prompt", "a", "--out", tmp_path / "a.gif") == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: nothing was written"
+    assert not list(tmp_path.iterdir())

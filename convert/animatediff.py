@@ -27,6 +27,18 @@ _OTHER_FAMILIES = (
 )
 
 
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+}
+"""Options of a UNet's `config.json` that change its result but not its tensors' names."""
+
+
 def rename_original(name: str) -> str:
     """A name (or its module part) of the original AnimateDiff code as diffusers has it."""
     name = f"{name.removeprefix('module.')}."
@@ -105,6 +117,13 @@ def unet_config(
             f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
             f"or Stable Diffusion 1.5 UNet is expected"
         )
+
+    for key, supported in _ONLY.items():
+        if unet_json.get(key, supported[0]) not in supported:
+            raise InputError(
+                f"{where}: {key} = {unet_json[key]!r} is not supported; it must be "
+                f"{' or '.join(map(repr, supported))}"
+            )
 
     def shape(name: str) -> tuple[int, ...]:
         if name not in tensors:

@@ -19,24 +19,40 @@ from qvd_jax.errors import InputError
 Names = Callable[[str], tuple[str, ...]]
 """Our path, slash-separated, to the PyTorch tensors that are concatenated for it."""
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+"""Patterns in our paths and what PyTorch has instead, applied in order."""
 
-_UNET = (
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mix_factor": "mix_factor",
+}
+
+_UNET: Rules = (
     (r"/blocks_(\d+)/resnet/", r"/resnets_\1/"),
     (r"/blocks_(\d+)/attention/", r"/attentions_\1/"),
     (r"/blocks_(\d+)/motion_module/", r"/motion_modules_\1/"),
+    (r"/blocks_(\d+)/temporal_attention/", r"/temp_attentions_\1/"),
+    (r"/blocks_(\d+)/temporal_conv/", r"/temp_convs_\1/"),
+    (r"/norms_(\d+)/", lambda match: f"/conv{int(match[1]) + 1}_0/"),
+    (r"/convs_0/", "/conv1_2/"),
+    (r"/convs_(\d+)/", lambda match: f"/conv{int(match[1]) + 1}_3/"),
+    (r"/(spatial|temporal)/", r"/\1_res_block/"),
     (r"/block/", "/transformer_blocks_0/"),
+    (r"/temporal_block/", "/temporal_transformer_blocks_0/"),
     (r"/to_out/", "/to_out_0/"),
-    (r"/ff/proj/", "/ff/net_0/proj/"),
-    (r"/ff/out/", "/ff/net_2/"),
+    (r"/(ff|ff_in)/proj/", r"/\1/net_0/proj/"),
+    (r"/(ff|ff_in)/out/", r"/\1/net_2/"),
     (r"/(down|up)sample/", r"/\1samplers_0/"),
 )
-_VAE = (
+_VAE: Rules = (
     (r"/mid_block/attention/(?:attn/)?", "/mid_block/attentions_0/"),
     (r"/to_out/", "/to_out_0/"),
     (r"/(down|up)sample/", r"/\1samplers_0/"),
 )
-_CLIP_TEXT = (
+_CLIP_TEXT: Rules = (
     (r"^(token|position)_embedding/", r"embeddings/\1_embedding/"),
     (r"^encoder_(\d+)/", r"encoder/layers_\1/"),
     (r"/fc([12])/", r"/mlp/fc\1/"),
@@ -44,7 +60,7 @@ _CLIP_TEXT = (
 )
 
 
-def _names(rules: tuple[tuple[str, str], ...], fused: dict[str, tuple[str, ...]]) -> Names:
+def _names(rules: Rules, fused: dict[str, tuple[str, ...]]) -> Names:
     def names(path: str) -> tuple[str, ...]:
         for pattern, replacement in rules:
             path = re.sub(pattern, replacement, path)

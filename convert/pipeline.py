@@ -144,7 +144,6 @@ def write_checkpoint(
     """
     shapes = source.configs.param_shapes(dtype)
     sizes = {name: checkpoint.tree_bytes(tree) for name, tree in shapes.items()}
-    checkpoint.check_replaceable(out, overwrite=overwrite)
     checkpoint.check_space(out.parent, sum(sizes.values()))
     for name, tensors in source.tensors.items():
         names.check_names(shapes[name], _NAMES[name], tensors, name)
@@ -241,7 +240,7 @@ def _defaults(configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefa
     size = size if isinstance(size, int) and size > 0 else 64
     stride = configs.unet.stride
     pixels = math.ceil(size / stride) * stride * configs.vae.stride
-    frames = min(VideoDefaults().frames, configs.unet.max_frames)
+    frames = min(VideoDefaults().frames, configs.unet.max_frames or VideoDefaults().frames)
     return replace(VideoDefaults(), frames=frames, height=pixels, width=pixels)
 
 

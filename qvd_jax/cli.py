@@ -31,7 +31,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            print("interrupted: nothing was written", file=sys.stderr)
+            print("interrupted; nothing half-written is left", file=sys.stderr)
             return 130
         return 0
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -27,10 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     if not prompts:
         raise InputError("there are no prompts; pass --prompt TEXT or --prompts-file FILE")
-    targets = output_paths(args.out, prompts)
-    sheet = sheet_path(args.out) if args.contact_sheet else None
-    for path in filter(None, (*targets, sheet)):
-        video_io.check_writable(path, overwrite=args.overwrite)
+    outputs = plan_outputs(
+        args.out, prompts, contact_sheet=args.contact_sheet, overwrite=args.overwrite
+    )
     print(f"compilation cache: {enable_compilation_cache()}")
 
     compile_seconds = _count_compile_seconds()
@@ -65,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds["decode"] = time.perf_counter() - started - (compile_seconds() - sampled)
     seconds["compile"] = compile_seconds() - loaded
 
-    write(videos, targets, sheet, args.fps or pipe.defaults.fps)
-    for path in filter(None, (*targets, sheet)):
-        print(path)
+    write(videos, outputs, args.fps or pipe.defaults.fps)
     order = ("load", "compile", "sampling", "decode")
     print("seconds: " + ", ".join(f"{name} {seconds[name]:.1f}" for name in order))
 
@@ -94,37 +92,64 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def output_paths(out: Path, prompts: Sequence[str]) -> list[Path]:
-    """One path for all videos side by side, or one for each prompt in the folder `out`.
+class Outputs(NamedTuple):
+    """Files to write.
+
+    Attributes:
+      videos: one for each prompt, or a single one that shows all side by side.
+      sheet: the contact sheet, if one is wanted.
+    """
+
+    videos: tuple[Path, ...]
+    sheet: Path | None
+
+
+def plan_outputs(
+    out: Path, prompts: Sequence[str], *, contact_sheet: bool, overwrite: bool
+) -> Outputs:
+    """Names the files to write and makes sure that they can be.
+
+    Args:
+      out: a .mp4 or .gif for all prompts together, or a folder for one file each.
+      prompts: for the names in a folder.
+      contact_sheet: whether a sheet goes beside the file, or into the folder.
+      overwrite: whether files already there are replaced.
 
     Raises:
-      InputError: the suffix is of no video format, or the folder cannot be made.
+      InputError: the suffix is of no video format, a file exists, or its place is not writable.
     """
     if out.suffix in video_io.VIDEO_SUFFIXES and not out.is_dir():
-        return [out]
-    if out.suffix and not out.is_dir():
+        videos: tuple[Path, ...] = (out,)
+        sheet = out.with_suffix(".png")
+    elif out.suffix and not out.is_dir():
         raise InputError(
             f"{out}: a file ends in {' or '.join(video_io.VIDEO_SUFFIXES)}, a folder in neither"
         )
-    if not out.parent.is_dir():
-        raise InputError(f"{out}: the folder {out.parent} does not exist; make it first")
-    out.mkdir(exist_ok=True)
-    slugs = (re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] for prompt in prompts)
-    return [out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs)]
+    else:
+        slugs = (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] for text in prompts)
+        videos = tuple(out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs))
+        sheet = out / "contact-sheet.png"
+        if not out.exists():
+            # The folder is made when there is something to put into it.
+            video_io.check_writable(out, overwrite=overwrite)
+            return Outputs(videos, sheet if contact_sheet else None)
+    outputs = Outputs(videos, sheet if contact_sheet else None)
+    for path in filter(None, (*outputs.videos, outputs.sheet)):
+        video_io.check_writable(path, overwrite=overwrite)
+    return outputs
 
 
-def sheet_path(out: Path) -> Path:
-    """Where the contact sheet goes: beside the file, or into the folder."""
-    return out.with_suffix(".png") if out.suffix else out / "contact-sheet.png"
-
-
-def write(videos: np.ndarray, targets: Sequence[Path], sheet: Path | None, fps: int) -> None:
-    """Writes videos `[B, F, H, W, 3]` to one file each, or side by side into a single one."""
-    pictures = [video_io.tile(videos)] if len(targets) == 1 else list(videos)
-    for path, video in zip(targets, pictures, strict=True):
+def write(videos: np.ndarray, outputs: Outputs, fps: int) -> None:
+    """Writes videos `[B, F, H, W, 3]` and prints the files' names."""
+    outputs.videos[0].parent.mkdir(exist_ok=True)
+    together = len(outputs.videos) < len(videos)
+    pictures = [video_io.tile(videos)] if together else list(videos)
+    for path, video in zip(outputs.videos, pictures, strict=True):
         video_io.write_video(path, video, fps)
-    if sheet:
-        video_io.write_contact_sheet(sheet, videos)
+        print(path)
+    if outputs.sheet:
+        video_io.write_contact_sheet(outputs.sheet, videos)
+        print(outputs.sheet)
 
 
 def enable_compilation_cache() -> str:

@@ -1,5 +1,6 @@
 """Float parity of every block and every network with PyTorch, on shared random weights."""
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +11,11 @@ import pytest
 import torch
 from conftest import relative_error
 from diffusers import AutoencoderKL as TorchVAE
-from diffusers import UNetMotionModel
+from diffusers import (
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+)
 from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -30,11 +35,18 @@ from convert import names
 from convert.animatediff import unet_config, without_positions
 from convert.companions import rename_text, text_config, vae_config
 from convert.tensors import LazyTensor, Tensors
-from qvd_jax.models.attention import MotionModule, SpatialTransformer, dot_product_attention
+from qvd_jax.models.attention import SpatialTransformer, TemporalTransformer, dot_product_attention
 from qvd_jax.models.blocks import ResnetBlock
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder
 from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
-from qvd_jax.models.unet3d import Stage, UNet3D, UNet3DConfig, animatediff
+from qvd_jax.models.unet3d import (
+    MODELSCOPE,
+    STABLE_VIDEO_DIFFUSION,
+    Stage,
+    UNet3D,
+    UNet3DConfig,
+    animatediff,
+)
 from qvd_jax.models.vae import AutoencoderKL
 
 TOLERANCE = 1e-4
@@ -141,7 +153,7 @@ def test_motion_module(frames):
         num_positional_embeddings=24,
     )
     randomize(block)
-    module = MotionModule(64, 8, 24, 32, "joint", FLOAT)
+    module = TemporalTransformer(64, 64, 8, 24, 32, "joint", FLOAT)
     x = video(BATCH, frames, HEIGHT, WIDTH, 64)
     expected = from_torch(block(to_torch(x), num_frames=frames), frames)
     found = jax.jit(module.apply)(transfer(block, module, x), x)
@@ -149,7 +161,7 @@ def test_motion_module(frames):
 
 
 def test_motion_module_refuses_more_frames_than_positions():
-    module = MotionModule(64, 8, 24, 32, "joint", FLOAT)
+    module = TemporalTransformer(64, 64, 8, 24, 32, "joint", FLOAT)
     x = jnp.zeros((1, 25, 1, 1, 64))
     with pytest.raises(ValueError, match="25 frames are more than the motion module's 24"):
         module.init(jax.random.key(0), x)
@@ -322,6 +334,92 @@ def test_unet_whole(version, original):
         ).sample.permute(0, 2, 3, 4, 1)
     found = jax.jit(module.apply)(variables, latents, timesteps, text)
     assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_unet_of_modelscope_whole():
+    """Temporal convolutions and transformers, and the transformer behind conv_in."""
+    unet = UNet3DConditionModel(
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+    ).eval()
+    config = replace(
+        MODELSCOPE,
+        block_channels=(16, 32),
+        layers_per_block=1,
+        attention_levels=(True, False),
+        num_heads=(4, 8),
+        temporal_heads=(4, 8),
+        context_dim=24,
+        norm_groups=8,
+        down_eps=(1e-5, 1e-5),
+        up_eps=(1e-5, 1e-5),
+        input_transformer_channels=32,
+    )
+    latents, timesteps = video(BATCH, FRAMES, HEIGHT, WIDTH, 4), np.float32([961, 500])
+    text = video(BATCH, 7, 24, seed=1)
+    randomize(unet)
+    module = UNet3D(config)
+    variables = transfer(unet, module, latents, timesteps, text)
+    with torch.no_grad():
+        expected = unet(
+            torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(text),
+        ).sample.permute(0, 2, 3, 4, 1)
+    found = jax.jit(module.apply)(variables, latents, timesteps, text)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_unet_of_stable_video_diffusion_whole():
+    """Blended temporal branches, added ids, one context token, epsilons that differ by block."""
+    unet = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        num_attention_heads=(4, 8),
+        projection_class_embeddings_input_dim=768,
+    ).eval()
+    config = replace(
+        STABLE_VIDEO_DIFFUSION,
+        block_channels=(32, 64),
+        layers_per_block=1,
+        attention_levels=(True, False),
+        num_heads=(4, 8),
+        temporal_heads=(4, 8),
+        context_dim=24,
+        down_eps=(1e-6, 1e-5),
+        up_eps=(1e-6, 1e-6),
+    )
+    latents, timesteps = video(BATCH, FRAMES, HEIGHT, WIDTH, 8), np.float32([1.6, -0.5])
+    text, ids = video(BATCH, 1, 24, seed=1), np.float32([[6, 127, 0.02], [7, 100, 0.1]])
+    randomize(unet)
+    module = UNet3D(config)
+    variables = transfer(unet, module, latents, timesteps, text, ids)
+    with torch.no_grad():
+        expected = unet(
+            torch.from_numpy(latents).permute(0, 1, 4, 2, 3),
+            torch.from_numpy(timesteps),
+            torch.from_numpy(text),
+            torch.from_numpy(ids),
+        ).sample.permute(0, 1, 3, 4, 2)
+    found = jax.jit(module.apply)(variables, latents, timesteps, text, ids)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_added_ids_must_match_the_config():
+    module = UNet3D(CONFIG)
+    latents, text = jnp.zeros((1, 1, 8, 8, 4)), jnp.zeros((1, 1, 24))
+    with pytest.raises(ValueError, match="takes 0 added ids, some were given"):
+        jax.eval_shape(
+            module.init, jax.random.key(0), latents, jnp.zeros(1), text, jnp.zeros((1, 3))
+        )
 
 
 def test_unet_refuses_sizes_its_stride_does_not_divide():

@@ -84,5 +84,5 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(tiny_checkpoint, tmp_path, caps
 
     monkeypatch.setattr(sample.video_io, "write_video", interrupt)
     assert run(tiny_checkpoint, "--prompt", "a", "--out", tmp_path / "a.gif") == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "interrupted: nothing was written"
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing half-written is left"
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from qvd_jax.axes import Array, NormScope
-from qvd_jax.models.layers import FeedForward, LayerSet, sinusoidal_positions
+from qvd_jax.models.layers import (
+    AlphaBlender,
+    FeedForward,
+    LayerSet,
+    TimestepEmbedding,
+    sinusoidal_embedding,
+    sinusoidal_positions,
+)
 
 KeysValues = tuple[Array, Array]
 """Keys and values, each `[B, L, heads, D]`."""
@@ -190,19 +197,19 @@ class SpatialTransformer(nn.Module):
         return x + self.proj_out(self.block(tokens, keys_values)).reshape(x.shape)
 
 
-class MotionBlock(nn.Module):
+class TemporalBlock(nn.Module):
     """Two self-attentions over time and a feed-forward; positions enter behind each norm.
 
     Attributes:
       channels: C.
       heads: number of heads.
-      max_frames: length of the positional table.
+      max_frames: length of the positional table; None leaves positions out.
       layers: the layer classes.
     """
 
     channels: int
     heads: int
-    max_frames: int
+    max_frames: int | None
     layers: LayerSet
 
     def setup(self) -> None:
@@ -214,46 +221,50 @@ class MotionBlock(nn.Module):
         self.ff = FeedForward(self.channels, self.layers)
 
     def __call__(self, x: Array) -> Array:
-        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames.
-
-        Raises:
-          ValueError: there are more frames than positions in the table.
-        """
-        frames = x.shape[-2]
-        if frames > self.max_frames:
-            raise ValueError(
-                f"{frames} frames are more than the motion module's {self.max_frames} positions"
-            )
-        positions = sinusoidal_positions(self.max_frames, self.channels)[None, None, :frames]
-        positions = positions.astype(x.dtype)
+        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
+        positions = self._positions(x.shape[-2]).astype(x.dtype)
         x = x + self.attn1(self.norm1(x) + positions)
         x = x + self.attn2(self.norm2(x) + positions)
         return x + self.ff(self.norm3(x))
 
+    def _positions(self, frames: int) -> Array:
+        if self.max_frames is None:
+            return jnp.zeros((1, 1, 1, 1))
+        if frames > self.max_frames:
+            raise ValueError(
+                f"{frames} frames are more than the motion module's {self.max_frames} positions"
+            )
+        return sinusoidal_positions(self.max_frames, self.channels)[None, None, :frames]
 
-class MotionModule(nn.Module):
-    """AnimateDiff's temporal transformer (Guo et al., arXiv 2307.04725).
+
+class TemporalTransformer(nn.Module):
+    """Transformer over the frames of each position.
+
+    With a positional table it is AnimateDiff's motion module (Guo et al., arXiv 2307.04725),
+    without one ModelScope's temporal transformer (Wang et al., arXiv 2308.06571).
 
     Attributes:
-      channels: C.
+      channels: C of input and output.
+      inner_channels: C of the tokens.
       heads: number of heads.
-      max_frames: length of the positional table.
+      max_frames: length of the positional table; None leaves positions out.
       norm_groups: groups of the norm, whose epsilon is 1e-6.
-      norm_scope: "joint" in diffusers, "frame" in the original code.
+      norm_scope: scope of the norm.
       layers: the layer classes.
     """
 
     channels: int
+    inner_channels: int
     heads: int
-    max_frames: int
+    max_frames: int | None
     norm_groups: int
     norm_scope: NormScope
     layers: LayerSet
 
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6, self.norm_scope)
-        self.proj_in = self.layers.dense(self.channels)
-        self.block = MotionBlock(self.channels, self.heads, self.max_frames, self.layers)
+        self.proj_in = self.layers.dense(self.inner_channels)
+        self.block = TemporalBlock(self.inner_channels, self.heads, self.max_frames, self.layers)
         self.proj_out = self.layers.dense(self.channels)
 
     def __call__(self, x: Array) -> Array:
@@ -262,3 +273,78 @@ class MotionModule(nn.Module):
         tokens = self.norm(x).reshape(batch, frames, height * width, channels)
         tokens = self.block(self.proj_in(tokens.swapaxes(1, 2)))
         return x + self.proj_out(tokens).swapaxes(1, 2).reshape(x.shape)
+
+
+class SpatioTemporalBlock(nn.Module):
+    """The temporal half of Stable Video Diffusion's transformer.
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm_in = self.layers.layer_norm()
+        self.ff_in = FeedForward(self.channels, self.layers)
+        self.norm1 = self.layers.layer_norm()
+        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
+        self.norm2 = self.layers.layer_norm()
+        self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
+        self.norm3 = self.layers.layer_norm()
+        self.ff = FeedForward(self.channels, self.layers)
+
+    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
+        x = x + self.ff_in(self.norm_in(x))
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), keys_values)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatioTemporalTransformer(nn.Module):
+    """A spatial and a temporal block, blended (Blattmann et al., arXiv 2311.15127).
+
+    Attributes:
+      channels: C.
+      heads: number of heads.
+      norm_groups: groups of the norm, whose epsilon is 1e-6.
+      layers: the layer classes.
+    """
+
+    channels: int
+    heads: int
+    norm_groups: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norm = self.layers.group_norm(self.norm_groups, 1e-6)
+        self.proj_in = self.layers.dense(self.channels)
+        self.block = SpatialBlock(self.channels, self.heads, self.layers)
+        self.time_pos_embed = TimestepEmbedding(4 * self.channels, self.channels, self.layers)
+        self.temporal_block = SpatioTemporalBlock(self.channels, self.heads, self.layers)
+        self.time_mixer = AlphaBlender(self.layers)
+        self.proj_out = self.layers.dense(self.channels)
+
+    def context_features(self, context: Array) -> tuple[KeysValues, KeysValues]:
+        """Keys and values of the context `[B, L, C]` for the spatial and the temporal block."""
+        return (
+            self.block.attn2.context_features(context),
+            self.temporal_block.attn2.context_features(context),
+        )
+
+    def __call__(self, x: Array, keys_values: tuple[KeysValues, KeysValues]) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+        batch, frames, height, width, channels = x.shape
+        spatial_context, temporal_context = keys_values
+        tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
+        spatial = self.block(tokens, spatial_context)
+        sinusoid = sinusoidal_embedding(jnp.arange(frames), channels).astype(x.dtype)
+        moving = spatial + self.time_pos_embed(sinusoid)[None, :, None]
+        temporal = self.temporal_block(moving.swapaxes(1, 2), temporal_context).swapaxes(1, 2)
+        tokens = self.time_mixer(spatial, temporal)
+        return x + self.proj_out(tokens).reshape(x.shape)

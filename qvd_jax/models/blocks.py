@@ -1,14 +1,14 @@
-"""Resnet and samplers, shared by the UNet and the VAE."""
+"""Resnets, temporal convolutions and samplers of UNet and VAE."""
 
 import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope
-from qvd_jax.models.layers import LayerSet
+from qvd_jax.models.layers import AlphaBlender, LayerSet
 
 
 class ResnetBlock(nn.Module):
-    """Two normalized 3x3 convolutions around an optional temporal feature.
+    """Two normalized convolutions around an optional temporal feature.
 
     Attributes:
       in_channels: C of the input.
@@ -17,6 +17,7 @@ class ResnetBlock(nn.Module):
       epsilon: epsilon of both norms.
       norm_scope: scope of both norms.
       layers: the layer classes.
+      kernel_size: of both convolutions, over H and W or over F, H and W.
       has_temporal_feature: whether the block takes a projection of the time embedding.
     """
 
@@ -26,15 +27,16 @@ class ResnetBlock(nn.Module):
     epsilon: float
     norm_scope: NormScope
     layers: LayerSet
+    kernel_size: tuple[int, ...] = (3, 3)
     has_temporal_feature: bool = True
 
     def setup(self) -> None:
         self.norm1 = self.layers.group_norm(self.norm_groups, self.epsilon, self.norm_scope)
-        self.conv1 = self.layers.conv(self.out_channels, (3, 3))
+        self.conv1 = self.layers.conv(self.out_channels, self.kernel_size)
         if self.has_temporal_feature:
             self.time_emb_proj = self.layers.dense(self.out_channels)
         self.norm2 = self.layers.group_norm(self.norm_groups, self.epsilon, self.norm_scope)
-        self.conv2 = self.layers.conv(self.out_channels, (3, 3))
+        self.conv2 = self.layers.conv(self.out_channels, self.kernel_size)
         if self.in_channels != self.out_channels:
             self.conv_shortcut = self.layers.dense(self.out_channels)
 
@@ -50,6 +52,74 @@ class ResnetBlock(nn.Module):
         h = self.conv2(nn.silu(self.norm2(h)))
         if self.in_channels != self.out_channels:
             x = self.conv_shortcut(x)
+        return x + h
+
+
+class SpatioTemporalResnet(nn.Module):
+    """A spatial resnet and a temporal one behind it, blended (Blattmann et al., 2311.15127).
+
+    Attributes:
+      in_channels: C of the input.
+      out_channels: C of the output.
+      norm_groups: groups of every norm.
+      epsilon: epsilon of every norm; the temporal ones take all frames jointly.
+      norm_scope: scope of the spatial norms.
+      layers: the layer classes.
+    """
+
+    in_channels: int
+    out_channels: int
+    norm_groups: int
+    epsilon: float
+    norm_scope: NormScope
+    layers: LayerSet
+
+    def setup(self) -> None:
+        groups, epsilon, layers = self.norm_groups, self.epsilon, self.layers
+        out = self.out_channels
+        self.spatial = ResnetBlock(self.in_channels, out, groups, epsilon, self.norm_scope, layers)
+        self.temporal = ResnetBlock(out, out, groups, epsilon, "joint", layers, (3, 1, 1))
+        self.time_mixer = AlphaBlender(layers)
+
+    def temporal_features(self, activated_embedding: Array) -> tuple[Array, Array]:
+        """Projects the time embedding for both resnets."""
+        return (
+            self.spatial.temporal_features(activated_embedding),
+            self.temporal.temporal_features(activated_embedding),
+        )
+
+    def __call__(self, x: Array, temporal_features: tuple[Array, Array]) -> Array:
+        """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, out_channels]`."""
+        spatial = self.spatial(x, temporal_features[0])
+        return self.time_mixer(spatial, self.temporal(spatial, temporal_features[1]))
+
+
+class TemporalConv(nn.Module):
+    """Four normalized convolutions over time, added to their input (Wang et al., 2308.06571).
+
+    Attributes:
+      channels: C.
+      norm_groups: groups of every norm, whose epsilon is 1e-5.
+      norm_scope: scope of every norm.
+      layers: the layer classes.
+    """
+
+    channels: int
+    norm_groups: int
+    norm_scope: NormScope
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.norms = [
+            self.layers.group_norm(self.norm_groups, 1e-5, self.norm_scope) for _ in range(4)
+        ]
+        self.convs = [self.layers.conv(self.channels, (3, 1, 1)) for _ in range(4)]
+
+    def __call__(self, x: Array) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+        h = x
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            h = conv(nn.silu(norm(h)))
         return x + h
 
 

@@ -146,20 +146,41 @@ class TimestepEmbedding(nn.Module):
     """Two Dense layers with a SiLU between them, after the sinusoid.
 
     Attributes:
+      hidden: width between them.
       width: width of the result.
       layers: the layer classes.
     """
 
+    hidden: int
     width: int
     layers: LayerSet
 
     def setup(self) -> None:
-        self.linear_1 = self.layers.dense(self.width)
+        self.linear_1 = self.layers.dense(self.hidden)
         self.linear_2 = self.layers.dense(self.width)
 
     def __call__(self, sinusoid: Array) -> Array:
         """Maps `[N, C]` to `[N, width]`."""
         return self.linear_2(nn.silu(self.linear_1(sinusoid)))
+
+
+class AlphaBlender(nn.Module):
+    """Blend of a spatial and a temporal branch by one learned factor.
+
+    Attributes:
+      layers: for the dtypes.
+    """
+
+    layers: LayerSet
+
+    @nn.compact
+    def __call__(self, spatial: Array, temporal: Array) -> Array:
+        """The spatial branch by sigmoid(mix_factor), the temporal one by the rest."""
+        factor = self.param(
+            "mix_factor", nn.initializers.constant(0.5), (1,), self.layers.param_dtype
+        )
+        weight = nn.sigmoid(factor[0].astype(jnp.float32)).astype(spatial.dtype)
+        return weight * spatial + (1 - weight) * temporal
 
 
 class FeedForward(nn.Module):

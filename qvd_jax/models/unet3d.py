@@ -7,8 +7,18 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope
-from qvd_jax.models.attention import KeysValues, MotionModule, SpatialTransformer
-from qvd_jax.models.blocks import Downsample, ResnetBlock, Upsample
+from qvd_jax.models.attention import (
+    SpatialTransformer,
+    SpatioTemporalTransformer,
+    TemporalTransformer,
+)
+from qvd_jax.models.blocks import (
+    Downsample,
+    ResnetBlock,
+    SpatioTemporalResnet,
+    TemporalConv,
+    Upsample,
+)
 from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
 
 
@@ -32,12 +42,18 @@ class UNet3DConfig:
       mid_eps: epsilon of the resnet norms in the mid block.
       up_eps: epsilon of the resnet norms of each level on the way up.
       resnet_norm_scope: scope of the resnet norms and of `conv_norm_out`.
-      temporal_op: what mixes the frames. "motion_module": a transformer with a positional table
-        after each layer.
-      temporal_norm_scope: scope of the temporal operator's norm.
+      temporal_op: what mixes the frames. "motion_module": a temporal transformer behind each
+        layer (AnimateDiff, MagicAnimate). "conv_transformer": a temporal convolution behind each
+        resnet, a temporal transformer behind each spatial one (ModelScope). "spatio_temporal": a
+        temporal branch inside each resnet and transformer, blended with the spatial one (SVD).
+      temporal_norm_scope: scope of the temporal operator's norms; SVD's are always joint.
       temporal_heads: heads of the temporal attention of each level.
-      max_frames: length of the positional table of the frames.
-      temporal_mid_block: whether the mid block has the temporal operator too.
+      max_frames: length of the positional table of the frames; None where there is none, and
+        any number of frames may run at once.
+      temporal_mid_block: whether the mid block has a motion module.
+      input_transformer_channels: C of the tokens of a temporal transformer behind `conv_in`
+        (ModelScope); None leaves it out.
+      added_ids: how many numbers beside the timestep enter the time embedding (SVD: 3).
     """
 
     in_channels: int = 4
@@ -52,11 +68,13 @@ class UNet3DConfig:
     mid_eps: float = 1e-5
     up_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
     resnet_norm_scope: NormScope = "frame"
-    temporal_op: Literal["motion_module"] = "motion_module"
+    temporal_op: Literal["motion_module", "conv_transformer", "spatio_temporal"] = "motion_module"
     temporal_norm_scope: NormScope = "joint"
     temporal_heads: tuple[int, ...] = (8, 8, 8, 8)
-    max_frames: int = 32
+    max_frames: int | None = 32
     temporal_mid_block: bool = False
+    input_transformer_channels: int | None = None
+    added_ids: int = 0
 
     def __post_init__(self) -> None:
         levels = len(self.block_channels)
@@ -105,6 +123,33 @@ def animatediff(
     )
 
 
+MODELSCOPE = UNet3DConfig(
+    num_heads=(5, 10, 20, 20),
+    context_dim=1024,
+    temporal_op="conv_transformer",
+    temporal_heads=(5, 10, 20, 20),
+    max_frames=None,
+    input_transformer_channels=512,
+)
+"""ModelScope's and ZeroScope's UNet."""
+
+STABLE_VIDEO_DIFFUSION = UNet3DConfig(
+    in_channels=8,
+    num_heads=(5, 10, 20, 20),
+    context_dim=1024,
+    down_eps=(1e-6, 1e-6, 1e-6, 1e-5),
+    up_eps=(1e-6, 1e-6, 1e-6, 1e-6),
+    temporal_op="spatio_temporal",
+    temporal_heads=(5, 10, 20, 20),
+    max_frames=None,
+    added_ids=3,
+)
+"""Stable Video Diffusion's UNet, with the epsilons of diffusers."""
+
+_INPUT_TRANSFORMER_HEADS = 8
+_ADDED_ID_WIDTH = 256
+
+
 class Features(NamedTuple):
     """What the layers need and the latents do not change, computed before the sampling loop.
 
@@ -122,7 +167,7 @@ class Features(NamedTuple):
 
 
 class Layer(nn.Module):
-    """A resnet, then its spatial transformer, then its motion module.
+    """A resnet and its spatial transformer, with the temporal operators of the family.
 
     Attributes:
       config: the UNet's.
@@ -143,42 +188,53 @@ class Layer(nn.Module):
     layers: LayerSet
 
     def setup(self) -> None:
-        config, channels = self.config, self.config.block_channels[self.level]
-        self.resnet = ResnetBlock(
-            self.in_channels,
-            channels,
-            config.norm_groups,
-            self.epsilon,
-            config.resnet_norm_scope,
-            self.layers,
-        )
-        if self.has_attention:
-            self.attention = SpatialTransformer(
-                channels, config.num_heads[self.level], config.norm_groups, self.layers
-            )
-        if self.has_motion:
-            self.motion_module = MotionModule(
+        config, layers = self.config, self.layers
+        channels, groups = config.block_channels[self.level], config.norm_groups
+        blended = config.temporal_op == "spatio_temporal"
+
+        def temporal_transformer() -> TemporalTransformer:
+            return TemporalTransformer(
+                channels,
                 channels,
                 config.temporal_heads[self.level],
                 config.max_frames,
-                config.norm_groups,
+                groups,
                 config.temporal_norm_scope,
-                self.layers,
+                layers,
             )
 
-    def temporal_features(self, activated_embedding: Array) -> Array:
-        """The resnet's projection of the time embedding."""
+        self.resnet = (SpatioTemporalResnet if blended else ResnetBlock)(
+            self.in_channels, channels, groups, self.epsilon, config.resnet_norm_scope, layers
+        )
+        if config.temporal_op == "conv_transformer":
+            self.temporal_conv = TemporalConv(channels, groups, config.temporal_norm_scope, layers)
+        if self.has_attention:
+            self.attention = (SpatioTemporalTransformer if blended else SpatialTransformer)(
+                channels, config.num_heads[self.level], groups, layers
+            )
+            if config.temporal_op == "conv_transformer":
+                self.temporal_attention = temporal_transformer()
+        if self.has_motion:
+            self.motion_module = temporal_transformer()
+
+    def temporal_features(self, activated_embedding: Array) -> Any:
+        """The resnet's projections of the time embedding."""
         return self.resnet.temporal_features(activated_embedding)
 
-    def context_features(self, context: Array) -> KeysValues | None:
-        """The spatial transformer's keys and values of the text."""
+    def context_features(self, context: Array) -> Any:
+        """The spatial transformer's keys and values of the text, or None."""
         return self.attention.context_features(context) if self.has_attention else None
 
-    def __call__(self, x: Array, temporal: Array, context: KeysValues | None) -> Array:
+    def __call__(self, x: Array, temporal: Any, context: Any) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, C]`."""
+        conv_transformer = self.config.temporal_op == "conv_transformer"
         x = self.resnet(x, temporal)
-        if context is not None:
+        if conv_transformer:
+            x = self.temporal_conv(x)
+        if self.has_attention:
             x = self.attention(x, context)
+            if conv_transformer:
+                x = self.temporal_attention(x)
         if self.has_motion:
             x = self.motion_module(x)
         return x
@@ -220,11 +276,11 @@ class Stage(nn.Module):
         elif self.sampler == "up":
             self.upsample = Upsample(channels, self.layers)
 
-    def temporal_features(self, activated_embedding: Array) -> tuple[Array, ...]:
-        """Each layer's projection of the time embedding."""
+    def temporal_features(self, activated_embedding: Array) -> tuple[Any, ...]:
+        """Each layer's projections of the time embedding."""
         return tuple(block.temporal_features(activated_embedding) for block in self.blocks)
 
-    def context_features(self, context: Array) -> tuple[KeysValues | None, ...]:
+    def context_features(self, context: Array) -> tuple[Any, ...]:
         """Each layer's keys and values of the text."""
         return tuple(block.context_features(context) for block in self.blocks)
 
@@ -280,11 +336,24 @@ class UNet3D(nn.Module):
             sampler: Literal["down", "up"] | None,
         ) -> Stage:
             attention = (config.attention_levels[level],) * len(inputs)
-            motion = (True,) * len(inputs)
+            motion = (config.temporal_op == "motion_module",) * len(inputs)
             return Stage(config, level, inputs, epsilon, attention, motion, sampler, layers)
 
-        self.time_embedding = TimestepEmbedding(4 * widths[0], layers)
+        embedding = 4 * widths[0]
+        self.time_embedding = TimestepEmbedding(embedding, embedding, layers)
+        if config.added_ids:
+            self.add_embedding = TimestepEmbedding(embedding, embedding, layers)
         self.conv_in = layers.conv(widths[0], (3, 3))
+        if config.input_transformer_channels is not None:
+            self.transformer_in = TemporalTransformer(
+                widths[0],
+                config.input_transformer_channels,
+                _INPUT_TRANSFORMER_HEADS,
+                config.max_frames,
+                config.norm_groups,
+                config.temporal_norm_scope,
+                layers,
+            )
 
         skips = [widths[0]]
         down = []
@@ -319,19 +388,30 @@ class UNet3D(nn.Module):
         self.conv_norm_out = layers.group_norm(config.norm_groups, 1e-5, config.resnet_norm_scope)
         self.conv_out = layers.conv(config.out_channels, (3, 3))
 
-    def temporal_features(self, timesteps: Array) -> Features:
+    def temporal_features(self, timesteps: Array, added_ids: Array | None = None) -> Features:
         """Projections of the time embedding for every resnet.
 
         They depend on nothing but the step, so a sampler computes those of all its steps at once.
 
         Args:
           timesteps: `[N]`, in units of training timesteps, fractions allowed.
+          added_ids: `[N, added_ids]`, or `[1, added_ids]` for all; for a config that has them.
 
         Returns:
-          `[N, C]` for each layer.
+          `[N, C]` for each resnet.
         """
         sinusoid = sinusoidal_embedding(timesteps, self.config.block_channels[0])
-        embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
+        embedding = self.time_embedding(sinusoid.astype(self.layers.dtype))
+        if (added_ids is not None) != bool(self.config.added_ids):
+            raise ValueError(
+                f"the time embedding takes {self.config.added_ids} added ids, "
+                f"{'none were' if added_ids is None else 'some were'} given"
+            )
+        if added_ids is not None:
+            ids = sinusoidal_embedding(added_ids.reshape(-1), _ADDED_ID_WIDTH)
+            ids = ids.reshape(-1, self.config.added_ids * _ADDED_ID_WIDTH)
+            embedding = embedding + self.add_embedding(ids.astype(self.layers.dtype))
+        embedding = nn.silu(embedding)
         return Features(
             tuple(stage.temporal_features(embedding) for stage in self.down_blocks),
             self.mid_block.temporal_features(embedding),
@@ -376,6 +456,8 @@ class UNet3D(nn.Module):
                 f"by {self.config.stride}"
             )
         x = self.conv_in(latents.astype(self.layers.dtype))
+        if self.config.input_transformer_channels is not None:
+            x = self.transformer_in(x)
         skips = [x]
         for stage, feature, text in zip(self.down_blocks, temporal.down, context.down, strict=True):
             x, results = stage(x, feature, text)
@@ -386,17 +468,26 @@ class UNet3D(nn.Module):
         x = nn.silu(self.conv_norm_out(x))
         return self.conv_out(x).astype(jnp.float32)
 
-    def __call__(self, latents: Array, timesteps: Array, context: Array) -> Array:
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        context: Array,
+        added_ids: Array | None = None,
+    ) -> Array:
         """Predicts the noise (or v) of `latents` at `timesteps`.
 
         Args:
           latents: `[B, F, H, W, C]`.
           timesteps: `[N]`, N = B or 1.
           context: text embedding `[B, L, C]`, one for each video (not for each frame).
+          added_ids: as in `temporal_features`.
 
         Returns:
           `[B, F, H, W, C]`, float32.
         """
         return self.denoise(
-            latents, self.temporal_features(timesteps), self.context_features(context)
+            latents,
+            self.temporal_features(timesteps, added_ids),
+            self.context_features(context),
         )

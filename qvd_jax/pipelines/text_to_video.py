@@ -261,10 +261,10 @@ class TextToVideoPipeline:
         guided: bool,
         progress: Callable[[int], None] | None,
     ) -> Array:
-        config = self.unet.config
+        limit = self.unet.config.max_frames
         window = want.frames
-        if want.frames > config.max_frames:
-            window = min(self.defaults.frames, config.max_frames)
+        if limit is not None and want.frames > limit:
+            window = min(self.defaults.frames, limit)
         steps = len(schedule.table.timestep)
         stride = steps if progress is None else 1
         # Placed like the text embedding, so that the first call compiles for what later ones see.

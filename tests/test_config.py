@@ -134,6 +134,12 @@ def test_inconsistent_unets_are_refused_with_their_place():
             from_dict(UNet3DConfig, {**plain, **change}, "unet")
 
 
+@pytest.mark.parametrize("change", [{"norm_groups": 0}, {"num_heads": [8, 0, 8, 8]}], ids=str)
+def test_divisors_of_zero_are_refused(change):
+    with pytest.raises(InputError, match=f"^unet: UNet3DConfig.{next(iter(change))}"):
+        from_dict(UNet3DConfig, change, "unet")
+
+
 def test_hints_name_the_nearest_word_or_all_of_them():
     assert did_you_mean("eulr", ["ddim", "euler"]) == "; did you mean 'euler'?"
     assert did_you_mean("zzz", {"ddim": 1, "euler": 2}) == "; known: ddim, euler"

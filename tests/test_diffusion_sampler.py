@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qvd_jax.diffusion.sampler import (
     SamplerState,
     initial_noise,
+    prepare,
     sample_steps,
     video_keys,
     window_starts,
@@ -83,15 +84,17 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         state = SamplerState(latents, jnp.zeros_like(latents))
     if context is None:
         context = normal(3, 2 * VIDEOS if given["guided"] else VIDEOS, 5, 6)
+    start, stop, _ = rows.indices(STEPS)
     return sample_steps(
         UNET,
         params,
         state,
-        jax.tree.map(lambda column: jnp.asarray(column[rows]), table),
-        jnp.arange(STEPS)[rows],
-        jnp.asarray(context),
+        jax.tree.map(jnp.asarray, table),
+        prepare(UNET, params, jnp.asarray(table.timestep), jnp.asarray(context)),
         jnp.float32(given["guidance_scale"]),
         video_keys(given["seed"], VIDEOS),
+        jnp.int32(start),
+        count=stop - start,
         **{key: given[key] for key in ("window", "guided", "noisy", "clip")},
     )
 

@@ -126,7 +126,8 @@ def test_euler_follows_diffusers(axes, options):
     ids=name,
 )
 def test_dpmsolver_follows_diffusers(axes, options):
-    for steps in STEPS:
+    # Fewer than 15 steps may end otherwise than more.
+    for steps in (*STEPS, 14, 15):
         check_trajectory(diffusers.DPMSolverMultistepScheduler(**BETAS, **axes, **options), steps)
 
 

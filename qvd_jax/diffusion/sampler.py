@@ -1,7 +1,7 @@
 """The sampling loop: one jit-compiled scan over the steps of a solver's table."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,10 +48,39 @@ def window_starts(frames: int, window: int) -> tuple[int, ...]:
     return (*range(0, frames - window, stride), frames - window)
 
 
+class Conditioning(NamedTuple):
+    """What the UNet is told beside the latents, computed once before the loop.
+
+    Attributes:
+      temporal: of `UNet3D.temporal_features` for all steps, `[S, C]` each.
+      text: of `UNet3D.context_features`, negative prompts first where there is guidance.
+    """
+
+    temporal: Any
+    text: Any
+
+
+@functools.partial(jax.jit, static_argnames="unet")
+def prepare(unet: nn.Module, params: Params, timesteps: Array, context: Array) -> Conditioning:
+    """Computes all that does not depend on the latents.
+
+    Args:
+      unet: a `UNet3D`.
+      params: its parameters.
+      timesteps: of all steps, `[S]`.
+      context: text embedding `[2B, L, C]`, negative prompts first; `[B, L, C]` if not guided.
+    """
+    variables = {"params": params}
+    return Conditioning(
+        unet.apply(variables, timesteps, method="temporal_features"),
+        unet.apply(variables, context, method="context_features"),
+    )
+
+
 # The state is donated: the loop then needs no second copy of the latents.
 @functools.partial(
     jax.jit,
-    static_argnames=("unet", "window", "guided", "noisy", "clip"),
+    static_argnames=("unet", "count", "window", "guided", "noisy", "clip"),
     donate_argnames=("state",),
 )
 def sample_steps(
@@ -59,29 +88,29 @@ def sample_steps(
     params: Params,
     state: SamplerState,
     table: StepTable,
-    indices: Array,
-    context: Array,
+    conditioning: Conditioning,
     guidance_scale: Array,
     keys: Array,
+    start: Array,
     *,
+    count: int,
     window: int,
     guided: bool,
     noisy: bool,
     clip: float | None,
 ) -> tuple[SamplerState, Array]:
-    """Runs the steps of `table` as one scan.
-
-    Temporal features of all steps and the text's keys and values are computed before the scan.
+    """Runs steps `start` to `start + count` of a schedule as one scan.
 
     Args:
       unet: a `UNet3D`.
       params: its parameters.
       state: latents and last predicted sample; donated.
-      table: the rows to walk, `[S]` each.
-      indices: their numbers in the whole schedule, `[S]`, from which step noise is drawn.
-      context: text embedding `[2B, L, C]`, negative prompts first; `[B, L, C]` if not guided.
+      table: the whole schedule's, `[S]`.
+      conditioning: of `prepare`, for the whole schedule.
       guidance_scale: scalar of classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
       keys: one random key for each video, `[B]`.
+      start: number of the first step to run.
+      count: how many steps to run.
       window: frames the UNet sees at once; longer videos run in overlapping windows, whose
         predictions are averaged.
       guided: whether negative and positive prompts run as one batch and are combined.
@@ -89,32 +118,29 @@ def sample_steps(
       clip: magnitude to which predicted samples are clipped.
 
     Returns:
-      The state after the last row, and whether each step's latents were finite, `[S]`.
+      The state after the last step, and whether each step's latents were finite, `[count]`.
     """
-    variables = {"params": params}
-    temporal = unet.apply(variables, table.timestep, method="temporal_features")
-    text = unet.apply(variables, context, method="context_features")
 
-    def predict(latents: Array, features: Params) -> Array:
+    def predict(latents: Array, temporal: Any) -> Array:
         if guided:
             latents = jnp.concatenate([latents, latents])
-        prediction = _predict_windows(unet, variables, latents, features, text, window)
+        prediction = _predict_windows(
+            unet, {"params": params}, latents, Conditioning(temporal, conditioning.text), window
+        )
         if not guided:
             return prediction
         negative, positive = jnp.split(prediction, 2)
         return negative + guidance_scale * (positive - negative)
 
-    def body(
-        state: SamplerState, xs: tuple[StepTable, Array, Params]
-    ) -> tuple[SamplerState, Array]:
-        row, index, features = xs
-        features = jax.tree.map(lambda feature: feature[None], features)
-        prediction = predict(row.model_in * state.latents, features)
+    def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
+        row = jax.tree.map(lambda column: column[index], table)
+        temporal = jax.tree.map(lambda feature: feature[index][None], conditioning.temporal)
+        prediction = predict(row.model_in * state.latents, temporal)
         noise = _step_noise(keys, index, state.latents.shape[1:]) if noisy else 0.0
         state = SamplerState(*step(state.latents, prediction, state.last, noise, row, clip))
         return state, jnp.isfinite(state.latents).all()
 
-    return lax.scan(body, state, (table, indices, temporal))
+    return lax.scan(body, state, start + jnp.arange(count))
 
 
 def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
@@ -126,17 +152,12 @@ def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _predict_windows(
-    unet: nn.Module,
-    variables: Params,
-    latents: Array,
-    temporal: Params,
-    text: Params,
-    window: int,
+    unet: nn.Module, variables: Params, latents: Array, conditioning: Conditioning, window: int
 ) -> Array:
     """The UNet's prediction, averaged over the windows that see each frame."""
 
     def denoise(part: Array) -> Array:
-        return unet.apply(variables, part, temporal, text, method="denoise")
+        return unet.apply(variables, part, *conditioning, method="denoise")
 
     frames = latents.shape[1]
     starts = window_starts(frames, window)

@@ -265,22 +265,26 @@ class TextToVideoPipeline:
         window = want.frames
         if limit is not None and want.frames > limit:
             window = min(self.defaults.frames, limit)
-        steps = len(schedule.table.timestep)
-        stride = steps if progress is None else 1
+        unet, params = self.unet, self.params["unet"]
+        table = jax.tree.map(jnp.asarray, schedule.table)
+        steps = len(table.timestep)
+        count = steps if progress is None else 1
         # Placed like the text embedding, so that the first call compiles for what later ones see.
         latents = jax.device_put(latents, context.sharding)
         state = sampler.SamplerState(latents, jnp.zeros_like(latents))
-        for start in range(0, steps, stride):
-            rows = slice(start, start + stride)
+        keys = sampler.video_keys(seed, latents.shape[0])
+        conditioning = sampler.prepare(unet, params, table.timestep, context)
+        for start in range(0, steps, count):
             state, finite = sampler.sample_steps(
-                self.unet,
-                self.params["unet"],
+                unet,
+                params,
                 state,
-                jax.tree.map(lambda column, rows=rows: jnp.asarray(column[rows]), schedule.table),
-                jnp.arange(start, start + stride),
-                context,
+                table,
+                conditioning,
                 jnp.float32(want.guidance_scale),
-                sampler.video_keys(seed, latents.shape[0]),
+                keys,
+                jnp.int32(start),
+                count=count,
                 window=window,
                 guided=guided,
                 noisy=bool(schedule.table.to_noise.any()),
@@ -295,7 +299,7 @@ class TextToVideoPipeline:
                     f"than {want.guidance_scale:g}"
                 )
             if progress is not None:
-                progress(start + stride)
+                progress(start + count)
         return state.latents
 
 

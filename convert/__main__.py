@@ -27,11 +27,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
-    with tqdm.tqdm(unit="B", unit_scale=True) as bar:
+    with tqdm.tqdm(unit="B", unit_scale=True, delay=0.5) as bar:
 
         def on_progress(progress: Progress) -> None:
+            bar.total = progress.total
             bar.set_description(progress.component, refresh=False)
-            bar.reset(progress.total) if bar.total != progress.total else None
             bar.update(progress.done - bar.n)
 
         write_checkpoint(

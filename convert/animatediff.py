@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from convert.tensors import Tensors
+from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3DConfig
 
@@ -77,7 +78,11 @@ def version(tensors: Tensors) -> str:
 
 def positions(tensors: Tensors) -> int | None:
     """Length of the positional tables, if they are stored."""
-    lengths = {t.shape[1] for name, t in tensors.items() if _POSITIONS.search(name)}
+    tables = {name: t.shape for name, t in tensors.items() if _POSITIONS.search(name)}
+    for name, shape in tables.items():
+        if len(shape) != 3:
+            raise InputError(f"{name} has shape {shape}; a table (1, frames, channels) is expected")
+    lengths = {shape[1] for shape in tables.values()}
     if len(lengths) > 1:
         raise InputError(f"motion modules have positional tables of different lengths: {lengths}")
     return lengths.pop() if lengths else None
@@ -86,6 +91,16 @@ def positions(tensors: Tensors) -> int | None:
 def without_positions(tensors: Tensors) -> Tensors:
     """The tensors less the positional tables, which are recomputed."""
     return {name: t for name, t in tensors.items() if not _POSITIONS.search(name)}
+
+
+def check_family(tensors: Tensors, where: str) -> None:
+    """Raises `InputError` if the names are not those of a Stable Diffusion 1.5 UNet."""
+    other = _describe(tensors)
+    if other or "conv_in.weight" not in tensors:
+        raise InputError(
+            f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
+            f"or Stable Diffusion 1.5 UNet is expected"
+        )
 
 
 def unet_config(
@@ -102,22 +117,15 @@ def unet_config(
     configs.
 
     Args:
-      tensors: spatial weights and motion modules, by diffusers' names.
+      tensors: spatial weights and motion modules, by diffusers' names; of this family.
       unet_json: the UNet's `config.json`.
       motion_json: the motion adapter's, or the UNet's where they are one.
       original_norms: whether the norms follow the original code's scopes, not diffusers'.
       where: how messages name the checkpoint.
 
     Raises:
-      InputError: the tensors are of another family, or a config value is missing or odd.
+      InputError: tensors are missing, or a config value is missing or odd.
     """
-    other = _describe(tensors)
-    if other or "conv_in.weight" not in tensors:
-        raise InputError(
-            f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
-            f"or Stable Diffusion 1.5 UNet is expected"
-        )
-
     for key, supported in _ONLY.items():
         if unet_json.get(key, supported[0]) not in supported:
             raise InputError(
@@ -126,8 +134,8 @@ def unet_config(
             )
 
     def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise InputError(f"{where}: the tensor {name} is missing")
+        if name not in tensors or len(tensors[name].shape) != 4:
+            raise InputError(f"{where}: the convolution {name} is missing")
         return tensors[name].shape
 
     def count(pattern: str) -> int:
@@ -155,32 +163,34 @@ def unet_config(
     heads = unet_json.get("num_attention_heads") or unet_json.get("attention_head_dim")
     generation = version(tensors)
     epsilon = _number(unet_json.get("norm_eps", 1e-5), f"{where}: norm_eps")
-    return UNet3DConfig(
-        in_channels=shape("conv_in.weight")[1],
-        out_channels=shape("conv_out.weight")[0],
-        block_channels=tuple(
+    fields = {
+        "in_channels": shape("conv_in.weight")[1],
+        "out_channels": shape("conv_out.weight")[0],
+        "block_channels": [
             shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
-        ),
-        layers_per_block=count(r"down_blocks\.0\.resnets\.(\d+)\."),
-        attention_levels=attention,
-        num_heads=_per_level(heads, levels, f"{where}: attention_head_dim"),
-        context_dim=context,
-        norm_groups=_per_level(
-            unet_json.get("norm_num_groups", 32), 1, f"{where}: norm_num_groups"
-        )[0],
-        down_eps=(epsilon,) * levels,
-        mid_eps=epsilon,
-        up_eps=(epsilon,) * levels,
-        resnet_norm_scope="joint" if original_norms and generation == "v1" else "frame",
-        temporal_norm_scope="frame" if original_norms else "joint",
-        temporal_heads=_per_level(
+        ],
+        "layers_per_block": count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        "attention_levels": attention,
+        "num_heads": _per_level(heads, levels, f"{where}: attention_head_dim"),
+        "context_dim": context,
+        "norm_groups": unet_json.get("norm_num_groups", 32),
+        "down_eps": [epsilon] * levels,
+        "mid_eps": epsilon,
+        "up_eps": [epsilon] * levels,
+        "resnet_norm_scope": "joint" if original_norms and generation == "v1" else "frame",
+        "temporal_norm_scope": "frame" if original_norms else "joint",
+        "temporal_heads": _per_level(
             motion_json.get("motion_num_attention_heads", 8),
             levels,
             f"{where}: motion_num_attention_heads",
         ),
-        max_frames=positions(tensors) or motion_json.get("motion_max_seq_length", 32),
-        temporal_mid_block=generation == "v2",
-    )
+        "max_frames": positions(tensors)
+        or _per_level(
+            motion_json.get("motion_max_seq_length", 32), 1, f"{where}: motion_max_seq_length"
+        )[0],
+        "temporal_mid_block": generation == "v2",
+    }
+    return from_dict(UNet3DConfig, fields, where)
 
 
 def _describe(tensors: Tensors) -> str | None:

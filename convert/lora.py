@@ -1,5 +1,6 @@
 """Low-rank additions of AnimateDiff: motion LoRAs and the v3 domain adapter."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,21 @@ _KEY = re.compile(
 
 
 def parse_lora(argument: str) -> tuple[Path, float]:
-    """Splits PATH[:SCALE]; the scale defaults to 1."""
-    path, colon, scale = argument.rpartition(":")
+    """Splits PATH[:SCALE]; the scale defaults to 1.
+
+    Raises:
+      InputError: the scale is not finite.
+    """
+    path, colon, text = argument.rpartition(":")
     try:
-        return (Path(path), float(scale)) if colon else (Path(argument), 1.0)
+        scale = float(text) if colon else None
     except ValueError:
+        scale = None
+    if scale is None:
         return Path(argument), 1.0
+    if not math.isfinite(scale):
+        raise InputError(f"--lora {argument}: the scale must be a finite number")
+    return Path(path), scale
 
 
 def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str], str]) -> Tensors:
@@ -62,7 +72,8 @@ def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str
         if set(pair) != {"down", "up"}:
             raise InputError(f"{path}: {name} has only {'/'.join(pair)} of down and up")
         down, up, base = pair["down"], pair["up"], tensors[name]
-        if (up.shape[0], down.shape[1]) != base.shape[:2] or up.shape[1] != down.shape[0]:
+        matrices = len(up.shape) == len(down.shape) == 2 and up.shape[1] == down.shape[0]
+        if not matrices or (up.shape[0], down.shape[1]) != base.shape:
             raise InputError(
                 f"{path}: {name} is {base.shape}, which up {up.shape} x down {down.shape} "
                 f"does not fit"

@@ -147,6 +147,9 @@ def check_names(params: Params, names: Names, tensors: Tensors, where: str) -> N
                 lines.append(f"- {name}")
                 continue
             shape = tensors[name].shape
+            if len(shape) < len(want):
+                lines.append(f"! {name} {shape}: does not fit {path} {leaf.shape}")
+                continue
             have = tuple(shape[axis] for axis in _axes(path, len(shape)))
             # A 1x1 convolution is a Dense here.
             unit_axes = have[: len(have) - len(want)]

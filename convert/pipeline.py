@@ -54,7 +54,13 @@ class Source:
 
 
 class Progress(NamedTuple):
-    """Bytes written of one component, for a progress bar."""
+    """How far a conversion is, for a progress bar.
+
+    Attributes:
+      component: the one at work.
+      done: bytes of all components that have been read.
+      total: bytes of all components.
+    """
 
     component: str
     done: int
@@ -90,6 +96,7 @@ def open_source(
             f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image or "
             f"AnimateDiff pipeline"
         )
+    checkpoint.check_tokenizer(source / "tokenizer")
     unet, config, notes = _open_unet(source, motion)
     for path, scale in loras:
         unet = merge_lora(unet, path, scale, animatediff.rename_original)
@@ -143,18 +150,18 @@ def write_checkpoint(
       InputError: tensors are missing, extra or misshapen, `out` exists, or space is short.
     """
     shapes = source.configs.param_shapes(dtype)
-    sizes = {name: checkpoint.tree_bytes(tree) for name, tree in shapes.items()}
-    checkpoint.check_space(out.parent, sum(sizes.values()))
+    total = checkpoint.tree_bytes(shapes)
+    checkpoint.check_space(out.parent, total)
     for name, tensors in source.tensors.items():
         names.check_names(shapes[name], _NAMES[name], tensors, name)
     with checkpoint.write_directory(out, overwrite=overwrite) as folder:
+        done = 0
         for name, tensors in source.tensors.items():
-            done = 0
 
             def on_bytes(count: int, name: str = name) -> None:
                 nonlocal done
                 done += count
-                on_progress(Progress(name, done, sizes[name]))
+                on_progress(Progress(name, done, total))
 
             params = names.build_params(shapes[name], _NAMES[name], tensors, dtype, on_bytes)
             checkpoint.save_params(folder, name, params)
@@ -175,12 +182,15 @@ def _open_unet(source: Path, motion: Path | None) -> tuple[Tensors, UNet3DConfig
     folder = source / "unet"
     tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
     unet_json = motion_json = read_json(folder / "config.json")
+    animatediff.check_family(tensors, str(folder))
     has_motion = any(".motion_modules." in name for name in tensors)
     if has_motion and motion is not None:
         raise InputError(f"{folder} has motion modules of its own; leave --motion out")
     original = False
     where = str(folder)
     if not has_motion:
+        if motion is not None and not motion.exists():
+            raise InputError(f"{motion} does not exist; --motion names an adapter or a checkpoint")
         motion = motion or source / "motion_adapter"
         if not motion.exists():
             raise InputError(
@@ -259,8 +269,6 @@ def _check_widths(configs: ComponentConfigs, source: Path) -> None:
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
     target.mkdir()
-    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not found:
-        raise InputError(f"{source} holds no tokenizer files ({', '.join(TOKENIZER_FILES)})")
-    for name in found:
-        shutil.copyfile(source / name, target / name)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

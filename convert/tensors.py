@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -153,9 +154,9 @@ def _open_pickle(path: Path) -> Tensors:
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} is refused: it is damaged or holds more than tensors, and code in it would "
-            f"run on loading ({_first_line(error)})"
+            f"run on loading{_culprit(error)}"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # A damaged pickle can make the unpickler raise anything.
         raise InputError(
             f"{path} is truncated or no pickle of tensors: {_first_line(error)}"
         ) from error
@@ -165,6 +166,7 @@ def _open_pickle(path: Path) -> Tensors:
         raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
 
     def read(tensor: Any) -> np.ndarray:
+        tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:
             return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
@@ -174,6 +176,12 @@ def _open_pickle(path: Path) -> Tensors:
         for name, value in content.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def _culprit(error: Exception) -> str:
+    """The global a refused pickle asks for, such as " (os.system)"."""
+    match = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({match[1]})" if match else ""
 
 
 def _first_line(error: Exception) -> str:

@@ -98,7 +98,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise InputError(f"{path} exists already; pass --overwrite to replace it")
+        raise InputError(f"{path} exists already; pass --overwrite (overwrite=True) to replace it")
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} exists and is no qvd_jax checkpoint; it is not replaced")
 
@@ -106,6 +106,20 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
 def tree_bytes(tree: Params) -> int:
     """Bytes of all arrays (or shapes) of a tree."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Raises `InputError` if the folder holds no vocabulary.
+
+    transformers would make an almost empty tokenizer of what is left.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; a tokenizer folder is expected")
+    whole = (folder / "tokenizer.json").is_file()
+    if not whole and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise InputError(
+            f"{folder} holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, are needed"
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -159,8 +173,12 @@ def save_params(folder: Path, name: str, params: Params) -> None:
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
     handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
+    item = folder.absolute() / name
     with ocp.Checkpointer(handler) as checkpointer:
-        checkpointer.save(folder.absolute() / name, args=arguments)
+        try:
+            checkpointer.save(item, args=arguments)
+        except ValueError as error:  # What TensorStore raises when the disk is full, for one.
+            raise InputError(f"{item} could not be written: {_first_line(error)}") from error
 
 
 def restore_params(
@@ -186,7 +204,7 @@ def restore_params(
             stored = checkpointer.metadata(item).item_metadata
             shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored.tree)
         except Exception as error:
-            raise InputError(f"{item} is damaged: {_first_line(error)}") from error
+            raise InputError(f"{item} is damaged: its index cannot be read") from error
         check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -196,7 +214,7 @@ def restore_params(
         try:
             return checkpointer.restore(item, target)
         except Exception as error:
-            raise InputError(f"{item} is damaged: {_first_line(error)}") from error
+            raise InputError(f"{item} is damaged: its arrays cannot be read") from error
 
 
 def stored_dtype(folder: Path, name: str) -> np.dtype:
@@ -211,7 +229,7 @@ def stored_dtype(folder: Path, name: str) -> np.dtype:
             tree = checkpointer.metadata(item).item_metadata.tree
             return np.dtype(jax.tree.leaves(tree)[0].dtype)
         except Exception as error:
-            raise InputError(f"{item} is missing or damaged: {_first_line(error)}") from error
+            raise InputError(f"{item} is missing or damaged") from error
 
 
 def check_tree(found: Any, expected: Any, where: str) -> None:

@@ -171,7 +171,7 @@ def manifest(**changes: object) -> Callable[[Path], None]:
         ),
         pytest.param(
             lambda path: shutil.rmtree(path / "tokenizer"),
-            "tokenizer does not exist: the checkpoint has lost its tokenizer",
+            "tokenizer does not exist; a tokenizer folder is expected",
             id="no tokenizer",
         ),
         pytest.param(

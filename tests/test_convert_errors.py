@@ -234,7 +234,7 @@ FILES = [
     ),
     case(
         lambda source: [file.unlink() for file in (source / "tokenizer").iterdir()] and None,
-        "tokenizer holds no tokenizer files (vocab.json, merges.txt, ",
+        "tokenizer holds no tokenizer: tokenizer.json, or vocab.json and merges.txt, are needed",
         id="tokenizer files",
     ),
     case(

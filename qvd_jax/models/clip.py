@@ -34,7 +34,7 @@ class CLIPTextConfig:
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
 
     def __post_init__(self) -> None:
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             raise ValueError(
                 f"CLIPTextConfig.num_heads = {self.num_heads} does not divide hidden_size = "
                 f"{self.hidden_size}"

@@ -90,7 +90,7 @@ class UNet3DConfig:
                 ("num_heads", self.num_heads[level]),
                 ("temporal_heads", self.temporal_heads[level]),
             ):
-                if channels % divisor:
+                if divisor < 1 or channels % divisor:
                     raise ValueError(
                         f"UNet3DConfig.{name} = {divisor} does not divide the {channels} "
                         f"channels of level {level}"

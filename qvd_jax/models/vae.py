@@ -35,7 +35,7 @@ class VAEConfig:
 
     def __post_init__(self) -> None:
         for level, channels in enumerate(self.block_channels):
-            if channels % self.norm_groups:
+            if self.norm_groups < 1 or channels % self.norm_groups:
                 raise ValueError(
                     f"VAEConfig.norm_groups = {self.norm_groups} does not divide the {channels} "
                     f"channels of level {level}"

@@ -416,8 +416,7 @@ def make_manifest(
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise InputError(f"{folder} does not exist: the checkpoint has lost its tokenizer")
+    checkpoint.check_tokenizer(folder)
     from transformers import AutoTokenizer
 
     try:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -91,7 +92,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return {key: _convert(item, arguments[1], f"{where}.{key}") for key, item in value.items()}
     if hint is Any:
         return value
-    if hint is float and type(value) is int:
+    if hint is float and type(value) in (int, float):
+        if not abs(value) <= sys.float_info.max:
+            raise InputError(f"{where}: a finite number is needed, got {value!r}")
         return float(value)
     # bool is a subclass of int, but `true` is no number here.
     if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):

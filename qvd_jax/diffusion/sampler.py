@@ -38,9 +38,10 @@ def video_keys(seed: int, videos: int) -> Array:
 
 
 def window_starts(frames: int, window: int) -> tuple[int, ...]:
-    """First frames of the windows that cover a video, overlapping by at least a quarter.
+    """First frames of the windows that cover a video.
 
-    Windows follow each other by three quarters of their length; the last one ends with the video.
+    Windows overlap by a quarter of their length, by one frame at least; the last one is moved
+    back to end with the video.
     """
     if frames <= window:
         return (0,)

@@ -101,6 +101,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "interpolation_type": ("linear",),
     "algorithm_type": ("dpmsolver++",),
     "variance_type": (None,),
+    "lambda_min_clipped": (None, float("-inf")),
     "solver_order": (1, 2),
 }
 """Options of diffusers that change the result, with the values that are understood here."""
@@ -119,7 +120,7 @@ def from_diffusers(data: Mapping[str, Any], where: str) -> SchedulerConfig:
       InputError: the scheduler, or a value that changes its result, is not supported.
     """
     name = data.get("_class_name")
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise InputError(f"{where}: unknown scheduler {name!r}{did_you_mean(str(name), SOLVERS)}")
     solver = SOLVERS[name]
     for key, supported in _ONLY.items():
@@ -152,36 +153,51 @@ def sigmas_of(alphas: np.ndarray) -> np.ndarray:
     return np.sqrt((1 - alphas) / alphas)
 
 
-def check_steps(config: SchedulerConfig, steps: int) -> None:
-    """Raises `InputError` if the schedule cannot be walked in so many steps."""
-    limit = config.num_train_timesteps
-    if config.solver == "lcm":
-        limit = config.original_inference_steps
-    elif config.solver == "dpmsolver++" and config.timestep_spacing == "leading":
-        limit -= 1
-    if not 1 <= steps <= limit:
-        raise InputError(f"steps = {steps}: {config.solver} takes 1 to {limit} steps")
-
-
 def spaced_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
-    """Timesteps `[S]` from high to low, spaced as `timestep_spacing` says."""
+    """Timesteps `[S]` from high to low, spaced as `timestep_spacing` says.
+
+    Raises:
+      InputError: the schedule has not so many timesteps.
+    """
     total = config.num_train_timesteps
+    # DPM-Solver++ spaces one step more and leaves the last out.
+    extra = config.solver == "dpmsolver++" and config.timestep_spacing != "trailing"
+    points = steps + extra
+    _check_steps(config, steps, total - extra)
     if config.timestep_spacing == "trailing":
         return np.round(np.arange(total, 0, -total / steps))[:steps] - 1
-    # DPM-Solver++ spaces one step more and leaves the last out.
-    points = steps + 1 if config.solver == "dpmsolver++" else steps
     if config.timestep_spacing == "linspace":
         spaced = np.linspace(0.0, total - 1, points)
         # Euler alone visits fractions of a timestep.
         spaced = spaced if config.solver == "euler" else np.round(spaced)
     else:
         spaced = np.arange(points, dtype=np.float64) * (total // points) + config.steps_offset
+        if spaced[-1] >= total and config.solver != "euler":
+            raise InputError(
+                f"steps = {steps}: with steps_offset = {config.steps_offset} the first timestep "
+                f"is {spaced[-1]:g}, past the schedule's {total}; take fewer steps"
+            )
     return spaced[::-1][:steps]
 
 
+def _check_steps(config: SchedulerConfig, steps: int, limit: int) -> None:
+    if not 1 <= steps <= limit:
+        raise InputError(f"steps = {steps}: {config.solver} takes 1 to {limit} steps")
+
+
 def lcm_timesteps(config: SchedulerConfig, steps: int) -> np.ndarray:
-    """Timesteps `[S]` of latent consistency: an even subset of the distillation's own."""
+    """Timesteps `[S]` of latent consistency: an even subset of the distillation's own.
+
+    Raises:
+      InputError: the distillation has not so many steps, or more than the schedule.
+    """
     original = config.original_inference_steps
+    if not 1 <= original <= config.num_train_timesteps:
+        raise InputError(
+            f"original_inference_steps = {original}: 1 to {config.num_train_timesteps} training "
+            f"timesteps allow as many steps"
+        )
+    _check_steps(config, steps, original)
     ladder = np.arange(1, original + 1) * (config.num_train_timesteps // original) - 1
     chosen = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
     return ladder[::-1][chosen].astype(np.float64)

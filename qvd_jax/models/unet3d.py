@@ -78,6 +78,8 @@ class UNet3DConfig:
 
     def __post_init__(self) -> None:
         levels = len(self.block_channels)
+        if not levels or self.layers_per_block < 1:
+            raise ValueError("UNet3DConfig needs at least one level and one layer per block")
         for name in ("attention_levels", "num_heads", "down_eps", "up_eps", "temporal_heads"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(

@@ -171,7 +171,7 @@ def save_params(folder: Path, name: str, params: Params) -> None:
       params: tree of `jax.Array`; Orbax would copy numpy arrays, all of them at once.
     """
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
     item = folder.absolute() / name
     with ocp.Checkpointer(handler) as checkpointer:

@@ -77,7 +77,13 @@ def table() -> StepTable:
 def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tuple[Any, Any]:
     """Calls `sample_steps`, by default guided and with everything it can do."""
     given = {"guided": True, "guidance_scale": 3.0, "seed": SEED, "window": 4, "clip": 0.7}
-    given |= {"noisy": True, "rows": slice(None), "state": None, "context": None} | options
+    given |= {
+        "one_by_one": False,
+        "noisy": True,
+        "rows": slice(None),
+        "state": None,
+        "context": None,
+    } | options
     state, context, rows = given["state"], given["context"], given["rows"]
     if state is None:
         latents = jnp.asarray(normal(2, VIDEOS, frames, *FRAME))
@@ -95,7 +101,7 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         video_keys(given["seed"], VIDEOS),
         jnp.int32(start),
         count=stop - start,
-        **{key: given[key] for key in ("window", "guided", "noisy", "clip")},
+        **{key: given[key] for key in ("window", "guided", "one_by_one", "noisy", "clip")},
     )
 
 
@@ -168,8 +174,9 @@ def test_noise_of_a_video_depends_on_seed_and_index_alone():
 
 
 @pytest.mark.parametrize("options", [{}, {"guided": False, "noisy": False, "clip": None}], ids=str)
-def test_sampling_equals_a_plain_loop_over_the_unet(params, table, options):
-    state, finite = sample(params, table, **options)
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_sampling_equals_a_plain_loop_over_the_unet(params, table, options, one_by_one):
+    state, finite = sample(params, table, one_by_one=one_by_one, **options)
     assert finite.tolist() == [True] * STEPS
     expected = plain_loop(params, table, (0,), 4, **options)
     assert relative_error(state.latents, expected) < TOLERANCE

@@ -81,7 +81,7 @@ def prepare(unet: nn.Module, params: Params, timesteps: Array, context: Array) -
 # The state is donated: the loop then needs no second copy of the latents.
 @functools.partial(
     jax.jit,
-    static_argnames=("unet", "count", "window", "guided", "noisy", "clip"),
+    static_argnames=("unet", "count", "window", "guided", "one_by_one", "noisy", "clip"),
     donate_argnames=("state",),
 )
 def sample_steps(
@@ -97,6 +97,7 @@ def sample_steps(
     count: int,
     window: int,
     guided: bool,
+    one_by_one: bool,
     noisy: bool,
     clip: float | None,
 ) -> tuple[SamplerState, Array]:
@@ -115,28 +116,41 @@ def sample_steps(
       window: frames the UNet sees at once; longer videos run in overlapping windows, whose
         predictions are averaged.
       guided: whether negative and positive prompts run as one batch and are combined.
+      one_by_one: whether the UNet sees one video (with both its prompts) after the other, which
+        makes a video's rounding independent of the batch, instead of all at once.
       noisy: whether the table takes fresh noise.
       clip: magnitude to which predicted samples are clipped.
 
     Returns:
       The state after the last step, and whether each step's latents were finite, `[count]`.
     """
+    halves = 2 if guided else 1
 
-    def predict(latents: Array, temporal: Any) -> Array:
-        if guided:
-            latents = jnp.concatenate([latents, latents])
+    def predict(latents: Array, temporal: Any, text: Any) -> Array:
+        latents = jnp.concatenate([latents] * halves)
         prediction = _predict_windows(
-            unet, {"params": params}, latents, Conditioning(temporal, conditioning.text), window
+            unet, {"params": params}, latents, Conditioning(temporal, text), window
         )
         if not guided:
             return prediction
         negative, positive = jnp.split(prediction, 2)
         return negative + guidance_scale * (positive - negative)
 
+    def predict_one_by_one(latents: Array, temporal: Any, text: Any) -> Array:
+        # [2B, ...], negative prompts first, as [B, 2, ...].
+        by_video = jax.tree.map(
+            lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]).swapaxes(0, 1), text
+        )
+        return lax.map(
+            lambda video: predict(video[0][None], temporal, video[1])[0], (latents, by_video)
+        )
+
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
         temporal = jax.tree.map(lambda feature: feature[index][None], conditioning.temporal)
-        prediction = predict(row.model_in * state.latents, temporal)
+        prediction = (predict_one_by_one if one_by_one else predict)(
+            row.model_in * state.latents, temporal, conditioning.text
+        )
         noise = _step_noise(keys, index, state.latents.shape[1:]) if noisy else 0.0
         state = SamplerState(*step(state.latents, prediction, state.last, noise, row, clip))
         return state, jnp.isfinite(state.latents).all()

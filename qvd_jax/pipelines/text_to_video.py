@@ -287,6 +287,8 @@ class TextToVideoPipeline:
                 count=count,
                 window=window,
                 guided=guided,
+                # A batch saves no time on the CPU, and its rounding would depend on its size.
+                one_by_one=jax.default_backend() == "cpu",
                 noisy=bool(schedule.table.to_noise.any()),
                 clip=schedule.clip,
             )
@@ -305,7 +307,8 @@ class TextToVideoPipeline:
 
 @functools.partial(jax.jit, static_argnames="encoder")
 def _encode_text(encoder: CLIPTextEncoder, params: Params, ids: Array) -> Array:
-    return encoder.apply({"params": params}, ids)
+    # Prompt by prompt: what one is embedded as must not depend on the others, even in rounding.
+    return jax.lax.map(lambda row: encoder.apply({"params": params}, row[None])[0], ids)
 
 
 @functools.partial(jax.jit, static_argnames="vae")

@@ -59,6 +59,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
+def test_a_truncated_video_is_not_kept(tmp_path, monkeypatch):
+    """On a full disk ffmpeg stops writing and reports success."""
+    path, whole = tmp_path / "video.mp4", video_io.imageio.imwrite
+
+    def cut(target, *args, **options):
+        whole(target, *args, **options)
+        target.write_bytes(target.read_bytes()[:-200])
+
+    monkeypatch.setattr(video_io.imageio, "imwrite", cut)
+    with pytest.raises(InputError, match=r"video\.mp4 could not be written: .*is the disk full"):
+        video_io.write_video(path, gradient(6, 32, 32), fps=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "there.mp4").write_bytes(b"")
     for path, message in (

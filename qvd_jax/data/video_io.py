@@ -1,5 +1,6 @@
 """Writing videos and contact sheets; nothing half-written is left behind."""
 
+import functools
 import os
 import tempfile
 import warnings
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import imageio.v3 as imageio
+import imageio_ffmpeg
 import numpy as np
 
 from qvd_jax.errors import InputError
@@ -39,18 +41,9 @@ def write_video(path: Path, video: np.ndarray, fps: int) -> None:
       InputError: the file could not be written, for want of space for instance.
     """
     if path.suffix == ".mp4":
-        # macro_block_size: H.264 with halved chroma needs even sides, imageio would round to 16.
-        _write(
-            path,
-            _even(video),
-            plugin="FFMPEG",
-            fps=fps,
-            codec="libx264",
-            quality=8,
-            macro_block_size=2,
-        )
+        _replace_when_whole(path, functools.partial(_encode_mp4, video=_even(video), fps=fps))
     else:
-        _write(path, video, plugin="pillow", duration=1000 / fps, loop=0)
+        _write_pillow(path, video, duration=1000 / fps, loop=0)
 
 
 def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> None:
@@ -67,7 +60,7 @@ def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> Non
     frames = videos.shape[1]
     chosen = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
     rows = np.concatenate(np.moveaxis(videos[:, chosen], 1, 0), axis=2)
-    _write(path, np.concatenate(rows), plugin="pillow")
+    _write_pillow(path, np.concatenate(rows))
 
 
 def tile(videos: np.ndarray) -> np.ndarray:
@@ -91,24 +84,41 @@ def _even(video: np.ndarray) -> np.ndarray:
     return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _write(path: Path, pixels: np.ndarray, **options: Any) -> None:
-    def write(target: Path) -> None:
-        with warnings.catch_warnings():
-            # imageio starts ffmpeg; between fork and exec no thread of JAX's is needed.
-            warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
-            imageio.imwrite(target, pixels, **options)
+def _encode_mp4(path: Path, video: np.ndarray, fps: int) -> None:
+    with warnings.catch_warnings():
+        # imageio starts ffmpeg; between fork and exec no thread of JAX's is needed.
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        # macro_block_size: halved chroma needs even sides, imageio would round them up to 16.
+        imageio.imwrite(
+            path,
+            video,
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            quality=8,
+            macro_block_size=2,
+        )
+        # Read back, for ffmpeg tells nobody when the disk is full.
+        try:
+            frames, _ = imageio_ffmpeg.count_frames_and_secs(path)
+        except (RuntimeError, ValueError) as error:
+            raise OSError("the written file cannot be read; is the disk full?") from error
+    if frames != len(video):
+        raise OSError(f"only {frames} of {len(video)} frames were written; is the disk full?")
 
-    _replace_when_whole(path, write)
+
+def _write_pillow(path: Path, pixels: np.ndarray, **options: Any) -> None:
+    # Encoded in memory: on a full disk imageio would try again when it is collected.
+    data = imageio.imwrite("<bytes>", pixels, plugin="pillow", extension=path.suffix, **options)
+    _replace_when_whole(path, lambda partial: partial.write_bytes(data))
 
 
-def _replace_when_whole(path: Path, write: Callable[[Path], None]) -> None:
+def _replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
     handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
         write(partial)
-        if partial.stat().st_size == 0:
-            raise OSError("the encoder wrote nothing")
         partial.chmod(0o644)
         partial.replace(path)
     # RuntimeError: what imageio raises when ffmpeg fails.

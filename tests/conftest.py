@@ -1,5 +1,7 @@
 """Shared fixtures: tiny random checkpoints, saved by diffusers and converted once per session."""
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +12,7 @@ import torch
 from diffusers import AnimateDiffPipeline
 
 from convert.__main__ import main as convert
+from qvd_jax.pipelines.text_to_video import ComponentConfigs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -20,6 +23,15 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.getbasetemp() / "xla"
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_traced_once() -> Iterator[None]:
+    """Most checkpoints here have the same configs, and tracing takes most of a tiny load."""
+    with pytest.MonkeyPatch.context() as patch:
+        cached = functools.cache(ComponentConfigs.param_shapes)
+        patch.setattr(ComponentConfigs, "param_shapes", cached)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Checkpoints keep what was saved, restore where and as asked, and say what is wrong with them."""
 
-import functools
 import gc
 import json
 import re
@@ -24,15 +23,6 @@ from qvd_jax.errors import InputError
 from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline
 
 COMPONENTS = {"unet", "vae", "text_encoder"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shapes_traced_once() -> Iterator[None]:
-    """Most checkpoints here have the same configs, and tracing takes most of a load."""
-    with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(ComponentConfigs.param_shapes)
-        patch.setattr(ComponentConfigs, "param_shapes", cached)
-        yield
 
 
 @pytest.fixture(scope="module")

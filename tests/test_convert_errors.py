@@ -1,13 +1,12 @@
 """What a user can get wrong when converting ends with one line that says so, and leaves nothing."""
 
 import contextlib
-import functools
 import json
 import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -40,7 +39,6 @@ from convert.__main__ import main as convert
 from convert.tensors import open_file
 from qvd_jax import checkpoint
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import ComponentConfigs
 
 Tiny = tuple[Path, AnimateDiffPipeline]
 Edit = Callable[[Path], list[object] | None]
@@ -58,15 +56,6 @@ class Outcome(NamedTuple):
     code: int
     message: str
     printed: str
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shapes_traced_once() -> Iterator[None]:
-    """Most sources here have the same configs, and tracing takes most of a tiny conversion."""
-    with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(ComponentConfigs.param_shapes)
-        patch.setattr(ComponentConfigs, "param_shapes", cached)
-        yield
 
 
 @pytest.fixture

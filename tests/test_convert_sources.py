@@ -1,7 +1,6 @@
 """The same weights arrive the same, whatever files, names and versions they come in."""
 
 import dataclasses
-import functools
 import re
 import shutil
 from pathlib import Path
@@ -42,15 +41,6 @@ from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipelin
 
 Tiny = tuple[Path, AnimateDiffPipeline]
 COMPONENTS = ("unet", "vae", "text_encoder")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _shapes_traced_once():
-    """Most sources here have the same configs, and tracing takes most of a tiny conversion."""
-    with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(ComponentConfigs.param_shapes)
-        patch.setattr(ComponentConfigs, "param_shapes", cached)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def test_latents_and_pixels_equal_diffusers_pipeline(pipe, tiny):
 
 
 def test_one_seed_gives_one_video_at_any_batch_size(pipe):
-    together = pipe(PROMPTS + PROMPTS[:1], seed=7, **SMALL)
+    together = pipe([*PROMPTS, PROMPTS[0]], seed=7, **SMALL)
     alone = pipe(PROMPTS[:1], seed=7, **SMALL)
     np.testing.assert_array_equal(together[:1], alone)
     assert (together[2] != together[0]).any(), "videos of one prompt differ by their index"
@@ -63,7 +63,7 @@ def test_one_seed_gives_one_video_at_any_batch_size(pipe):
 def test_sampling_survives_save_and_load(pipe, tmp_path):
     qvd_jax.save(pipe, tmp_path / "copy")
     again = qvd_jax.load(tmp_path / "copy")
-    np.testing.assert_array_equal(again(PROMPTS, **SMALL), pipe(PROMPTS, **SMALL))
+    np.testing.assert_array_equal(again("one", **SMALL), pipe("one", **SMALL))
 
 
 def test_one_shape_compiles_once(pipe):

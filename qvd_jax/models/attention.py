@@ -137,20 +137,28 @@ class CrossAttention(nn.Module):
         return self.to_out(out.reshape(x.shape))
 
 
-class SpatialBlock(nn.Module):
-    """Self-attention within a frame, attention to the text, feed-forward.
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to a context, feed-forward.
+
+    The tokens are the positions of a frame, or, in the temporal half of Stable Video Diffusion's
+    transformer, the frames of a position.
 
     Attributes:
       channels: C.
       heads: number of heads.
       layers: the layer classes.
+      has_input_ff: whether a feed-forward comes first too (SVD's temporal half).
     """
 
     channels: int
     heads: int
     layers: LayerSet
+    has_input_ff: bool = False
 
     def setup(self) -> None:
+        if self.has_input_ff:
+            self.norm_in = self.layers.layer_norm()
+            self.ff_in = FeedForward(self.channels, self.layers)
         self.norm1 = self.layers.layer_norm()
         self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
         self.norm2 = self.layers.layer_norm()
@@ -159,7 +167,9 @@ class SpatialBlock(nn.Module):
         self.ff = FeedForward(self.channels, self.layers)
 
     def __call__(self, x: Array, keys_values: KeysValues) -> Array:
-        """Maps `[B, F, L, C]` to `[B, F, L, C]`."""
+        """Maps `[B, F, L, C]` (or `[B, L, F, C]` over frames) to the same shape."""
+        if self.has_input_ff:
+            x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), keys_values)
         return x + self.ff(self.norm3(x))
@@ -183,7 +193,7 @@ class SpatialTransformer(nn.Module):
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6)
         self.proj_in = self.layers.dense(self.channels)
-        self.block = SpatialBlock(self.channels, self.heads, self.layers)
+        self.block = TransformerBlock(self.channels, self.heads, self.layers)
         self.proj_out = self.layers.dense(self.channels)
 
     def context_features(self, context: Array) -> KeysValues:
@@ -275,37 +285,6 @@ class TemporalTransformer(nn.Module):
         return x + self.proj_out(tokens).swapaxes(1, 2).reshape(x.shape)
 
 
-class SpatioTemporalBlock(nn.Module):
-    """The temporal half of Stable Video Diffusion's transformer.
-
-    Attributes:
-      channels: C.
-      heads: number of heads.
-      layers: the layer classes.
-    """
-
-    channels: int
-    heads: int
-    layers: LayerSet
-
-    def setup(self) -> None:
-        self.norm_in = self.layers.layer_norm()
-        self.ff_in = FeedForward(self.channels, self.layers)
-        self.norm1 = self.layers.layer_norm()
-        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
-        self.norm2 = self.layers.layer_norm()
-        self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
-        self.norm3 = self.layers.layer_norm()
-        self.ff = FeedForward(self.channels, self.layers)
-
-    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
-        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
-        x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), keys_values)
-        return x + self.ff(self.norm3(x))
-
-
 class SpatioTemporalTransformer(nn.Module):
     """A spatial and a temporal block, blended (Blattmann et al., arXiv 2311.15127).
 
@@ -324,9 +303,11 @@ class SpatioTemporalTransformer(nn.Module):
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6)
         self.proj_in = self.layers.dense(self.channels)
-        self.block = SpatialBlock(self.channels, self.heads, self.layers)
+        self.block = TransformerBlock(self.channels, self.heads, self.layers)
         self.time_pos_embed = TimestepEmbedding(4 * self.channels, self.channels, self.layers)
-        self.temporal_block = SpatioTemporalBlock(self.channels, self.heads, self.layers)
+        self.temporal_block = TransformerBlock(
+            self.channels, self.heads, self.layers, has_input_ff=True
+        )
         self.time_mixer = AlphaBlender(self.layers)
         self.proj_out = self.layers.dense(self.channels)
 

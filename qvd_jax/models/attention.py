@@ -21,7 +21,13 @@ KeysValues = tuple[Array, Array]
 """Keys and values, each `[B, L, heads, D]`."""
 
 _CPU_LOGITS_BYTES = 2**25
-"""Logits of more bytes than this are computed video by video on the CPU, to stay in cache."""
+"""Logits of more bytes than this are computed in blocks of queries on the CPU."""
+
+_CPU_BLOCK_BYTES = 2**24
+"""Logits of one block: at 1024 and 4096 tokens such blocks took 0.3 to 0.7 of the time."""
+
+_CPU_LEAST_BLOCK = 64
+"""Where the queries divide into nothing larger, a video is computed whole."""
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
@@ -42,9 +48,19 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
 
     def cpu(q: Array, k: Array, v: Array) -> Array:
         batch, length, heads, _ = q.shape
-        if batch > 1 and 4 * batch * heads * length * k.shape[1] > _CPU_LOGITS_BYTES:
-            return lax.map(lambda one: _cpu_attention(*one, is_causal=is_causal), (q, k, v))
-        return _cpu_attention(q, k, v, is_causal=is_causal)
+        if is_causal or 4 * batch * heads * length * k.shape[1] <= _CPU_LOGITS_BYTES:
+            return _cpu_attention(q, k, v, is_causal=is_causal)
+        rows = _CPU_BLOCK_BYTES // (4 * heads * k.shape[1])
+        block = math.gcd(length, 2 ** max(rows.bit_length() - 1, 0))
+        block = block if block >= _CPU_LEAST_BLOCK else length
+
+        def one_video(video: tuple[Array, Array, Array]) -> Array:
+            q, k, v = video
+            blocks = q.reshape(length // block, block, *q.shape[1:])
+            out = lax.map(lambda rows: _cpu_attention(rows, k, v, is_causal=False), blocks)
+            return out.reshape(q.shape)
+
+        return lax.map(one_video, (q, k, v))
 
     return lax.platform_dependent(q, k, v, cpu=cpu, default=library)
 

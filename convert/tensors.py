@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, first_line
 
 
 class LazyTensor(NamedTuple):
@@ -158,7 +158,7 @@ def _open_pickle(path: Path) -> Tensors:
         ) from error
     except Exception as error:  # A damaged pickle can make the unpickler raise anything.
         raise InputError(
-            f"{path} is truncated or no pickle of tensors: {_first_line(error)}"
+            f"{path} is truncated or no pickle of tensors: {first_line(error)}"
         ) from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
@@ -182,7 +182,3 @@ def _culprit(error: Exception) -> str:
     """The global a refused pickle asks for, such as " (os.system)"."""
     match = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({match[1]})" if match else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from qvd_jax import config as configs
 from qvd_jax.axes import Params
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, first_line
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -178,7 +178,7 @@ def save_params(folder: Path, name: str, params: Params) -> None:
         try:
             checkpointer.save(item, args=arguments)
         except ValueError as error:  # What TensorStore raises when the disk is full, for one.
-            raise InputError(f"{item} could not be written: {_first_line(error)}") from error
+            raise InputError(f"{item} could not be written: {first_line(error)}") from error
 
 
 def restore_params(
@@ -252,8 +252,3 @@ def check_tree(found: Any, expected: Any, where: str) -> None:
             f"{where} does not fit ({len(lines)} names; - missing, + extra, ! other shape):\n  "
             + "\n  ".join(sorted(lines))
         )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]

@@ -12,7 +12,7 @@ import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
 
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, first_line
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 
@@ -123,6 +123,6 @@ def _replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
         partial.replace(path)
     # RuntimeError: what imageio raises when ffmpeg fails.
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} could not be written: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from qvd_jax.config import from_dict, to_dict
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, first_line
 from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
@@ -425,4 +425,4 @@ def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{folder} holds no tokenizer: {first_line(error)}") from error

@@ -1,0 +1,1 @@
+"""What is measured on videos: agreement with prompts, closeness to references, steadiness."""

@@ -31,6 +31,7 @@ from qvd_jax.errors import InputError, first_line
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
+ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +130,12 @@ def check_space(folder: Path, needed: int) -> None:
         raise InputError(
             f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
         )
+
+
+def find(name: str | os.PathLike[str]) -> Path:
+    """The folder of a checkpoint: one of the package's own by its name, else the path given."""
+    own = ASSETS / name
+    return own if own.parent == ASSETS and own.is_dir() and not Path(name).exists() else Path(name)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -1,10 +1,14 @@
-"""What all commands share: exit codes instead of tracebacks, and argument types."""
+"""What all commands share: exit codes for errors, argument types, the compilation cache."""
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
+
+import jax
 
 from qvd_jax.errors import InputError
 
@@ -36,6 +40,15 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
         return 0
 
     return wrapped
+
+
+def enable_compilation_cache() -> str:
+    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "qvd_jax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", place)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    return place
 
 
 def positive_int(text: str) -> int:

@@ -6,7 +6,10 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 from qvd_jax.errors import InputError
 
@@ -45,6 +48,20 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
         raise
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """Parses a YAML file.
+
+    Raises:
+      InputError: the file is missing, or no YAML.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a YAML file is expected")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`python -m qvd_jax.sample --checkpoint DIR --prompt TEXT`: prompts in, videos out."""
 
 import argparse
-import os
 import re
 import sys
 import time
@@ -14,7 +13,8 @@ import jax
 import numpy as np
 import tqdm
 
-from qvd_jax.cli import command, positive_int
+from qvd_jax import checkpoint
+from qvd_jax.cli import command, enable_compilation_cache, positive_int
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
@@ -26,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints where the time went."""
     args = _parser().parse_args(argv)
     prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
+    # The checkpoint's own examples, for who asks for nothing.
+    prompts = prompts or checkpoint.read_manifest(checkpoint.find(args.checkpoint)).defaults.get(
+        "prompts", []
+    )
     if not prompts:
         raise InputError("there are no prompts; pass --prompt TEXT or --prompts-file FILE")
     outputs = plan_outputs(
@@ -40,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
     seconds = {"load": time.perf_counter() - started}
     print(f"{pipe.description}; {pipe.scheduler.solver}; {jax.default_backend()}")
+    for prompt in prompts:
+        if unknown := pipe.unknown_words(prompt):
+            print(f"note: the model does not know {', '.join(map(repr, unknown))} in {prompt!r}")
 
     started = time.perf_counter()
     steps = args.steps or pipe.defaults.steps
@@ -96,21 +103,24 @@ class Outputs(NamedTuple):
     """Files to write.
 
     Attributes:
-      videos: one for each prompt, or a single one that shows all side by side.
+      each: one video for each prompt.
+      together: videos that show all prompts side by side.
       sheet: the contact sheet, if one is wanted.
     """
 
-    videos: tuple[Path, ...]
+    each: tuple[Path, ...]
+    together: tuple[Path, ...]
     sheet: Path | None
 
 
 def plan_outputs(
-    out: Path, prompts: Sequence[str], *, contact_sheet: bool, overwrite: bool
+    out: Path | None, prompts: Sequence[str], *, contact_sheet: bool, overwrite: bool
 ) -> Outputs:
     """Names the files to write and makes sure that they can be.
 
     Args:
-      out: a .mp4 or .gif for all prompts together, or a folder for one file each.
+      out: a .mp4 or .gif for all prompts together, or a folder for one file each; None is
+        everything there is for all together: video.mp4, video.gif and the contact sheet.
       prompts: for the names in a folder.
       contact_sheet: whether a sheet goes beside the file, or into the folder.
       overwrite: whether files already there are replaced.
@@ -118,47 +128,43 @@ def plan_outputs(
     Raises:
       InputError: the suffix is of no video format, a file exists, or its place is not writable.
     """
-    if out.suffix in video_io.VIDEO_SUFFIXES and not out.is_dir():
-        videos: tuple[Path, ...] = (out,)
-        sheet = out.with_suffix(".png")
+    each: tuple[Path, ...] = ()
+    together: tuple[Path, ...] = ()
+    if out is None:
+        together = tuple(Path("video").with_suffix(suffix) for suffix in video_io.VIDEO_SUFFIXES)
+        sheet, contact_sheet = Path("video.png"), True
+    elif out.suffix in video_io.VIDEO_SUFFIXES and not out.is_dir():
+        together, sheet = (out,), out.with_suffix(".png")
     elif out.suffix and not out.is_dir():
         raise InputError(
             f"{out}: a file ends in {' or '.join(video_io.VIDEO_SUFFIXES)}, a folder in neither"
         )
     else:
         slugs = (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] for text in prompts)
-        videos = tuple(out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs))
+        each = tuple(out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs))
         sheet = out / "contact-sheet.png"
         if not out.exists():
             # The folder is made when there is something to put into it.
             video_io.check_writable(out, overwrite=overwrite)
-            return Outputs(videos, sheet if contact_sheet else None)
-    outputs = Outputs(videos, sheet if contact_sheet else None)
-    for path in filter(None, (*outputs.videos, outputs.sheet)):
+            return Outputs(each, together, sheet if contact_sheet else None)
+    outputs = Outputs(each, together, sheet if contact_sheet else None)
+    for path in filter(None, (*each, *together, outputs.sheet)):
         video_io.check_writable(path, overwrite=overwrite)
     return outputs
 
 
 def write(videos: np.ndarray, outputs: Outputs, fps: int) -> None:
     """Writes videos `[B, F, H, W, 3]` and prints the files' names."""
-    outputs.videos[0].parent.mkdir(exist_ok=True)
-    together = len(outputs.videos) < len(videos)
-    pictures = [video_io.tile(videos)] if together else list(videos)
-    for path, video in zip(outputs.videos, pictures, strict=True):
+    for path, video in [
+        *((path, video_io.tile(videos)) for path in outputs.together),
+        *zip(outputs.each, videos, strict=bool(outputs.each)),
+    ]:
+        path.parent.mkdir(exist_ok=True)
         video_io.write_video(path, video, fps)
         print(path)
     if outputs.sheet:
         video_io.write_contact_sheet(outputs.sheet, videos)
         print(outputs.sheet)
-
-
-def enable_compilation_cache() -> str:
-    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "qvd_jax" / "xla")
-    jax.config.update("jax_compilation_cache_dir", place)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return place
 
 
 def _count_compile_seconds() -> Callable[[], float]:
@@ -175,7 +181,12 @@ def _count_compile_seconds() -> Callable[[], float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.sample", description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--checkpoint",
+        default="shapes",
+        metavar="DIR|NAME",
+        help="a folder, or a model of the package (%(default)s)",
+    )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
@@ -191,9 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("video.mp4"),
         metavar="PATH.mp4|.gif|DIR",
-        help="a file shows all prompts side by side, a folder gets one file each (%(default)s)",
+        help="a file shows all prompts side by side, a folder gets one file each (default: "
+        "video.mp4, video.gif and the contact sheet video.png)",
     )
     parser.add_argument(
         "--contact-sheet", action="store_true", help="write a PNG of chosen frames as well"

@@ -46,6 +46,7 @@ class UNet3DConfig:
         layer (AnimateDiff, MagicAnimate). "conv_transformer": a temporal convolution behind each
         resnet, a temporal transformer behind each spatial one (ModelScope). "spatio_temporal": a
         temporal branch inside each resnet and transformer, blended with the spatial one (SVD).
+        None: nothing does, as in an image model.
       temporal_norm_scope: scope of the temporal operator's norms; SVD's are always joint.
       temporal_heads: heads of the temporal attention of each level.
       max_frames: length of the positional table of the frames; None where there is none, and
@@ -68,7 +69,9 @@ class UNet3DConfig:
     mid_eps: float = 1e-5
     up_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
     resnet_norm_scope: NormScope = "frame"
-    temporal_op: Literal["motion_module", "conv_transformer", "spatio_temporal"] = "motion_module"
+    temporal_op: Literal["motion_module", "conv_transformer", "spatio_temporal"] | None = (
+        "motion_module"
+    )
     temporal_norm_scope: NormScope = "joint"
     temporal_heads: tuple[int, ...] = (8, 8, 8, 8)
     max_frames: int | None = 32

@@ -44,6 +44,7 @@ class VideoDefaults:
       steps: S.
       guidance_scale: of classifier-free guidance; 1 or less turns it off.
       fps: frames per second of the written file.
+      prompts: examples.
     """
 
     frames: int = 16
@@ -52,6 +53,7 @@ class VideoDefaults:
     steps: int = 25
     guidance_scale: float = 7.5
     fps: int = 8
+    prompts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,18 @@ class TextToVideoPipeline:
         ids = jnp.asarray(tokens["input_ids"], jnp.int32)
         return _encode_text(self.text_encoder, self.params["text_encoder"], ids)
 
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words the tokenizer can only replace by its unknown token, as they are written."""
+        tokenizer = self.tokenizer
+        tokens = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+        return [
+            prompt[start:end]
+            for token, (start, end) in zip(
+                tokens["input_ids"], tokens["offset_mapping"], strict=True
+            )
+            if token == tokenizer.unk_token_id
+        ]
+
     def decode(self, latents: Array | np.ndarray) -> np.ndarray:
         """Pixels of latents, in chunks of frames so that memory does not grow with their number.
 
@@ -343,14 +357,14 @@ def load(
     """Loads a checkpoint.
 
     Args:
-      path: its folder.
+      path: its folder, or the name of a model of the package ("shapes").
       dtype: float32 or bfloat16, for parameters and computation; None keeps the stored one.
       sharding: where parameters are put; None is the default device.
 
     Raises:
       InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
     """
-    path = Path(path)
+    path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
     if manifest.family != "animatediff":
         raise InputError(f"{path}: unknown family {manifest.family!r}; known: animatediff")

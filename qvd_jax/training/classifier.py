@@ -1,0 +1,88 @@
+"""Trains the video classifier whose features the Frechet distance is taken in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from qvd_jax import checkpoint
+from qvd_jax.axes import Array, Params
+from qvd_jax.config import to_dict
+from qvd_jax.data import moving_shapes
+from qvd_jax.metrics.frechet import FAMILY, VideoClassifier, VideoClassifierConfig
+
+_SHEET_VIDEOS = 8
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The classifier and its objective.
+
+    Attributes:
+      model: shape of the classifier.
+    """
+
+    model: VideoClassifierConfig
+
+
+class ClassifierTask:
+    """The task: rendered videos in, the attributes of their scenes out.
+
+    Attributes:
+      config: what is trained.
+    """
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        self.config = config
+        self._classifier = VideoClassifier(config.model)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters."""
+        model = self.config.model
+        videos = jnp.zeros((1, model.frames, model.size, model.size, 3), jnp.uint8)
+        return self._classifier.init(key, videos)["params"]
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
+        """Videos of random scenes of both splits: the distance must know what was held out."""
+        every = np.concatenate([moving_shapes.scenes("train"), moving_shapes.scenes("held_out")])
+        scenes = every[rng.integers(len(every), size=size)]
+        model = self.config.model
+        return {
+            "videos": moving_shapes.render(scenes, rng, model.frames, model.size),
+            "scenes": scenes.astype(np.int32),
+        }
+
+    def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        """Cross-entropy, summed over the attributes; `key` is not used."""
+        del key
+        logits = self._classifier.apply({"params": params}, batch["videos"])
+        return sum(
+            optax.softmax_cross_entropy_with_integer_labels(head, batch["scenes"][:, i]).mean()
+            for i, head in enumerate(logits)
+        )
+
+    def sheet(self, params: Params) -> np.ndarray:
+        """Held-out videos; those of which it gets an attribute wrong are blackened."""
+        scenes = moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]
+        model = self.config.model
+        videos = moving_shapes.render(scenes, np.random.default_rng(0), model.frames, model.size)
+        logits = self._classifier.apply({"params": params}, videos)
+        read = np.stack([np.asarray(head).argmax(-1) for head in logits], -1)
+        return videos * (read == scenes).all(-1).astype(np.uint8)[:, None, None, None, None]
+
+    def export(self, params: Params, folder: Path) -> None:
+        """Writes the classifier as a checkpoint."""
+        manifest = checkpoint.Manifest(
+            family=FAMILY,
+            components={"classifier": to_dict(self.config.model)},
+            scheduler={},
+            defaults={},
+            description="classifier of the moving shapes, trained by qvd_jax.train",
+            versions=checkpoint.package_versions(),
+        )
+        with checkpoint.write_directory(folder, overwrite=True) as partial:
+            checkpoint.save_params(partial, "classifier", params)
+            checkpoint.write_manifest(partial, manifest)

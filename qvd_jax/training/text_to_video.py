@@ -1,0 +1,236 @@
+"""Trains text encoder and UNet together on latents of the moving shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qvd_jax import checkpoint
+from qvd_jax.axes import Array, Params
+from qvd_jax.data import moving_shapes
+from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
+from qvd_jax.errors import InputError
+from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.pipelines import text_to_video
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, VideoDefaults
+from qvd_jax.training.tokenizer import make_tokenizer
+from qvd_jax.training.vae import load_vae, to_unit_range
+
+_ENCODE_VIDEOS = 8
+_SHEET_VIDEOS = 8
+
+
+@dataclass(frozen=True)
+class TextToVideoConfig:
+    """The text-to-video model and its objective.
+
+    Attributes:
+      vae: folder of the trained VAE.
+      unet: shape of the UNet; without a `temporal_op` it learns single frames.
+      text_encoder: shape of the text encoder.
+      scheduler: noise schedule, and the solver the result samples with.
+      defaults: of the result; `frames` is also F of the training videos.
+      start: folder of a trained model whose parameters are taken where the names agree; what it
+        lacks starts fresh, as AnimateDiff's motion modules do on an image model.
+      bank_videos: how many videos are encoded before the training and drawn from.
+      prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
+        arXiv 2207.12598).
+      word_dropout: share of the words that are replaced by the unknown one.
+      min_snr_gamma: gamma of the loss weight min(SNR, gamma) / SNR (Hang et al.,
+        arXiv 2303.09556, section 3.4).
+      dtype: in which the result is stored.
+    """
+
+    vae: str
+    unet: UNet3DConfig
+    text_encoder: CLIPTextConfig
+    scheduler: SchedulerConfig
+    defaults: VideoDefaults
+    start: str | None = None
+    bank_videos: int = 16384
+    prompt_dropout: float = 0.1
+    word_dropout: float = 0.02
+    min_snr_gamma: float = 5.0
+    dtype: str = "float32"
+
+
+class TextToVideo:
+    """The task: noise prediction on a bank of latents.
+
+    Attributes:
+      config: what is trained.
+    """
+
+    def __init__(self, config: TextToVideoConfig, seed: int) -> None:
+        """Loads the VAE and the bank of its latents, which is encoded once."""
+        self.config = config
+        self._vae, self._vae_params = load_vae(Path(config.vae))
+        self._tokenizer = make_tokenizer()
+        if len(self._tokenizer) != config.text_encoder.vocab_size:
+            raise InputError(
+                f"text_encoder.vocab_size = {config.text_encoder.vocab_size}: the tokenizer has "
+                f"{len(self._tokenizer)} words"
+            )
+        self._unet = UNet3D(config.unet)
+        self._text_encoder = CLIPTextEncoder(config.text_encoder)
+        # 16 frames always: a single frame is drawn from a whole video.
+        bank = Path(config.vae) / f"bank-{config.bank_videos}-{seed}.npz"
+        if not bank.is_file():
+            _encode_bank(bank, self._vae, self._vae_params, config.bank_videos, seed)
+        with np.load(bank) as stored:
+            self._scenes, self._latents = stored["scenes"], stored["latents"]
+        self._start: dict[str, Params] = {}
+        if config.start is not None:
+            self._start = text_to_video.load(config.start, dtype=jnp.float32).params
+        self._alphas = jnp.asarray(alphas_cumprod(config.scheduler), jnp.float32)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters; those of `config.start` where it has them."""
+        config = self.config
+        components = text_to_video.ComponentConfigs(config.unet, self._vae, config.text_encoder)
+        text = jnp.zeros((1, config.text_encoder.max_length), jnp.int32)
+        side = components.unet.stride
+        latents = jnp.zeros((1, 1, side, side, config.unet.in_channels))
+        context = jnp.zeros((1, 1, config.unet.context_dim))
+        keys = jax.random.split(key)
+        params = {
+            "unet": self._unet.init(keys[0], latents, jnp.zeros(1), context)["params"],
+            "text_encoder": self._text_encoder.init(keys[1], text)["params"],
+        }
+        params["unet"] = _silence_outputs(params["unet"])
+        trained = {name: self._start[name] for name in self._start if name in params}
+        return _merge(params, trained, f"{config.start}")
+
+    def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
+        """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`."""
+        chosen = rng.integers(len(self._scenes), size=size)
+        latents = self._latents[chosen]
+        frames = self.config.defaults.frames
+        if frames < latents.shape[1]:
+            first = rng.integers(latents.shape[1] - frames + 1, size=size)
+            latents = latents[np.arange(size)[:, None], first[:, None] + np.arange(frames)]
+        prompts = [self._prompt(scene, rng) for scene in self._scenes[chosen]]
+        ids = self._tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.config.text_encoder.max_length,
+            return_tensors="np",
+        )["input_ids"].astype(np.int32)
+        known = ids > max(self._tokenizer.all_special_ids)
+        dropped = known & (rng.random(ids.shape) < self.config.word_dropout)
+        ids = np.where(dropped, self._tokenizer.unk_token_id, ids)
+        return {"latents": latents, "token_ids": ids}
+
+    def _prompt(self, scene: np.ndarray, rng: np.random.Generator) -> str:
+        text = moving_shapes.prompt(scene, rng)
+        return "" if rng.random() < self.config.prompt_dropout else text
+
+    def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
+        """Weighted squared error of the predicted noise (Ho et al., arXiv 2006.11239, eq. 14)."""
+        clean = batch["latents"].astype(jnp.float32)
+        noise_key, step_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, clean.shape)
+        count = len(clean)
+        # One timestep in each of `count` equal parts of the schedule: less variance.
+        parts = (jnp.arange(count) + jax.random.uniform(step_key, (count,))) / count
+        timesteps = jnp.floor(parts * len(self._alphas)).astype(jnp.int32)
+        alpha = self._alphas[timesteps][:, None, None, None, None]
+        noisy = jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
+        context = self._text_encoder.apply({"params": params["text_encoder"]}, batch["token_ids"])
+        predicted = self._unet.apply(
+            {"params": params["unet"]}, noisy, timesteps.astype(jnp.float32), context
+        )
+        error = jnp.square(predicted - noise).mean((1, 2, 3, 4))
+        snr = (alpha / (1 - alpha)).reshape(count)
+        return (error * jnp.minimum(snr, self.config.min_snr_gamma) / snr).mean()
+
+    def pipeline(self, params: Params) -> TextToVideoPipeline:
+        """The model with these parameters, ready to sample."""
+        config = self.config
+        components = text_to_video.ComponentConfigs(config.unet, self._vae, config.text_encoder)
+        return TextToVideoPipeline(
+            **components.modules(),
+            params={**params, "vae": self._vae_params},
+            tokenizer=self._tokenizer,
+            scheduler=config.scheduler,
+            defaults=config.defaults,
+            family="animatediff",
+            description="moving shapes, trained by qvd_jax.train",
+        )
+
+    def sheet(self, params: Params) -> np.ndarray:
+        """Videos of held-out prompts."""
+        return self.pipeline(params)(sheet_prompts())
+
+    def export(self, params: Params, folder: Path) -> None:
+        """Writes the model as a checkpoint."""
+        dtype = text_to_video.DTYPES[self.config.dtype]
+        pipe = self.pipeline(params)
+        stored = jax.tree.map(lambda leaf: leaf.astype(dtype), pipe.params)
+        text_to_video.save(replace(pipe, params=stored), folder, overwrite=True)
+
+
+def sheet_prompts() -> list[str]:
+    """Plain prompts of the first held-out scenes."""
+    return [moving_shapes.prompt(s) for s in moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]]
+
+
+def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed: int) -> None:
+    """Writes scenes `[N, 5]` of training videos and their scaled latents `[N, F, h, w, C]`."""
+
+    @jax.jit
+    def encode(video: Array) -> Array:
+        mean, _ = AutoencoderKL(config).apply(
+            {"params": params}, to_unit_range(video), method="encode"
+        )
+        return (mean * config.scaling_factor).astype(jnp.float16)
+
+    over_videos = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    group = _ENCODE_VIDEOS * jax.device_count()
+    rng = np.random.default_rng([seed, count])
+    every = moving_shapes.scenes("train")
+    scenes = every[rng.integers(len(every), size=count)]
+    latents = []
+    for start in tqdm.trange(0, count, group, desc="encoding", unit="batch"):
+        # As many each time, so that it compiles once.
+        rows = np.arange(start, start + group) % count
+        video = jax.device_put(moving_shapes.render(scenes[rows], rng), over_videos)
+        latents.append(np.asarray(encode(video)))
+    partial = file.with_suffix(".partial.npz")
+    np.savez(partial, scenes=scenes, latents=np.concatenate(latents)[:count])
+    partial.rename(file)
+
+
+def _silence_outputs(params: Params) -> Params:
+    """Zeroes the last layer of each residual branch, so that each begins as the identity."""
+    flat = flax.traverse_util.flatten_dict(params)
+    silent = {
+        path: jnp.zeros_like(leaf)
+        for path, leaf in flat.items()
+        if path[-2] in ("proj_out", "conv_out") or path[-3:-1] == ("resnet", "conv2")
+    }
+    return flax.traverse_util.unflatten_dict({**flat, **silent})
+
+
+def _merge(fresh: Params, trained: Params, where: str) -> Params:
+    """Fresh parameters replaced by trained ones; each of these must find its place.
+
+    Raises:
+      InputError: one does not.
+    """
+    have = flax.traverse_util.flatten_dict(fresh, sep="/")
+    given = flax.traverse_util.flatten_dict(trained, sep="/")
+    checkpoint.check_tree(
+        {name: leaf.shape for name, leaf in given.items()},
+        {name: have[name].shape for name in given if name in have},
+        where,
+    )
+    return flax.traverse_util.unflatten_dict({**have, **given}, sep="/")

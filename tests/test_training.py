@@ -1,0 +1,237 @@
+"""The training loop and its tasks, a few steps of each at toy size."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qvd_jax
+from qvd_jax.config import from_dict, read_yaml
+from qvd_jax.data import moving_shapes
+from qvd_jax.errors import InputError
+from qvd_jax.metrics import frechet
+from qvd_jax.train import RunConfig, make_task
+from qvd_jax.train import main as train_command
+from qvd_jax.training import loop
+from qvd_jax.training.tokenizer import make_tokenizer
+from qvd_jax.training.vae import load_vae
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@dataclass(frozen=True)
+class LineConfig:
+    """Of `Line`."""
+
+    slope: float = 2.0
+
+
+class Line:
+    """A task of one weight, whose noise enters the loss."""
+
+    def __init__(self, slope=2.0):
+        self.config = LineConfig(slope)
+        self.stop_at = None
+        self.batches = 0
+
+    def init(self, key):
+        return {"weight": jax.random.normal(key, (3,))}
+
+    def batch(self, rng, size):
+        self.batches += 1
+        if self.batches == self.stop_at:
+            raise KeyboardInterrupt
+        x = rng.normal(size=(size, 3)).astype(np.float32)
+        return {"x": x, "y": self.config.slope * x.sum(1)}
+
+    def loss(self, params, batch, key):
+        noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+        return jnp.square(batch["x"] @ params["weight"] - batch["y"] + noise).mean()
+
+    def sheet(self, params):
+        return np.zeros((1, 1, 2, 2, 3), np.uint8)
+
+
+CONFIG = loop.LoopConfig(
+    steps=12, batch_size=4, learning_rate=0.1, warmup_steps=2, checkpoint_every=3
+)
+
+
+def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
+    whole = loop.train(Line(), CONFIG, tmp_path / "whole")
+    task = Line()
+    task.stop_at = 8
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(task, CONFIG, tmp_path / "resumed")
+    task.stop_at = None
+    chex.assert_trees_all_equal(loop.train(task, CONFIG, tmp_path / "resumed"), whole)
+    assert task.batches == 8 + 12 - 6  # six steps were saved
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
+    whole = loop.train(Line(), CONFIG, tmp_path)
+    newest = tmp_path / "checkpoints" / "12"
+    arrays = max(
+        (f for f in (newest / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(arrays.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    arrays.write_bytes(bytes(data))
+    task = Line()
+    chex.assert_trees_all_equal(loop.train(task, CONFIG, tmp_path), whole)
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged and left out" in printed
+    assert f"resuming from {tmp_path / 'checkpoints' / '9'}" in printed
+    assert task.batches == 3
+
+
+def test_a_partial_checkpoint_is_left_out(tmp_path, capsys):
+    loop.train(Line(), CONFIG, tmp_path)
+    (tmp_path / "checkpoints" / "12" / "run" / "metadata").unlink()
+    loop.train(Line(), CONFIG, tmp_path)
+    assert "12 is damaged and left out" in capsys.readouterr().out
+
+
+def test_the_result_is_the_line(tmp_path):
+    config = replace(CONFIG, steps=300, ema_decay=0.9, checkpoint_every=300)
+    weight = loop.train(Line(), config, tmp_path)["weight"]
+    np.testing.assert_allclose(weight, 2.0, atol=0.1)
+
+
+def test_another_run_in_the_same_folder_is_refused(tmp_path):
+    loop.train(Line(), CONFIG, tmp_path)
+    with pytest.raises(InputError, match=r"another run \(task\.slope 2\.0 there, 3\.0 here\)"):
+        loop.train(Line(slope=3.0), CONFIG, tmp_path)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
+    task = Line()
+    batch = task.batch
+
+    def poisoned(rng, size):
+        data = batch(rng, size)
+        return {**data, "y": data["y"] * np.nan} if task.batches == 8 else data
+
+    task.batch = poisoned
+    with pytest.raises(InputError, match=r"step 8: the loss is nan; .*checkpoints/6 holds"):
+        loop.train(task, CONFIG, tmp_path)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "6"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps = 0: at least 1"),
+        ({"warmup_steps": 12}, "fewer than the 12 steps"),
+    ],
+)
+def test_loop_configs_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **change)
+
+
+TINY_VAE = """
+loop: {steps: 2, batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 1}
+vae: {model: {block_channels: [4, 4, 4, 4], layers_per_block: 1, norm_groups: 2}}
+"""
+TINY_CLASSIFIER = """
+loop: {steps: 2, batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 1}
+classifier: {model: {conv_channels: [2, 2, 2, 2], frame_features: 4, features: 4}}
+"""
+TINY_UNET = """
+loop: {{steps: 2, batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 1}}
+text_to_video:
+  vae: {folder}/vae/model
+  start: {start}
+  bank_videos: 8
+  unet:
+    block_channels: [8, 8]
+    layers_per_block: 1
+    attention_levels: [true, true]
+    num_heads: [2, 2]
+    temporal_heads: [2, 2]
+    context_dim: 8
+    norm_groups: 2
+    down_eps: [1.0e-5, 1.0e-5]
+    up_eps: [1.0e-5, 1.0e-5]
+    temporal_op: {op}
+    max_frames: 16
+  text_encoder:
+    {{vocab_size: 59, hidden_size: 8, intermediate_size: 8, num_layers: 1, num_heads: 2,
+     max_length: 20}}
+  scheduler: {{beta_start: 0.0001, beta_end: 0.02}}
+  defaults: {{frames: {frames}, height: 64, width: 64, steps: 2}}
+"""
+
+
+def run(folder, name, text):
+    (folder / f"{name}.yaml").write_text(text)
+    assert train_command([str(folder / f"{name}.yaml"), "--out", str(folder / name)]) == 0
+    return folder / name / "model"
+
+
+def test_every_task_trains_and_its_model_loads(tmp_path):
+    model = run(tmp_path, "classifier", TINY_CLASSIFIER)
+    config, params = frechet.load_classifier(model)
+    videos = moving_shapes.render(moving_shapes.scenes("train")[:3], np.random.default_rng(0))
+    assert frechet.video_features(config, params, videos).shape == (3, 4)
+
+    vae, _ = load_vae(run(tmp_path, "vae", TINY_VAE))
+    assert vae.scaling_factor != 0.18215
+
+    image = run(
+        tmp_path,
+        "image",
+        TINY_UNET.format(folder=tmp_path, start="null", op="null", frames=1),
+    )
+    video = run(
+        tmp_path,
+        "video",
+        TINY_UNET.format(folder=tmp_path, start=image, op="motion_module", frames=16),
+    )
+    assert len(list((tmp_path / "vae" / "model").glob("bank-8-0.npz"))) == 1
+    pipe = qvd_jax.load(video)
+    assert pipe("a small red circle moving left on a white background").shape[1:] == (16, 64, 64, 3)
+    assert (tmp_path / "video" / "sheet-000002.png").is_file()
+
+
+def test_word_tokenizer_marks_unknown_words():
+    tokenizer = make_tokenizer()
+    ids = tokenizer("A RED hippo, up", padding="max_length", max_length=10)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|startoftext|>",
+        "a",
+        "red",
+        "<|unknown|>",
+        ",",
+        "up",
+        *["<|endoftext|>"] * 4,
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("shapes_*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    config = from_dict(RunConfig, read_yaml(path), str(path))
+    assert path.read_text().startswith(f"# python -m qvd_jax.train configs/{path.name} --out ")
+    if config.vae is not None or config.classifier is not None:
+        make_task(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("loop: [", "is no YAML"),
+        (TINY_VAE + TINY_CLASSIFIER.split("\n", 2)[2], "exactly one of vae"),
+        (TINY_VAE.replace("steps:", "step:"), "unknown key 'step'; did you mean 'steps'"),
+        (TINY_UNET.format(folder="/nowhere", start="null", op="null", frames=1), "/nowhere/vae"),
+    ],
+)
+def test_bad_configs_end_with_one_message(tmp_path, capsys, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    assert train_command([str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

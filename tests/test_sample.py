@@ -39,6 +39,13 @@ def test_a_folder_gets_one_file_for_each_prompt(tiny_checkpoint, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-a-dog.mp4", "001-x.mp4"]
 
 
+def test_without_out_there_is_a_video_a_gif_and_a_sheet(tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(tiny_checkpoint, "--prompt", "a", "b") == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["video.gif", "video.mp4", "video.png"]
+    assert imageio.improps("video.gif", plugin="pillow").shape == (3, 8, 24, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -179,9 +179,9 @@ def _paths(scene: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarr
     def draw(low: float, high: float) -> np.ndarray:
         return rng.uniform(low, high, size=(count, 1))
 
-    radius = np.where(large[:, None], draw(0.375, 0.44), draw(0.25, 0.295))
+    radius = np.where(large[:, None], draw(0.4, 0.46), draw(0.29, 0.33))
     travel, across, along = draw(0.75, 0.95), draw(-1, 1), draw(-1, 1)
-    orbit, phase, hop = draw(0.42, 0.48), draw(0, _FULL_TURN), draw(0.75, 0.9)
+    orbit, phase, hop = draw(0.4, 0.45), draw(0, _FULL_TURN), draw(0.75, 0.9)
     center_x, center_y = draw(-0.08, 0.08), draw(-0.08, 0.08)
     t = np.linspace(0, 1, frames)[None]
     room = 0.97 - radius
@@ -258,7 +258,7 @@ def _signed_distance(name: str, x: np.ndarray, y: np.ndarray, radius: np.ndarray
     angle = np.arctan2(x, -y)
     folded = np.abs((angle + sector) % (2 * sector) - sector)
     outer = 1.1 * radius
-    inner = 0.48 * radius
+    inner = 0.45 * radius
     edge_x, edge_y = inner * np.cos(sector) - outer, inner * np.sin(sector)
     along, aside = length * np.cos(folded) - outer, length * np.sin(folded)
     return (edge_x * aside - edge_y * along) / -np.hypot(edge_x, edge_y)

@@ -1,0 +1,194 @@
+"""Products of int8 codes with int32 accumulation, exact on every backend.
+
+Operands and results are the same everywhere; how a product is formed is chosen here, by platform:
+
+    CPU with VNNI   codes become unsigned, one u8 x s8 product, 128 times the weight sums taken off
+    other CPUs      s8 x s8
+    GPU             s8 x s8 with weights `[O, K]`; convolutions as one product over patches
+    TPU             s8 x s8; convolutions XLA's own
+
+Weights are `[O, K]` and `[O, *kernel, C]`: XLA wants both operands of an int8 product K-minor on
+the GPU, and the CPU does not care.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import batching, mlir
+
+from qvd_jax.axes import Array
+
+Padding = Sequence[tuple[int, int]]
+
+_SIGN_BIT = np.uint8(0x80)
+
+
+def dot(codes: Array, weights: Array) -> Array:
+    """Contracts the last axes, `[..., K] x [O, K] -> [..., O]`.
+
+    Args:
+      codes: int8.
+      weights: int8 or int4.
+
+    Returns:
+      int32; it cannot overflow while K is below 65,536.
+    """
+    return lax.platform_dependent(
+        codes, weights.astype(jnp.int8), cpu=_dot_on_cpu, default=_signed_dot
+    )
+
+
+def conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+    """Correlates channels-last codes with a kernel; what is padded has code 0.
+
+    Args:
+      codes: int8 `[B, *spatial, C]`.
+      weights: int8 or int4 `[O, *kernel, C]`.
+      strides: one for each spatial axis.
+      padding: (low, high) for each spatial axis.
+
+    Returns:
+      int32 `[B, *out, O]`.
+    """
+    weights = weights.astype(jnp.int8)
+
+    def patches(product: Any, codes: Array, weights: Array) -> Array:
+        return product(_patches(codes, weights.shape[1:-1], strides, padding), _matrix(weights))
+
+    return lax.platform_dependent(
+        codes,
+        weights,
+        cpu=functools.partial(patches, _dot_on_cpu),
+        cuda=functools.partial(patches, _signed_dot),
+        default=functools.partial(_xla_conv, strides=strides, padding=padding),
+    )
+
+
+def _signed_dot(codes: Array, weights: Array) -> Array:
+    return lax.dot_general(
+        codes,
+        weights,
+        (((codes.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _dot_on_cpu(codes: Array, weights: Array) -> Array:
+    if not _has_vnni():
+        return _signed_dot(codes, weights)
+    unsigned = lax.bitcast_convert_type(codes, jnp.uint8) ^ _SIGN_BIT
+    excess = 128 * weights.sum(1, dtype=jnp.int32)
+    product = _mixed_dot_p.bind(unsigned.reshape(-1, codes.shape[-1]), weights)
+    return product.reshape(*codes.shape[:-1], -1) - excess.reshape((1,) * (codes.ndim - 1) + (-1,))
+
+
+@functools.cache
+def _has_vnni() -> bool:
+    """Whether this CPU multiplies u8 by s8; without it XLA's product of them is scalar code."""
+    info = Path("/proc/cpuinfo")
+    return info.is_file() and "vnni" in info.read_text(encoding="utf-8", errors="replace")
+
+
+def _matrix(weights: Array) -> Array:
+    return weights.reshape(weights.shape[0], -1)
+
+
+def _patches(
+    codes: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding
+) -> Array:
+    """What each output position sees, `[B, *out, taps * C]`, taps in the kernel's order."""
+    padded = jnp.pad(codes, ((0, 0), *padding, (0, 0)))
+    if math.prod(kernel) == 1 and all(stride == 1 for stride in strides):
+        return padded
+    sizes = [
+        (size - k) // stride + 1
+        for size, k, stride in zip(padded.shape[1:-1], kernel, strides, strict=True)
+    ]
+    taps = [
+        padded[
+            (
+                slice(None),
+                *(
+                    slice(start, start + (size - 1) * stride + 1, stride)
+                    for start, size, stride in zip(offset, sizes, strides, strict=True)
+                ),
+            )
+        ]
+        for offset in itertools.product(*map(range, kernel))
+    ]
+    return jnp.concatenate(taps, axis=-1)
+
+
+def _xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+    spatial = "DHW"[-(codes.ndim - 2) :]
+    return lax.conv_general_dilated(
+        codes,
+        weights,
+        strides,
+        padding,
+        dimension_numbers=(f"N{spatial}C", f"O{spatial}I", f"N{spatial}C"),
+        preferred_element_type=jnp.int32,
+    )
+
+
+# `lax.dot_general` converts operands of different types to int32 first, which is slow; the
+# primitive hands XLA the mixed product itself.
+_mixed_dot_p = jex.core.Primitive("mixed_int8_dot")
+
+
+@_mixed_dot_p.def_abstract_eval
+def _mixed_dot_shape(codes: Any, weights: Any) -> jax.core.ShapedArray:
+    return jax.core.ShapedArray((codes.shape[0], weights.shape[0]), jnp.int32)
+
+
+@_mixed_dot_p.def_impl
+def _mixed_dot(codes: Array, weights: Array) -> Array:
+    return jax.jit(_mixed_dot_p.bind)(codes, weights)
+
+
+def _mixed_dot_on_cpu(context: Any, codes: Any, weights: Any) -> list[Any]:
+    numbers = stablehlo.DotDimensionNumbers.get(
+        lhs_batching_dimensions=[],
+        rhs_batching_dimensions=[],
+        lhs_contracting_dimensions=[1],
+        rhs_contracting_dimensions=[1],
+    )
+    (result,) = context.avals_out
+    kind = ir.RankedTensorType.get(result.shape, ir.IntegerType.get_signless(32))
+    return [stablehlo.dot_general(kind, codes, weights, numbers)]
+
+
+def _mixed_dot_elsewhere(codes: Array, weights: Array) -> Array:
+    signed = lax.bitcast_convert_type(codes ^ _SIGN_BIT, jnp.int8)
+    return _signed_dot(signed, weights) + 128 * weights.sum(1, dtype=jnp.int32)[None]
+
+
+def _batch_mixed_dot(arguments: Any, axes: Any) -> tuple[Array, int]:
+    codes, weights = arguments
+    if axes[1] is not None:
+        rows = (
+            jnp.broadcast_to(codes, (weights.shape[axes[1]], *codes.shape))
+            if axes[0] is None
+            else jnp.moveaxis(codes, axes[0], 0)
+        )
+        pairs = rows, jnp.moveaxis(weights, axes[1], 0)
+        return lax.map(lambda pair: _mixed_dot_p.bind(*pair), pairs), 0
+    codes = jnp.moveaxis(codes, axes[0], 0)
+    product = _mixed_dot_p.bind(codes.reshape(-1, codes.shape[-1]), weights)
+    return product.reshape(*codes.shape[:-1], -1), 0
+
+
+mlir.register_lowering(_mixed_dot_p, _mixed_dot_on_cpu, platform="cpu")
+mlir.register_lowering(_mixed_dot_p, mlir.lower_fun(_mixed_dot_elsewhere, multiple_results=False))
+batching.primitive_batchers[_mixed_dot_p] = _batch_mixed_dot

@@ -1,0 +1,127 @@
+"""int8 products against 64-bit integers, and what they lower to."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import export
+
+from qvd_jax.kernels import int8
+
+EXTREME = (-128, -127, -1, 0, 1, 127)
+
+
+def codes(rng, shape, kind):
+    if kind == "random":
+        return rng.integers(-128, 128, shape).astype(np.int8)
+    if kind == "extreme":
+        return rng.choice(EXTREME, shape).astype(np.int8)
+    return np.full(shape, -128, np.int8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lead=st.sampled_from([(1,), (7,), (2, 3), (1, 2, 5)]),
+    k=st.sampled_from([1, 3, 64, 321]),
+    o=st.sampled_from([1, 5, 32]),
+    kind=st.sampled_from(["random", "extreme", "lowest"]),
+    seed=st.integers(0, 99),
+)
+def test_dot_equals_64_bit_integers(lead, k, o, kind, seed):
+    rng = np.random.default_rng(seed)
+    x, w = codes(rng, (*lead, k), kind), codes(rng, (o, k), kind)
+    found = jax.jit(int8.dot)(x, w)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
+
+
+def test_dot_of_the_largest_contraction_does_not_overflow():
+    x, w = np.full((2, 11520), -128, np.int8), np.full((3, 11520), -128, np.int8)
+    np.testing.assert_array_equal(int8.dot(x, w), np.full((2, 3), 128 * 128 * 11520))
+
+
+CONVS = [
+    ((5, 6), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((6, 7), (3, 3), (2, 2), ((1, 1), (1, 1))),
+    ((6, 6), (3, 3), (2, 2), ((0, 1), (0, 1))),
+    ((4, 5), (1, 1), (1, 1), ((0, 0), (0, 0))),
+    ((4, 5), (1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((4, 3, 2), (3, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 0))),
+]
+
+
+def conv_in_64_bits(x, w, strides, padding):
+    x = np.pad(x.astype(np.int64), ((0, 0), *padding, (0, 0)))
+    kernel = w.shape[1:-1]
+    sizes = [(n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], kernel, strides, strict=True)]
+    out = np.zeros((len(x), *sizes, len(w)), np.int64)
+    for place in itertools.product(*map(range, sizes)):
+        window = tuple(
+            slice(p * s, p * s + k) for p, s, k in zip(place, strides, kernel, strict=True)
+        )
+        seen = x[(slice(None), *window)].reshape(len(x), -1)
+        out[(slice(None), *place)] = seen @ w.reshape(len(w), -1).astype(np.int64).T
+    return out
+
+
+@pytest.mark.parametrize("kind", ["random", "extreme", "lowest"])
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CONVS)
+def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (2, *size, 5), kind), codes(rng, (4, *kernel, 5), kind)
+    expected = conv_in_64_bits(x, w, strides, padding)
+    found = jax.jit(int8.conv, static_argnums=(2, 3))(x, w, strides, padding)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(int8._xla_conv(x, w, strides, padding), expected)
+
+
+def test_both_cpu_formulations_agree(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (6, 33), "random"), codes(rng, (5, 33), "random")
+    results = []
+    for vnni in (True, False):
+        monkeypatch.setattr(int8, "_has_vnni", lambda vnni=vnni: vnni)
+        results.append(jax.jit(lambda x, w: int8.dot(x, w))(x, w))
+    np.testing.assert_array_equal(*results)
+
+
+def test_int4_weights():
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (6, 33), "random"), rng.integers(-8, 8, (5, 33)).astype(np.int8)
+    np.testing.assert_array_equal(
+        int8.dot(x, jnp.asarray(w, jnp.int4)), x.astype(np.int64) @ w.T.astype(np.int64)
+    )
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_products_may_be_mapped_over(axes):
+    rng = np.random.default_rng(0)
+    x = codes(rng, (3, 6, 8) if axes[0] == 0 else (6, 8), "random")
+    w = codes(rng, (3, 5, 8) if axes[1] == 0 else (5, 8), "random")
+    expected = x.astype(np.int64) @ np.swapaxes(w.astype(np.int64), -1, -2)
+    np.testing.assert_array_equal(jax.vmap(int8.dot, axes)(x, w), expected)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_products_keep_int8_operands_on_every_platform(platform, monkeypatch):
+    monkeypatch.setattr(int8, "_has_vnni", lambda: True)
+
+    def both(x, w, image, kernel):
+        return int8.dot(x, w), int8.conv(image, kernel, (1, 1), ((1, 1), (1, 1)))
+
+    shapes = [(8, 16), (4, 16), (2, 6, 6, 4), (8, 3, 3, 4)]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
+    text = export.export(jax.jit(both), platforms=[platform])(*arguments).mlir_module()
+    products = [line for line in text.splitlines() if ".dot_general" in line or ".conv" in line]
+    products = [line for line in products if "stablehlo.convert" not in line]
+    assert len(products) == 2
+    left = "ui8" if platform == "cpu" else "i8"
+    for line in products:
+        types = re.findall(r"x(ui8|i8|i32|f32)>", line.split(" : ")[-1])
+        assert types == [left, "i8", "i32"]

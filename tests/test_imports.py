@@ -19,6 +19,7 @@ ALLOWED = {
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
     "data": GROUND,
+    "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "models", "diffusion"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},

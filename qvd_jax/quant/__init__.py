@@ -1,0 +1,1 @@
+"""Quantization: the paper's mathematics, what it is compared with, and the quantized layers."""

@@ -1,0 +1,152 @@
+"""SCRI, scattered channel range integration (Tian et al., arXiv 2407.11585, section 3.3).
+
+A per-tensor quantizer wastes its levels on channels that are off-centre or narrow. SCRI centres
+every channel, widens none and narrows those that reach beyond an integrated range; the factors
+fold into the weights and the centres into the bias.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array
+from qvd_jax.quant.qtensor import max_code, quantize, quantize_weights
+
+RANGE_CANDIDATES = 12
+CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+class ActivationQuantizer(NamedTuple):
+    """How the input of a layer becomes codes: q = round((x - shift) / (factor step)).
+
+    Attributes:
+      shift: z `[C]`.
+      factor: s `[C]`, folded into the weights.
+      step: D, a scalar.
+    """
+
+    shift: Array
+    factor: Array
+    step: Array
+
+    def codes(self, x: Array, bits: int) -> Array:
+        """int8 codes of `x`, `[..., C]`."""
+        shift, scale = (_as_last(v, x.ndim) for v in (self.shift, self.factor * self.step))
+        return quantize(x - shift, scale, bits)
+
+
+def _as_last(vector: Array, rank: int) -> Array:
+    return vector.reshape((1,) * (rank - 1) + (-1,))
+
+
+def integrate(
+    lower: Array, upper: Array, target: Array, clip: Array, bits: int
+) -> ActivationQuantizer:
+    """The quantizer of an integrated half-range.
+
+    z = (l + u) / 2, r = (u - l) / 2, s = max(1, r / R), D = rho max(r / s) / (2^(b-1) - 1).
+
+    Args:
+      lower: l, lowest value of each channel, `[C]`.
+      upper: u, highest value of each channel, `[C]`.
+      target: R, the integrated half-range; max r leaves all factors at 1.
+      clip: rho in (0, 1].
+      bits: b.
+    """
+    half = (upper - lower) / 2
+    # A target of zero, of channels that are all constant, leaves them at a factor of one too.
+    factor = jnp.maximum(1.0, half / jnp.where(target > 0, target, 1.0))
+    widest = (half / factor).max()
+    step = jnp.where(widest > 0, clip * widest / max_code(bits), 1.0)
+    return ActivationQuantizer((lower + upper) / 2, factor, step)
+
+
+def search(
+    lower: Array,
+    upper: Array,
+    inputs: Array,
+    weights: Array,
+    activation_bits: int,
+    weight_bits: int,
+) -> ActivationQuantizer:
+    """The quantizer of least output error on sampled inputs: first R at rho = 1, then rho.
+
+    Args:
+      lower: lowest value of each channel, `[C]`.
+      upper: highest value of each channel, `[C]`.
+      inputs: sampled rows `[N, T, C]`; T taps of a convolution, 1 of a Dense layer.
+      weights: `[T, C, O]`.
+      activation_bits: b_a.
+      weight_bits: b_w.
+    """
+    half = np.asarray(upper - lower) / 2
+    positive = half[half > 0]
+    if not len(positive):
+        return integrate(lower, upper, jnp.float32(0), jnp.float32(1), activation_bits)
+    targets = np.geomspace(half.max(), positive.min(), RANGE_CANDIDATES).astype(np.float32)
+    error = functools.partial(
+        _output_error,
+        lower,
+        upper,
+        inputs,
+        weights,
+        activation_bits=activation_bits,
+        weight_bits=weight_bits,
+    )
+    # The first of equals: the plainest.
+    target = min(targets, key=lambda target: float(error(target, 1.0)))
+    clip = min(CLIP_CANDIDATES, key=lambda clip: float(error(target, clip)))
+    return integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
+
+
+@functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))
+def _output_error(
+    lower: Array,
+    upper: Array,
+    inputs: Array,
+    weights: Array,
+    target: Array,
+    clip: Array,
+    *,
+    activation_bits: int,
+    weight_bits: int,
+) -> Array:
+    quantizer = integrate(lower, upper, target, clip, activation_bits)
+    return output_error(inputs, weights, quantizer, activation_bits, weight_bits)
+
+
+def output_error(
+    inputs: Array,
+    weights: Array,
+    quantizer: ActivationQuantizer,
+    activation_bits: int,
+    weight_bits: int,
+) -> Array:
+    """Mean squared error of a layer's output when its input and weights are quantized.
+
+    Args:
+      inputs: sampled rows `[N, T, C]`.
+      weights: `[T, C, O]`.
+      quantizer: of the input.
+      activation_bits: b_a.
+      weight_bits: b_w.
+    """
+    taps, channels, outputs = weights.shape
+    rows = (len(inputs), taps * channels)
+    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
+    weight_codes, weight_scale = quantize_weights(folded, weight_bits)
+    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32).reshape(rows)
+    product = codes @ weight_codes.astype(jnp.float32)
+    # The shift's part of the output is exact on both sides.
+    centered = (inputs - _as_last(quantizer.shift, 3)).reshape(rows)
+    exact = centered @ weights.reshape(-1, outputs)
+    return jnp.square(product * (quantizer.step * weight_scale)[None] - exact).mean()
+
+
+def coverage(lower: Array, upper: Array, quantizer: ActivationQuantizer, bits: int) -> Array:
+    """Mean over channels of the share of the 2^b levels that a channel's range reaches."""
+    ends = [quantizer.codes(end, bits).astype(jnp.float32) for end in (lower, upper)]
+    return ((ends[1] - ends[0] + 1) / 2**bits).mean()

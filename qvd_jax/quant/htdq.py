@@ -16,11 +16,13 @@ _UNIFORM_CLIPS = np.linspace(0.3, 1, 15)
 class TwoRangeQuantizer(NamedTuple):
     """x = offset + step q below the fine range's end, offset + 2^shift step q above it.
 
+    Two ranges have the codes 0 to 2^(b-1) - 1 each, a single one -2^(b-1) to 2^(b-1) - 1.
+
     Attributes:
       offset: the value of code 0.
       step: D, of the fine range.
-      shift: m; the coarse step is 2^m D. None: there is one range with all codes, uniform.
-      bits: b; each of two ranges has 2^(b-1) codes, a single one 2^b.
+      shift: m; the coarse step is 2^m D. None: there is one range, uniform.
+      bits: b.
     """
 
     offset: float
@@ -29,19 +31,19 @@ class TwoRangeQuantizer(NamedTuple):
     bits: int
 
     def codes(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fine and coarse codes; where one is not zero the other is."""
+        """Fine and coarse codes, int8; where one is not zero the other is."""
         steps = (features - self.offset) / self.step
         if self.shift is None:
-            fine = np.clip(np.rint(steps), 0, 2**self.bits - 1)
-            return fine.astype(np.int32), np.zeros(features.shape, np.int32)
+            half = 2 ** (self.bits - 1)
+            fine = np.clip(np.rint(steps), -half, half - 1)
+            return fine.astype(np.int8), np.zeros(features.shape, np.int8)
         last = 2 ** (self.bits - 1) - 1
         fine = np.clip(np.rint(steps), 0, last)
         coarse = np.clip(np.rint(steps / 2**self.shift), 0, last)
         # Just above the fine range its last code may be nearer than the first coarse one.
         is_fine = np.abs(steps - fine) <= np.abs(steps - 2**self.shift * coarse)
-        return np.where(is_fine, fine, 0).astype(np.int32), np.where(is_fine, 0, coarse).astype(
-            np.int32
-        )
+        fine, coarse = np.where(is_fine, fine, 0), np.where(is_fine, 0, coarse)
+        return fine.astype(np.int8), coarse.astype(np.int8)
 
     def dequantize(self, fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
         """The values that codes stand for."""
@@ -81,8 +83,8 @@ def uniform_candidates(features: np.ndarray, bits: int) -> list[TwoRangeQuantize
     """Uniform quantizers from the lowest value up, the last one reaching the highest."""
     low, high = float(features.min()), float(features.max())
     return [
-        TwoRangeQuantizer(low, clip * (high - low) / (2**bits - 1), None, bits)
-        for clip in _UNIFORM_CLIPS
+        TwoRangeQuantizer(low + 2 ** (bits - 1) * step, step, None, bits)
+        for step in _UNIFORM_CLIPS * (high - low) / (2**bits - 1)
     ]
 
 

@@ -37,6 +37,11 @@ class ActivationQuantizer(NamedTuple):
         shift, scale = (_as_last(v, x.ndim) for v in (self.shift, self.factor * self.step))
         return quantize(x - shift, scale, bits)
 
+    def dequantized(self, x: Array, bits: int) -> Array:
+        """The values that the codes of `x` stand for."""
+        shift, scale = (_as_last(v, x.ndim) for v in (self.shift, self.factor * self.step))
+        return shift + scale * self.codes(x, bits).astype(jnp.float32)
+
 
 def _as_last(vector: Array, rank: int) -> Array:
     return vector.reshape((1,) * (rank - 1) + (-1,))

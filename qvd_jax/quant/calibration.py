@@ -1,0 +1,182 @@
+"""From a float layer, its statistics and its specification to quantized parameters and a report."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.errors import InputError
+from qvd_jax.quant import baselines, htdq, scri
+from qvd_jax.quant.layers import kernel_dtype
+from qvd_jax.quant.observers import Statistics
+from qvd_jax.quant.policy import LayerSpec
+from qvd_jax.quant.qtensor import quantize_weights
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one layer is quantized.
+
+    Attributes:
+      path: module path.
+      method: how its input's quantizer was found.
+      sqnr: of its output on the sampled rows, in decibels.
+      coverage_before: share of the levels a channel uses on average with one range for all.
+      coverage_after: with the quantizer found.
+      td_score_before: temporal discriminability with the plain uniform quantizer, of layers that
+        read temporal features.
+      td_score_after: with the quantizer found.
+      merged_before: share of neighboring steps with the same codes, plain uniform.
+      merged_after: with the quantizer found.
+    """
+
+    path: str
+    method: str
+    sqnr: float
+    coverage_before: float | None = None
+    coverage_after: float | None = None
+    td_score_before: float | None = None
+    td_score_after: float | None = None
+    merged_before: float | None = None
+    merged_after: float | None = None
+
+
+def quantize_layer(
+    path: str,
+    params: Params,
+    statistics: Statistics,
+    spec: LayerSpec,
+    split: int | None = None,
+) -> tuple[Params, LayerReport]:
+    """Quantizes one Dense or conv layer.
+
+    Args:
+      path: module path, for the report.
+      params: `kernel` `[*taps, C, O]` and maybe `bias` `[O]`.
+      statistics: of its input.
+      spec: how.
+      split: where the input is concatenated, of how many channels the first part is.
+
+    Returns:
+      The parameters of `QuantDense` or `QuantConv`, and what they are worth.
+
+    Raises:
+      InputError: the statistics are not finite.
+    """
+    if not bool(statistics.finite):
+        raise InputError(f"{path}: its input is not finite during calibration")
+    kernel = jnp.asarray(params["kernel"], jnp.float32)
+    taps, (channels, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    weights = kernel.reshape(-1, channels, outputs)
+    bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
+    exact = _product(statistics.rows, weights)
+    if spec.activation_bits == 16:
+        codes, scale = quantize_weights(weights.reshape(-1, outputs), spec.weight_bits)
+        found = _product(statistics.rows, (codes * scale[None]).reshape(weights.shape))
+        quantized = {"kernel": _stored(codes, taps, channels, spec), "scale": scale, "bias": bias}
+        return quantized, LayerReport(path, spec.method, sqnr(exact, found))
+    if spec.method == "htdq":
+        return _temporal_layer(path, weights[0], bias, statistics, spec, exact)
+    quantizer = _find(statistics, weights, spec, split)
+    folded = weights * quantizer.factor[None, :, None]
+    codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits)
+    scale = scale * quantizer.step
+    through_taps = jnp.einsum("c,tco->to", quantizer.shift, weights, precision="highest")
+    quantized = {
+        "kernel": _stored(codes, taps, channels, spec),
+        "scale": scale,
+        "in_scale": 1 / (quantizer.factor * quantizer.step),
+        "in_offset": -quantizer.shift / (quantizer.factor * quantizer.step),
+    }
+    if len(weights) > 1:
+        quantized |= {"bias": bias, "taps": through_taps.reshape(*taps, outputs)}
+    else:
+        quantized |= {"bias": bias + through_taps[0]}
+    input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
+    product = _product(input_codes, codes.astype(jnp.float32).reshape(weights.shape))
+    found = product * scale[None] + through_taps.sum(0)[None]
+    plain = baselines.minmax(statistics.lower, statistics.upper, spec.activation_bits)
+    ends = statistics.lower, statistics.upper
+    return quantized, LayerReport(
+        path,
+        spec.method,
+        sqnr(exact, found),
+        coverage_before=float(scri.coverage(*ends, plain, spec.activation_bits)),
+        coverage_after=float(scri.coverage(*ends, quantizer, spec.activation_bits)),
+    )
+
+
+def sqnr(exact: Array, found: Array) -> float:
+    """Signal to quantization noise, 10 log10(|y|^2 / |y^ - y|^2), in decibels."""
+    signal, noise = float(jnp.square(exact).sum()), float(jnp.square(found - exact).sum())
+    if noise == 0:
+        return float("inf")
+    return 10 * float(np.log10(max(signal, np.finfo(np.float32).tiny) / noise))
+
+
+def _find(
+    statistics: Statistics, weights: Array, spec: LayerSpec, split: int | None
+) -> scri.ActivationQuantizer:
+    lower, upper, rows, _ = statistics
+    bits = spec.activation_bits
+    if spec.method == "scri":
+        return scri.search(lower, upper, rows, weights, bits, spec.weight_bits)
+    if spec.method == "smoothquant":
+        return baselines.smoothquant(lower, upper, weights, bits)
+    if spec.method == "qdiffusion":
+        return baselines.qdiffusion(lower, upper, rows, bits, split)
+    if spec.method == "mse":
+        return baselines.mse(lower, upper, rows, bits)
+    return baselines.minmax(lower, upper, bits)
+
+
+def _temporal_layer(
+    path: str,
+    weights: Array,
+    bias: Array,
+    statistics: Statistics,
+    spec: LayerSpec,
+    exact: Array,
+) -> tuple[Params, LayerReport]:
+    """A layer whose input is a function of the step: its rows are all the steps."""
+    features = np.asarray(statistics.rows[:, 0], np.float64)
+    quantizer = htdq.search(features, spec.activation_bits)
+    uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
+    codes, scale = quantize_weights(weights, spec.weight_bits)
+    scale = scale * quantizer.step
+    bias = bias + quantizer.offset * weights.sum(0)
+    quantized = {
+        "kernel": _stored(codes, (), len(weights), spec),
+        "scale": scale,
+        "bias": bias,
+        "in_scale": jnp.float32(1 / quantizer.step),
+        "in_offset": jnp.float32(-quantizer.offset / quantizer.step),
+        "coarse": jnp.float32(0 if quantizer.shift is None else 2.0**quantizer.shift),
+    }
+    fine, coarse = quantizer.codes(features)
+    steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
+    product = jnp.asarray(steps, jnp.float32) @ codes.astype(jnp.float32)
+    found = product * scale[None] + quantizer.offset * weights.sum(0)[None]
+    return quantized, LayerReport(
+        path,
+        spec.method,
+        sqnr(exact, found),
+        td_score_before=htdq.td_score(features, uniform(features)),
+        td_score_after=htdq.td_score(features, quantizer(features)),
+        merged_before=htdq.merged_steps(uniform.codes(features)[0]),
+        merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
+    )
+
+
+def _product(rows: Array, weights: Array) -> Array:
+    """`[N, T, C] x [T, C, O] -> [N, O]`."""
+    outputs = weights.shape[-1]
+    return jnp.matmul(
+        rows.reshape(len(rows), -1), weights.reshape(-1, outputs), precision="highest"
+    )
+
+
+def _stored(codes: Array, taps: tuple[int, ...], channels: int, spec: LayerSpec) -> Array:
+    """Codes `[T C, O]` as the layers store them, `[O, *taps, C]`."""
+    return codes.T.reshape(-1, *taps, channels).astype(kernel_dtype(spec))

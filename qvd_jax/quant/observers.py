@@ -1,0 +1,96 @@
+"""What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qvd_jax.axes import Array
+
+
+class Statistics(NamedTuple):
+    """Of the input of one layer at one step.
+
+    Attributes:
+      lower: lowest value of each channel, `[C]`.
+      upper: highest value of each channel, `[C]`.
+      rows: what some output positions see, `[N, T, C]`; T taps of a convolution, 1 of a Dense.
+      finite: whether all values are finite.
+    """
+
+    lower: Array
+    upper: Array
+    rows: Array
+    finite: Array
+
+
+def observe(
+    module: nn.Module, params: Any, *arguments: Any, method: str, rows: int | None, key: Array
+) -> tuple[Any, dict[str, Statistics]]:
+    """Applies a module and collects the statistics of its Dense and conv layers' inputs.
+
+    Args:
+      module: built of float layers.
+      params: its parameters.
+      *arguments: of the method.
+      method: name of the method to apply.
+      rows: N, how many rows to sample in each layer; None takes all of its input's, in order.
+      key: of the sampling.
+
+    Returns:
+      What the method returns, and the statistics by module path.
+    """
+    found: dict[str, Statistics] = {}
+
+    def collect(call: Any, call_arguments: Any, options: Any, context: Any) -> Any:
+        layer = context.module
+        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
+            path = "/".join(layer.path)
+            place = jax.random.fold_in(key, len(found))
+            found[path] = _statistics(layer, call_arguments[0], rows, place)
+        return call(*call_arguments, **options)
+
+    with nn.intercept_methods(collect):
+        result = module.apply({"params": params}, *arguments, method=method)
+    return result, found
+
+
+def _statistics(layer: nn.Module, x: Array, rows: int | None, key: Array) -> Statistics:
+    x = x.astype(jnp.float32)
+    axes = tuple(range(x.ndim - 1))
+    sampled = x.reshape(-1, 1, x.shape[-1])
+    if rows is not None and isinstance(layer, nn.Conv):
+        sampled = _conv_rows(layer, x, rows, key)
+    elif rows is not None:
+        sampled = sampled[jax.random.randint(key, (rows,), 0, len(sampled))]
+    return Statistics(x.min(axes), x.max(axes), sampled, jnp.isfinite(x).all())
+
+
+def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
+    """Patches at random output positions, inside the image only: what is padded is no input."""
+    rank = len(layer.kernel_size)
+    spatial, channels = x.shape[-rank - 1 : -1], x.shape[-1]
+    images = x.reshape(-1, *spatial, channels)
+    keys = jax.random.split(key, rank + 1)
+    image = jax.random.randint(keys[0], (rows,), 0, len(images))
+    grids = []
+    for axis, (size, taken) in enumerate(zip(spatial, layer.kernel_size, strict=True)):
+        # An image smaller than the kernel repeats its edge.
+        start = jax.random.randint(keys[axis + 1], (rows,), 0, max(size - taken, 0) + 1)
+        place = jnp.minimum(start[:, None] + jnp.arange(taken)[None], size - 1)
+        shape = [rows] + [1] * rank
+        shape[axis + 1] = taken
+        grids.append(place.reshape(shape))
+    patches = images[(image.reshape([rows] + [1] * rank), *grids)]
+    return patches.reshape(rows, -1, channels)
+
+
+def join(parts: list[Statistics]) -> Statistics:
+    """The statistics of several steps as one."""
+    return Statistics(
+        jnp.stack([part.lower for part in parts]).min(0),
+        jnp.stack([part.upper for part in parts]).max(0),
+        jnp.concatenate([part.rows for part in parts]),
+        jnp.stack([part.finite for part in parts]).all(),
+    )

@@ -1,0 +1,178 @@
+"""Which layer is quantized how: ordered rules from module paths to layer specifications."""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qvd_jax.config import did_you_mean
+from qvd_jax.errors import InputError
+
+Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "htdq"]
+WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w8a16": (8, 16)}
+
+# A few hundredths of a percent of the operations, at the model's border to the outside.
+_KEPT_FLOAT = ("conv_in", "conv_out")
+# Inputs of these layers are functions of the step alone. Few families have added ids.
+_TEMPORAL_FEATURES = ("*/time_emb_proj", "time_embedding/*", "add_embedding/*")
+
+# The methods of ordinary layers and of temporal features.
+_NAMED: dict[str, tuple[Method, Method]] = {
+    "qvd": ("scri", "htdq"),
+    "qvd-scri": ("scri", "minmax"),
+    "qvd-htdq": ("minmax", "htdq"),
+    "minmax": ("minmax", "minmax"),
+    "mse": ("mse", "mse"),
+    "smoothquant": ("smoothquant", "smoothquant"),
+    "qdiffusion": ("qdiffusion", "minmax"),
+}
+
+
+_WEIGHT_METHODS = ("minmax", "mse")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer is quantized.
+
+    Attributes:
+      method: how the quantizer of its input is found.
+      weight_bits: 2 to 8.
+      activation_bits: 2 to 8, or 16 for an input that stays as it is.
+    """
+
+    method: Method
+    weight_bits: int = 8
+    activation_bits: int = 8
+
+    def __post_init__(self) -> None:
+        if self.activation_bits == 16 and self.method not in _WEIGHT_METHODS:
+            raise ValueError(
+                f"method = {self.method!r} is about the input, which activation_bits = 16 leaves "
+                f"float; {' or '.join(_WEIGHT_METHODS)} is needed"
+            )
+        if not 2 <= self.weight_bits <= 8:
+            raise ValueError(f"weight_bits = {self.weight_bits}: 2 to 8 are possible")
+        if not 2 <= self.activation_bits <= 8 and self.activation_bits != 16:
+            raise ValueError(
+                f"activation_bits = {self.activation_bits}: 2 to 8, or 16 for a float input"
+            )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens to the layers whose path matches.
+
+    Attributes:
+      pattern: a path from the UNet down, with * for any part: "down_blocks_*/*/to_qkv".
+      spec: how they are quantized; None keeps them float.
+      optional: whether it is right that no layer matches.
+    """
+
+    pattern: str
+    spec: LayerSpec | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Ordered rules; the first that matches a layer decides, a layer without one stays float.
+
+    Attributes:
+      name: for people and the manifest.
+      rules: in order.
+    """
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def rule(self, path: str) -> int | None:
+        """The number of the rule that decides about the layer at `path`."""
+        for i, rule in enumerate(self.rules):
+            if fnmatch.fnmatchcase(path, rule.pattern):
+                return i
+        return None
+
+
+def named_policy(name: str) -> Policy:
+    """The policy of a name such as "qvd-w8a8".
+
+    Raises:
+      InputError: the method or the width is unknown.
+    """
+    method, _, width = name.rpartition("-")
+    if method not in _NAMED or width not in WIDTHS:
+        known = [f"{method}-{width}" for method in _NAMED for width in WIDTHS]
+        raise InputError(f"unknown policy {name!r}{did_you_mean(name, known)}")
+    weight_bits, activation_bits = WIDTHS[width]
+    # With a float input there is nothing to be done about it.
+    methods = ("minmax", "minmax") if activation_bits == 16 else _NAMED[method]
+    ordinary, temporal = (LayerSpec(kind, weight_bits, activation_bits) for kind in methods)
+    return Policy(
+        name,
+        (
+            *(Rule(pattern) for pattern in _KEPT_FLOAT),
+            *(Rule(pattern, temporal, optional=True) for pattern in _TEMPORAL_FEATURES),
+            Rule("*", ordinary),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer a policy decides about.
+
+    Attributes:
+      path: module path, parts joined by "/".
+      kernel: shape of the kernel, `[*taps, C, O]`.
+      flops: multiplications and additions of one forward.
+    """
+
+    path: str
+    kernel: tuple[int, ...]
+    flops: float
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the kernel has."""
+        return math.prod(self.kernel)
+
+
+def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+    """The specifications of the layers that are to be quantized, by path.
+
+    Raises:
+      InputError: a rule decides about no layer.
+    """
+    deciding = {layer.path: policy.rule(layer.path) for layer in layers}
+    for i, rule in enumerate(policy.rules):
+        if i in deciding.values() or rule.optional:
+            continue
+        taken = any(fnmatch.fnmatchcase(path, rule.pattern) for path in deciding)
+        cause = (
+            "the rules before it decide about all it matches"
+            if taken
+            else f"no layer has such a path{did_you_mean(rule.pattern, list(deciding))}"
+        )
+        raise InputError(f"policy {policy.name!r}: rule {i + 1} ({rule.pattern!r}): {cause}")
+    specs = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
+    return {path: spec for path, spec in specs.items() if spec is not None}
+
+
+def match_table(policy: Policy, layers: Sequence[Layer]) -> str:
+    """Which rule decides about how many layers, parameters and operations, as text."""
+    lines = [f"{'rule':32} {'layers':>6} {'parameters':>12} {'GFLOP':>9}  how"]
+    parts = [*enumerate(policy.rules), (None, Rule("(no rule)"))]
+    for number, rule in parts:
+        own = [layer for layer in layers if policy.rule(layer.path) == number]
+        spec = rule.spec
+        how = (
+            f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}" if spec else "stays float"
+        )
+        if own:
+            lines.append(
+                f"{rule.pattern:32} {len(own):6} {sum(x.parameters for x in own):12,} "
+                f"{sum(x.flops for x in own) / 1e9:9.2f}  {how}"
+            )
+    return "\n".join(lines)

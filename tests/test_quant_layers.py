@@ -1,0 +1,188 @@
+"""QuantDense and QuantConv against dequantized float64, and against their float layers."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+
+from qvd_jax.models.layers import FLOAT
+from qvd_jax.quant import observers
+from qvd_jax.quant.calibration import quantize_layer
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.policy import LayerSpec
+
+CONVS = {
+    "3x3": ((3, 3), (1, 1), ((1, 1), (1, 1)), (2, 3, 6, 5)),
+    "stride 2": ((3, 3), (2, 2), ((1, 1), (1, 1)), (2, 1, 6, 5)),
+    "one-sided": ((3, 3), (2, 2), ((0, 1), (0, 1)), (1, 2, 6, 6)),
+    "1x1": ((1, 1), (1, 1), ((0, 0), (0, 0)), (2, 1, 4, 4)),
+    "temporal": ((3, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 0)), (2, 5, 3, 2)),
+}
+CHANNELS, OUTPUTS = 12, 10
+
+
+class Net(nn.Module):
+    """One layer, built through a LayerSet."""
+
+    layers: object
+    conv: str | None = None
+
+    def setup(self):
+        if self.conv is None:
+            self.layer = self.layers.dense(OUTPUTS)
+        else:
+            kernel, strides, padding, _ = CONVS[self.conv]
+            self.layer = self.layers.conv(OUTPUTS, kernel, strides=strides, padding=padding)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+def case(conv, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (4, 7) if conv is None else CONVS[conv][3]
+    x = rng.normal(size=(*shape, CHANNELS)) * rng.lognormal(0, 1, CHANNELS)
+    x = jnp.asarray(x + rng.normal(0, 3, CHANNELS), jnp.float32)
+    net = Net(FLOAT, conv)
+    params = net.init(jax.random.key(seed), x)["params"]
+    params["layer"]["bias"] = jnp.asarray(rng.normal(size=OUTPUTS), jnp.float32)
+    return net, params, x
+
+
+def quantized(net, params, x, spec):
+    """The quantized net and its parameters, calibrated on `x` itself."""
+    _, found = observers.observe(net, params, x, method="__call__", rows=64, key=jax.random.key(0))
+    assert list(found) == ["layer"]
+    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec)
+    int8_net = Net(layer_set({"layer": spec}), net.conv)
+    shapes = jax.eval_shape(int8_net.init, jax.random.key(0), x)["params"]["layer"]
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), FrozenDict(layer).unfreeze()
+    )
+    return int8_net, {"layer": layer}, report
+
+
+def dequantized_float64(net, layer, x, spec):
+    """The layer's definition: dequantized codes and weights in float64, zeros outside."""
+    in_scale, in_offset = (np.asarray(layer[k]) for k in ("in_scale", "in_offset"))
+    limit = 2 ** (spec.activation_bits - 1) - 1
+    codes = np.clip(np.rint(np.asarray(x) * in_scale + in_offset), -limit, limit)
+    codes, in_scale = codes.astype(np.float64), in_scale.astype(np.float64)
+    # kernel = s W / scale_w and scale = D scale_w, so W = kernel scale in_scale.
+    w_hat = np.asarray(layer["kernel"], np.float64) * in_scale
+    scale = np.asarray(layer["scale"], np.float64)
+    return codes, w_hat * scale.reshape(-1, *(1,) * (w_hat.ndim - 1))
+
+
+METHODS = ["minmax", "mse", "smoothquant", "qdiffusion", "scri"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("conv", [None, *CONVS])
+def test_layers_equal_their_definition_in_float64(conv, method):
+    net, params, x = case(conv)
+    spec = LayerSpec(method)
+    int8_net, int8_params, _ = quantized(net, params, x, spec)
+    layer = int8_params["layer"]
+    codes, w_hat = dequantized_float64(net, layer, x, spec)
+    # y = sum of (code / in_scale) w over codes, plus the float shift: written with float64 sums.
+    shift = -np.asarray(layer["in_offset"], np.float64) / np.asarray(layer["in_scale"], np.float64)
+    kernel = np.asarray(params["layer"]["kernel"], np.float64)
+    bias = np.asarray(params["layer"]["bias"], np.float64)
+    from_codes = codes / np.asarray(layer["in_scale"], np.float64)
+    expected = correlate(from_codes, np.moveaxis(w_hat, 0, -1), conv)
+    expected = expected + correlate(np.broadcast_to(shift, x.shape), kernel, conv) + bias
+    found = np.asarray(int8_net.apply({"params": int8_params}, x), np.float64)
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def correlate(x, kernel, conv):
+    """Zero-padded correlation in float64."""
+    if conv is None:
+        return x @ kernel
+    _, strides, padding, _ = CONVS[conv]
+    rank = len(strides)
+    lead, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
+    x = np.pad(x.reshape(-1, *spatial, CHANNELS), ((0, 0), *padding, (0, 0)))
+    sizes = [
+        (n - k) // s + 1 for n, k, s in zip(x.shape[1:-1], kernel.shape, strides, strict=False)
+    ]
+    out = np.zeros((len(x), *sizes, OUTPUTS))
+    for tap in np.ndindex(kernel.shape[:-2]):
+        window = tuple(
+            slice(t, t + (n - 1) * s + 1, s) for t, n, s in zip(tap, sizes, strides, strict=True)
+        )
+        out += x[(slice(None), *window)] @ kernel[tap]
+    return out.reshape(*lead, *out.shape[1:])
+
+
+@pytest.mark.parametrize("conv", [None, *CONVS])
+def test_scri_layers_are_near_the_float_layer_up_to_the_border(conv):
+    net, params, x = case(conv)
+    int8_net, int8_params, report = quantized(net, params, x, LayerSpec("scri"))
+    expected = np.asarray(net.apply({"params": params}, x))
+    found = np.asarray(int8_net.apply({"params": int8_params}, x))
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+    assert report.sqnr > 35
+    assert report.coverage_after > report.coverage_before
+
+
+@pytest.mark.parametrize("conv", [None, "3x3"])
+@pytest.mark.parametrize(
+    ("spec", "dtype", "limit"),
+    [
+        (LayerSpec("scri", 4, 8), jnp.int4, 0.25),
+        (LayerSpec("scri", 6, 6), jnp.int8, 0.12),
+        (LayerSpec("minmax", 8, 16), jnp.int8, 0.02),
+    ],
+)
+def test_other_widths(conv, spec, dtype, limit):
+    net, params, x = case(conv)
+    int8_net, int8_params, _ = quantized(net, params, x, spec)
+    assert int8_params["layer"]["kernel"].dtype == dtype
+    expected = np.asarray(net.apply({"params": params}, x))
+    found = np.asarray(int8_net.apply({"params": int8_params}, x))
+    assert np.abs(found - expected).max() < limit * np.abs(expected).max()
+
+
+def test_htdq_layer_equals_its_quantizer_in_float64():
+    rng = np.random.default_rng(0)
+    x = rng.normal(-1, 1, CHANNELS) + 0.01 * rng.normal(size=(20, CHANNELS)).cumsum(0)
+    x[:, :2] += 20
+    x = jnp.asarray(x / (1 + np.exp(-x)), jnp.float32)
+    net = Net(FLOAT)
+    params = net.init(jax.random.key(0), x)["params"]
+    spec = LayerSpec("htdq")
+    _, found = observers.observe(
+        net, params, x, method="__call__", rows=None, key=jax.random.key(0)
+    )
+    np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
+    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec)
+    assert float(layer["coarse"]) > 1
+    assert report.td_score_after >= report.td_score_before
+    y = Net(layer_set({"layer": spec})).apply({"params": {"layer": layer}}, x)
+    exact = np.asarray(x, np.float64) @ np.asarray(params["layer"]["kernel"], np.float64)
+    assert np.abs(np.asarray(y) - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_layers_without_a_spec_are_flax_own():
+    net, params, x = case("3x3")
+    same = Net(layer_set({"other": LayerSpec("scri")}), "3x3")
+    np.testing.assert_array_equal(
+        same.apply({"params": params}, x), net.apply({"params": params}, x)
+    )
+
+
+def test_statistics_of_a_conv_are_patches_inside_the_image():
+    net, params, x = case("3x3")
+    _, found = observers.observe(net, params, x, method="__call__", rows=32, key=jax.random.key(1))
+    images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
+    patches = {
+        images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)
+    }
+    rows = np.asarray(found["layer"].rows).reshape(-1, 3, 3, CHANNELS)
+    assert all(row.tobytes() in patches for row in rows)
+    np.testing.assert_array_equal(found["layer"].lower, images.min((0, 1, 2)))
+    np.testing.assert_array_equal(found["layer"].upper, images.max((0, 1, 2)))

@@ -45,6 +45,7 @@ class Manifest:
       defaults: frames, size, steps and so on of a video nobody asked otherwise of.
       description: one line for people: where the weights came from.
       versions: of the packages that wrote the checkpoint.
+      quantization: policy and layer specifications of a quantized UNet; None is float.
       format_version: of this layout.
     """
 
@@ -54,6 +55,7 @@ class Manifest:
     defaults: dict[str, Any]
     description: str
     versions: dict[str, str]
+    quantization: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
 

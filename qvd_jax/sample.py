@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             guidance_scale=args.guidance_scale,
             seed=args.seed,
             output_type="latents",
-            progress=lambda done: _set(bar, done),
+            callback_on_step_end=lambda done, _: _set(bar, done),
         )
     sampled = compile_seconds()
     seconds["sampling"] = time.perf_counter() - started - (sampled - loaded)

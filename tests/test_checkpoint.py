@@ -179,9 +179,11 @@ def manifest(**changes: object) -> Callable[[Path], None]:
             id="tokenizer without vocabulary",
         ),
         pytest.param(
-            lambda path: shutil.rmtree(path / "vae"), "the component 'vae' is missing", id="no VAE"
+            lambda path: shutil.rmtree(path / "unet"),
+            "the component 'unet' is missing",
+            id="no UNet",
         ),
-        pytest.param(lambda path: shutil.rmtree(path / "unet"), "/unet is missing", id="no UNet"),
+        pytest.param(lambda path: shutil.rmtree(path / "vae"), "/vae is missing", id="no VAE"),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(spoiled, edit, message):

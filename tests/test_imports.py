@@ -21,7 +21,7 @@ ALLOWED = {
     "data": GROUND,
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
-    "pipelines": GROUND | {"checkpoint", "models", "diffusion"},
+    "pipelines": GROUND | {"checkpoint", "models", "diffusion", "quant"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
 }
 VERBS = {"sample", "evaluate", "benchmark", "train"}

@@ -75,9 +75,14 @@ def test_one_shape_compiles_once(pipe):
     assert sampler.sample_steps._cache_size() == compiled
 
 
-def test_progress_sees_every_step_and_changes_nothing(pipe):
+def test_the_callback_sees_every_step_and_changes_nothing(pipe):
     seen: list[int] = []
-    stepwise = pipe("one", progress=seen.append, output_type="latents", **SMALL)
+    stepwise = pipe(
+        "one",
+        callback_on_step_end=lambda done, _: seen.append(done),
+        output_type="latents",
+        **SMALL,
+    )
     whole = pipe("one", output_type="latents", **SMALL)
     assert seen == [1, 2]
     assert relative_error(stepwise, whole) <= 1e-6

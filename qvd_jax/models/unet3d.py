@@ -155,6 +155,33 @@ _INPUT_TRANSFORMER_HEADS = 8
 _ADDED_ID_WIDTH = 256
 
 
+def _up_inputs(config: UNet3DConfig) -> list[list[tuple[int, int]]]:
+    """C from below and C of the skip, of each layer of each up stage, in the stages' order."""
+    widths = config.block_channels
+    skips = [widths[0]]
+    for level, width in enumerate(widths):
+        skips += [width] * (config.layers_per_block + (level < len(widths) - 1))
+    stages = []
+    below = widths[-1]
+    for width in reversed(widths):
+        pairs = []
+        for _ in range(config.layers_per_block + 1):
+            pairs.append((below, skips.pop()))
+            below = width
+        stages.append(pairs)
+    return stages
+
+
+def shortcut_splits(config: UNet3DConfig) -> dict[str, int]:
+    """How many channels come before the skip's, for each layer that reads a concatenation."""
+    return {
+        f"up_blocks_{i}/blocks_{j}/resnet/{name}": below
+        for i, pairs in enumerate(_up_inputs(config))
+        for j, (below, _) in enumerate(pairs)
+        for name in ("conv1", "conv_shortcut")
+    }
+
+
 class Features(NamedTuple):
     """What the layers need and the latents do not change, computed before the sampling loop.
 
@@ -360,13 +387,11 @@ class UNet3D(nn.Module):
                 layers,
             )
 
-        skips = [widths[0]]
         down = []
         for level, width in enumerate(widths):
-            inputs = (skips[-1],) + (width,) * (config.layers_per_block - 1)
+            inputs = (widths[max(level - 1, 0)],) + (width,) * (config.layers_per_block - 1)
             sampler: Literal["down"] | None = "down" if level < last else None
             down.append(stage(level, inputs, config.down_eps[level], sampler))
-            skips += [width] * (config.layers_per_block + (level < last))
         self.down_blocks = down
 
         self.mid_block = Stage(
@@ -381,12 +406,8 @@ class UNet3D(nn.Module):
         )
 
         up = []
-        below = widths[-1]
-        for level in reversed(range(len(widths))):
-            inputs = ()
-            for _ in range(config.layers_per_block + 1):
-                inputs += (below + skips.pop(),)
-                below = widths[level]
+        for level, pairs in zip(reversed(range(len(widths))), _up_inputs(config), strict=True):
+            inputs = tuple(map(sum, pairs))
             up.append(stage(level, inputs, config.up_eps[level], "up" if level > 0 else None))
         self.up_blocks = up
 

@@ -22,11 +22,15 @@ from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from qvd_jax.models.layers import FLOAT, LayerSet
+from qvd_jax.models.layers import FLOAT
 from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.policy import Quantization
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+StepCallback = Callable[[int, Array], None]
 
 # The decoder's largest activations grow with the pixels it handles at once: eight frames of
 # 512x512, or all frames of a small video.
@@ -70,15 +74,21 @@ class ComponentConfigs:
     vae: VAEConfig
     text_encoder: CLIPTextConfig
 
-    def modules(self, layers: LayerSet = FLOAT) -> dict[str, nn.Module]:
-        """The components as modules with these layer classes and dtypes, by name."""
+    def modules(
+        self, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> dict[str, nn.Module]:
+        """The components as modules that compute and store in `dtype`, by name."""
+        layers = replace(FLOAT, dtype=dtype, param_dtype=dtype)
+        unet_layers = layers if quantization is None else layer_set(quantization.specs, dtype)
         return {
-            "unet": UNet3D(self.unet, layers),
+            "unet": UNet3D(self.unet, unet_layers),
             "vae": AutoencoderKL(self.vae, layers),
             "text_encoder": CLIPTextEncoder(self.text_encoder, layers),
         }
 
-    def param_shapes(self, dtype: DTypeLike) -> dict[str, Params]:
+    def param_shapes(
+        self, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> dict[str, Params]:
         """Trees of `jax.ShapeDtypeStruct` of all components' parameters, by name."""
         side, pixels = self.unet.stride, self.vae.stride
         latents = jnp.zeros((1, 1, side, side, self.unet.in_channels))
@@ -89,7 +99,7 @@ class ComponentConfigs:
             "vae": (video,),
             "text_encoder": (jnp.zeros((1, self.text_encoder.max_length), jnp.int32),),
         }
-        modules = self.modules(replace(FLOAT, dtype=dtype, param_dtype=dtype))
+        modules = self.modules(dtype, quantization)
         return {
             name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"]
             for name, module in modules.items()
@@ -110,6 +120,7 @@ class TextToVideoPipeline:
       defaults: what a call leaves open.
       family: "animatediff".
       description: one line on where the weights came from.
+      quantization: how the UNet is quantized; None is float.
     """
 
     unet: UNet3D
@@ -121,6 +132,7 @@ class TextToVideoPipeline:
     defaults: VideoDefaults
     family: str
     description: str
+    quantization: Quantization | None = None
 
     def __call__(
         self,
@@ -134,7 +146,7 @@ class TextToVideoPipeline:
         seed: int = 0,
         latents: Array | np.ndarray | None = None,
         output_type: Literal["video", "latents"] = "video",
-        progress: Callable[[int], None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
     ) -> np.ndarray:
         """Samples one video for each prompt.
 
@@ -153,8 +165,9 @@ class TextToVideoPipeline:
           seed: of the noise.
           latents: unit-normal noise `[B, F, h, w, C]` instead of the drawn one.
           output_type: "video" or "latents".
-          progress: called with the number of finished steps after each. Without it all steps run
-            as one scan, with it as one scan of length one each.
+          callback_on_step_end: called after each step with the number of finished steps and the
+            latents, which it must copy to keep. Without it all steps run as one scan, with it as
+            one scan of length one each.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -188,7 +201,13 @@ class TextToVideoPipeline:
         guided = want.guidance_scale > 1
         context = self.encode_text(negatives + prompts if guided else prompts)
         result = self._sample(
-            noise * schedule.initial_scale, schedule, context, want, seed, guided, progress
+            noise * schedule.initial_scale,
+            schedule,
+            context,
+            want,
+            seed,
+            guided,
+            callback_on_step_end,
         )
         return np.asarray(result) if output_type == "latents" else self.decode(result)
 
@@ -273,7 +292,7 @@ class TextToVideoPipeline:
         want: VideoDefaults,
         seed: int,
         guided: bool,
-        progress: Callable[[int], None] | None,
+        callback: StepCallback | None,
     ) -> Array:
         limit = self.unet.config.max_frames
         window = want.frames
@@ -282,7 +301,7 @@ class TextToVideoPipeline:
         unet, params = self.unet, self.params["unet"]
         table = jax.tree.map(jnp.asarray, schedule.table)
         steps = len(table.timestep)
-        count = steps if progress is None else 1
+        count = steps if callback is None else 1
         # Placed like the text embedding, so that the first call compiles for what later ones see.
         latents = jax.device_put(latents, context.sharding)
         state = sampler.SamplerState(latents, jnp.zeros_like(latents))
@@ -314,8 +333,8 @@ class TextToVideoPipeline:
                     f"gave latents that are not finite; try float32, or a lower guidance scale "
                     f"than {want.guidance_scale:g}"
                 )
-            if progress is not None:
-                progress(start + count)
+            if callback is not None:
+                callback(start + count, state.latents)
         return state.latents
 
 
@@ -372,22 +391,26 @@ def load(
     configs = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
     scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")
     defaults = from_dict(VideoDefaults, manifest.defaults, f"{where}: defaults")
+    quantization = None
+    if manifest.quantization is not None:
+        quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
     tokenizer = _load_tokenizer(path / checkpoint.TOKENIZER)
-    dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "unet"))
+    # The VAE is float in every checkpoint.
+    dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
     _check_choice("dtype", dtype.name, tuple(DTYPES))
     params = {
         name: checkpoint.restore_params(path, name, expected, sharding)
-        for name, expected in configs.param_shapes(dtype).items()
+        for name, expected in configs.param_shapes(dtype, quantization).items()
     }
-    modules = configs.modules(replace(FLOAT, dtype=dtype, param_dtype=dtype))
     return TextToVideoPipeline(
-        **modules,
+        **configs.modules(dtype, quantization),
         params=params,
         tokenizer=tokenizer,
         scheduler=scheduler,
         defaults=defaults,
         family=manifest.family,
         description=manifest.description,
+        quantization=quantization,
     )
 
 
@@ -404,7 +427,12 @@ def save(pipe: TextToVideoPipeline, path: str | os.PathLike[str], overwrite: boo
     """
     configs = ComponentConfigs(pipe.unet.config, pipe.vae.config, pipe.text_encoder.config)
     manifest = make_manifest(
-        configs, pipe.scheduler, pipe.defaults, family=pipe.family, description=pipe.description
+        configs,
+        pipe.scheduler,
+        pipe.defaults,
+        family=pipe.family,
+        description=pipe.description,
+        quantization=pipe.quantization,
     )
     with checkpoint.write_directory(Path(path), overwrite=overwrite) as folder:
         for name, params in pipe.params.items():
@@ -420,6 +448,7 @@ def make_manifest(
     *,
     family: str,
     description: str,
+    quantization: Quantization | None = None,
 ) -> checkpoint.Manifest:
     """The manifest of a text-to-video checkpoint."""
     return checkpoint.Manifest(
@@ -429,6 +458,7 @@ def make_manifest(
         defaults=to_dict(defaults),
         description=description,
         versions=checkpoint.package_versions(),
+        quantization=None if quantization is None else to_dict(quantization),
     )
 
 

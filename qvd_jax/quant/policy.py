@@ -120,6 +120,19 @@ def named_policy(name: str) -> Policy:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """How a quantized model is quantized.
+
+    Attributes:
+      policy: name of the policy it came from.
+      specs: of the quantized layers, by module path; all others are float.
+    """
+
+    policy: str
+    specs: dict[str, LayerSpec]
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer a policy decides about.
 

@@ -157,7 +157,7 @@ class TextToVideo:
         config = self.config
         components = text_to_video.ComponentConfigs(config.unet, self._vae, config.text_encoder)
         return TextToVideoPipeline(
-            **components.modules(),
+            **components.modules(jnp.float32),
             params={**params, "vae": self._vae_params},
             tokenizer=self._tokenizer,
             scheduler=config.scheduler,

@@ -1,0 +1,227 @@
+"""Quantizes a pipeline's UNet: samples to see its layers' inputs, then solves layer by layer."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.diffusion import sampler
+from qvd_jax.diffusion.solvers import make_schedule
+from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import UNet3D, shortcut_splits
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+from qvd_jax.quant import layers as quant_layers
+from qvd_jax.quant import observers
+from qvd_jax.quant.calibration import LayerReport, quantize_layer
+from qvd_jax.quant.observers import Statistics
+from qvd_jax.quant.policy import Layer, Policy, Quantization, match, named_policy
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the layers' inputs are collected from.
+
+    Attributes:
+      steps: S of the sampling; None takes the pipeline's default.
+      rows: rows sampled of each layer's input, over all steps and prompts.
+      seed: of the noise and the rows.
+    """
+
+    steps: int | None = None
+    rows: int = 256
+    seed: int = 0
+
+
+def quantize(
+    pipe: TextToVideoPipeline,
+    policy: str | Policy = "qvd-w8a8",
+    prompts: Sequence[str] | None = None,
+    config: CalibrationConfig = CalibrationConfig(),
+    size: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> tuple[TextToVideoPipeline, list[LayerReport]]:
+    """Quantizes the UNet of a float pipeline.
+
+    Args:
+      pipe: the float pipeline; it is left as it is.
+      policy: rules, or the name of some: METHOD-WIDTH such as "qvd-w8a8".
+      prompts: to sample with; None takes the pipeline's own examples.
+      config: how much to sample.
+      size: frames, height and width of the sampled videos where not the pipeline's defaults.
+      progress: called with what is done, how many parts are done and of how many.
+
+    Returns:
+      The quantized pipeline, and for each layer what it is worth.
+
+    Raises:
+      InputError: the pipeline is quantized already, the policy fits no layer, there are no
+        prompts, or a layer's input is not finite.
+    """
+    if pipe.quantization is not None:
+        raise InputError(
+            f"the checkpoint is quantized already ({pipe.quantization.policy}); "
+            f"a float one is needed"
+        )
+    policy = named_policy(policy) if isinstance(policy, str) else policy
+    prompts = list(pipe.defaults.prompts if prompts is None else prompts)
+    report_progress = progress or (lambda *_: None)
+    specs = match(policy, list_layers(pipe, size))
+    statistics = collect(pipe, prompts, config, dict(size or {}), report_progress)
+
+    splits = shortcut_splits(pipe.unet.config)
+    flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
+    reports = []
+    for done, (path, spec) in enumerate(specs.items()):
+        report_progress("layers", done, len(specs))
+        names = [name for name in flat if name.rpartition("/")[0] == path]
+        layer = {name.rpartition("/")[2]: flat.pop(name) for name in names}
+        quantized, report = quantize_layer(
+            path, layer, statistics.pop(path), spec, splits.get(path)
+        )
+        flat |= {f"{path}/{name}": leaf for name, leaf in quantized.items()}
+        reports.append(report)
+    report_progress("layers", len(specs), len(specs))
+    unet = replace_layers(pipe.unet, specs)
+    params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
+    quantized_pipe = replace(
+        pipe, unet=unet, params=params, quantization=Quantization(policy.name, specs)
+    )
+    return quantized_pipe, reports
+
+
+def replace_layers(unet: UNet3D, specs: Mapping[str, Any]) -> UNet3D:
+    """The same UNet with int8 layers where `specs` says."""
+    return UNet3D(unet.config, quant_layers.layer_set(specs, unet.layers.dtype))
+
+
+def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, int] | None = None) -> list[Layer]:
+    """The UNet's Dense and conv layers with the operations of one video's forward."""
+    want = replace(pipe.defaults, **(size or {}))
+    latents = jax.ShapeDtypeStruct((1, *_latents_shape(pipe, want)), jnp.float32)
+    length = pipe.text_encoder.config.max_length
+    text = jax.ShapeDtypeStruct((1, length, pipe.unet.config.context_dim), jnp.float32)
+    found: list[Layer] = []
+
+    def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        layer, result = context.module, call(*arguments, **options)
+        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
+            taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
+            kernel = (*taps, arguments[0].shape[-1], layer.features)
+            flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
+            found.append(Layer("/".join(layer.path), kernel, flops))
+        return result
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(
+            lambda params, *inputs: pipe.unet.apply({"params": params}, *inputs),
+            pipe.params["unet"],
+            latents,
+            jax.ShapeDtypeStruct((1,), jnp.float32),
+            text,
+        )
+    return found
+
+
+def collect(
+    pipe: TextToVideoPipeline,
+    prompts: Sequence[str],
+    config: CalibrationConfig,
+    size: dict[str, int],
+    progress: Progress,
+) -> dict[str, Statistics]:
+    """Samples the prompts and observes every layer's input at every step, by module path.
+
+    Raises:
+      InputError: there are no prompts, or an input is not finite: its layer and step are named.
+    """
+    if not prompts:
+        raise InputError("there are no prompts to calibrate with; at least one is needed")
+    want = replace(pipe.defaults, **size)
+    steps = config.steps or want.steps
+    schedule = make_schedule(pipe.scheduler, steps)
+    noise = sampler.initial_noise(config.seed, len(prompts), _latents_shape(pipe, want))
+    before = [np.asarray(noise) * schedule.initial_scale]
+
+    def keep(done: int, latents: Array) -> None:
+        progress("sampling", done, steps)
+        before.append(np.asarray(latents))
+
+    pipe(
+        prompts,
+        **size,
+        steps=steps,
+        seed=config.seed,
+        latents=noise,
+        output_type="latents",
+        callback_on_step_end=keep,
+    )
+    unet, params = pipe.unet, pipe.params["unet"]
+    key = jax.random.fold_in(jax.random.key(config.seed), len(prompts))
+    guided = want.guidance_scale > 1
+    timesteps = jnp.asarray(schedule.table.timestep)
+    temporal, found = _observe(
+        unet, params, (timesteps,), key, method="temporal_features", rows=None
+    )
+    parts = {path: [statistics] for path, statistics in found.items()}
+    _check_finite(found, "the time embedding")
+    rows = math.ceil(config.rows / (steps * len(prompts)))
+    window = min(want.frames, unet.config.max_frames or want.frames)
+    for number, prompt in enumerate(prompts):
+        context = pipe.encode_text(["", prompt] if guided else [prompt])
+        text, found = _observe(
+            unet, params, (context,), key, method="context_features", rows=rows * steps
+        )
+        _add(parts, found, f"prompt {number + 1}")
+        for step in range(steps):
+            progress("observing", number * steps + step, len(prompts) * steps)
+            scaled = schedule.table.model_in[step] * before[step][number, None, :window]
+            latents = jnp.asarray(np.concatenate([scaled] * len(context)))
+            feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
+            place = jax.random.fold_in(key, number * steps + step)
+            _, found = _observe(
+                unet, params, (latents, feature, text), place, method="denoise", rows=rows
+            )
+            _add(parts, found, f"step {step + 1} of {steps}, prompt {number + 1}")
+    return {path: observers.join(statistics) for path, statistics in parts.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("unet", "method", "rows"))
+def _observe(
+    unet: UNet3D,
+    params: Params,
+    arguments: tuple[Any, ...],
+    key: Array,
+    *,
+    method: str,
+    rows: int | None,
+) -> tuple[Any, dict[str, Statistics]]:
+    return observers.observe(unet, params, *arguments, method=method, rows=rows, key=key)
+
+
+def _add(parts: dict[str, list[Statistics]], found: dict[str, Statistics], where: str) -> None:
+    _check_finite(found, where)
+    for path, statistics in found.items():
+        parts.setdefault(path, []).append(statistics)
+
+
+def _check_finite(found: Mapping[str, Statistics], where: str) -> None:
+    for path, statistics in found.items():
+        if not bool(statistics.finite):
+            raise InputError(
+                f"{path}: its input is not finite at {where}; the checkpoint cannot be "
+                f"calibrated, float32 may help"
+            )
+
+
+def _latents_shape(pipe: TextToVideoPipeline, want: Any) -> tuple[int, int, int, int]:
+    return pipe.latents_shape(want.frames, want.height, want.width)

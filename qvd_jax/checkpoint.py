@@ -226,6 +226,16 @@ def restore_params(
             raise InputError(f"{item} is damaged: its arrays cannot be read") from error
 
 
+def example_prompts(path: Path) -> list[str]:
+    """The prompts a checkpoint brings along.
+
+    Raises:
+      InputError: the folder is no checkpoint.
+    """
+    prompts = read_manifest(path).defaults.get("prompts", [])
+    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+
+
 def stored_dtype(folder: Path, name: str) -> np.dtype:
     """The dtype of a component's parameters on disk.
 

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes for errors, argument types, the compilation cache."""
+"""What all commands share: exit codes for errors, arguments, prompts, the compilation cache."""
 
 import argparse
 import functools
@@ -49,6 +49,24 @@ def enable_compilation_cache() -> str:
     jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return place
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt for each line that is not blank.
+
+    Raises:
+      InputError: the file is missing, no UTF-8, or has no prompt.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a text file with one prompt a line is expected")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"{path} has no prompts; one a line is expected")
+    return prompts
 
 
 def positive_int(text: str) -> int:

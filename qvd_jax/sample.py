@@ -14,7 +14,7 @@ import numpy as np
 import tqdm
 
 from qvd_jax import checkpoint
-from qvd_jax.cli import command, enable_compilation_cache, positive_int
+from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
@@ -27,9 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     # The checkpoint's own examples, for who asks for nothing.
-    prompts = prompts or checkpoint.read_manifest(checkpoint.find(args.checkpoint)).defaults.get(
-        "prompts", []
-    )
+    prompts = prompts or checkpoint.example_prompts(checkpoint.find(args.checkpoint))
     if not prompts:
         raise InputError("there are no prompts; pass --prompt TEXT or --prompts-file FILE")
     outputs = plan_outputs(
@@ -79,24 +77,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _set(bar: tqdm.tqdm, done: int) -> None:
     bar.update(done - bar.n)
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt for each line that is not blank.
-
-    Raises:
-      InputError: the file is missing, no UTF-8, or has no prompt.
-    """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a text file with one prompt a line is expected")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{path} has no prompts; one a line is expected")
-    return prompts
 
 
 class Outputs(NamedTuple):

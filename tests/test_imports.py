@@ -24,7 +24,7 @@ ALLOWED = {
     "pipelines": GROUND | {"checkpoint", "models", "diffusion", "quant"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
 }
-VERBS = {"sample", "evaluate", "benchmark", "train"}
+VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}
 
 
 def imported(path: Path) -> set[str]:

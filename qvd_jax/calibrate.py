@@ -1,0 +1,126 @@
+"""`python -m qvd_jax.calibrate --checkpoint DIR --out DIR`: a float checkpoint becomes int8."""
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import tqdm
+
+from qvd_jax import checkpoint
+from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
+from qvd_jax.config import from_dict, read_yaml
+from qvd_jax.errors import InputError
+from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
+from qvd_jax.pipelines.text_to_video import load, save
+from qvd_jax.quant.policy import Policy, match, match_table, named_policy
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the command line, calibrates, writes the checkpoint, prints its size."""
+    args = _parser().parse_args(argv)
+    checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
+    policy = read_policy(args.policy)
+    source = checkpoint.find(args.checkpoint)
+    if checkpoint.read_manifest(source).quantization is not None:
+        raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
+    prompts = (
+        read_prompts(args.prompts_file) if args.prompts_file else checkpoint.example_prompts(source)
+    )
+    if not prompts:
+        raise InputError(f"{source} has no prompts of its own; pass --prompts-file FILE")
+    enable_compilation_cache()
+    pipe = load(source)
+    size = {
+        name: value
+        for name in ("frames", "height", "width")
+        if (value := getattr(args, name)) is not None
+    }
+    layers = list_layers(pipe, size)
+    match(policy, layers)
+    print(match_table(policy, layers))
+
+    started = time.perf_counter()
+    with _Progress() as progress:
+        quantized, reports = quantize(
+            pipe,
+            policy,
+            prompts,
+            CalibrationConfig(args.steps, args.samples, args.seed),
+            size,
+            progress,
+        )
+    save(quantized, args.out, overwrite=args.overwrite)
+    if args.report:
+        args.report.mkdir(exist_ok=True)
+        lines = [dataclasses.asdict(report) for report in reports]
+        (args.report / "layers.json").write_text(json.dumps(lines, indent=1) + "\n")
+    float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
+    int8 = checkpoint.tree_bytes(quantized.params["unet"])
+    print(
+        f"{args.out}: UNet {int8 / 1e6:.1f} MB, {int8 / float32:.3f} of the {float32 / 1e6:.1f} MB "
+        f"of float32; {time.perf_counter() - started:.0f} s"
+    )
+
+
+def read_policy(name: str) -> Policy:
+    """A policy by its name, or from a YAML file.
+
+    Raises:
+      InputError: the name is unknown, or the file no policy.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return named_policy(name)
+    return from_dict(Policy, read_yaml(path), name)
+
+
+class _Progress:
+    """One bar for each part of the calibration."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm.tqdm | None = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if self._bar is None or self._bar.desc != what:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm.tqdm(total=total, desc=what)
+        self._bar.update(done - self._bar.n)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qvd_jax.calibrate", description=__doc__)
+    parser.add_argument("--checkpoint", default="shapes", metavar="DIR|NAME")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--policy", default="qvd-w8a8", metavar="NAME|FILE.yaml", help="(%(default)s)"
+    )
+    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument("--steps", type=positive_int, metavar="N")
+    parser.add_argument(
+        "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"
+    )
+    parser.add_argument("--frames", type=positive_int, metavar="F")
+    parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
+    parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="what each layer is worth")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Policies: names, rules in order, what they say about layers."""
+
+import pytest
+
+from qvd_jax.config import from_dict
+from qvd_jax.errors import InputError
+from qvd_jax.quant.policy import (
+    Layer,
+    LayerSpec,
+    Policy,
+    Rule,
+    match,
+    match_table,
+    named_policy,
+)
+
+LAYERS = [
+    Layer("conv_in", (3, 3, 4, 8), 100.0),
+    Layer("time_embedding/linear_1", (8, 32), 10.0),
+    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), 10.0),
+    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), 1000.0),
+    Layer("down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv", (8, 24), 500.0),
+    Layer("conv_out", (3, 3, 8, 4), 100.0),
+]
+
+
+def test_qvd_is_htdq_on_temporal_features_and_scri_elsewhere():
+    specs = match(named_policy("qvd-w4a8"), LAYERS)
+    assert specs == {
+        LAYERS[1].path: LayerSpec("htdq", 4, 8),
+        LAYERS[2].path: LayerSpec("htdq", 4, 8),
+        LAYERS[3].path: LayerSpec("scri", 4, 8),
+        LAYERS[4].path: LayerSpec("scri", 4, 8),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "ordinary", "temporal"),
+    [
+        ("qvd-scri-w8a8", "scri", "minmax"),
+        ("qvd-htdq-w6a6", "minmax", "htdq"),
+        ("smoothquant-w8a8", "smoothquant", "smoothquant"),
+        ("qvd-w8a16", "minmax", "minmax"),
+    ],
+)
+def test_named_policies(name, ordinary, temporal):
+    specs = match(named_policy(name), LAYERS)
+    assert specs[LAYERS[3].path].method == ordinary
+    assert specs[LAYERS[2].path].method == temporal
+
+
+def test_the_first_rule_that_matches_decides():
+    policy = Policy(
+        "own",
+        (Rule("*/motion_module/*"), Rule("down_blocks_*", LayerSpec("mse", 6, 8))),
+    )
+    assert set(match(policy, LAYERS)) == {LAYERS[2].path, LAYERS[3].path}
+    table = match_table(policy, LAYERS).splitlines()
+    assert [line.split()[:3] for line in table[1:]] == [
+        ["*/motion_module/*", "1", "192"],
+        ["down_blocks_*", "2", "832"],
+        ["(no", "rule)", "3"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((Rule("up_blocks_*"), Rule("*")), r"rule 1 \('up_blocks_\*'\): no layer has such a path"),
+        ((Rule("*"), Rule("conv_in")), r"rule 2 \('conv_in'\): the rules before it decide"),
+    ],
+)
+def test_a_rule_that_decides_about_nothing_is_an_error(rules, message):
+    with pytest.raises(InputError, match=message):
+        match(Policy("own", rules), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"method": "scry"}, "unknown value 'scry'; did you mean 'scri'"),
+        ({"method": "scri", "weight_bits": 9}, "weight_bits = 9: 2 to 8 are possible"),
+        ({"method": "scri", "activation_bits": 12}, "activation_bits = 12: 2 to 8, or 16"),
+        ({"method": "htdq", "activation_bits": 16}, "minmax or mse is needed"),
+        ({"methods": "scri"}, "unknown key 'methods'; did you mean 'method'"),
+    ],
+)
+def test_bad_rules_name_their_place(data, message):
+    policy = {"name": "own", "rules": [{"pattern": "*", "spec": data}]}
+    with pytest.raises(InputError, match=r"p\.yaml\.rules\[0\]\.spec.*" + message.split(";")[0]):
+        from_dict(Policy, policy, "p.yaml")
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(InputError, match="unknown policy 'qvd-w8a9'; did you mean 'qvd-w8a8'"):
+        named_policy("qvd-w8a9")

@@ -29,8 +29,15 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def shapes_traced_once() -> Iterator[None]:
     """Most checkpoints here have the same configs, and tracing takes most of a tiny load."""
     with pytest.MonkeyPatch.context() as patch:
-        cached = functools.cache(ComponentConfigs.param_shapes)
-        patch.setattr(ComponentConfigs, "param_shapes", cached)
+        original = ComponentConfigs.param_shapes
+        cached = functools.cache(original)
+
+        def param_shapes(configs, dtype, quantization=None):
+            if quantization is None:
+                return cached(configs, dtype)
+            return original(configs, dtype, quantization)
+
+        patch.setattr(ComponentConfigs, "param_shapes", param_shapes)
         yield
 
 

@@ -1,0 +1,188 @@
+"""From a float pipeline to an int8 checkpoint that samples."""
+
+import json
+import re
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import qvd_jax
+from qvd_jax import calibrate, checkpoint
+from qvd_jax.errors import InputError
+from qvd_jax.kernels import int8
+from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
+from qvd_jax.pipelines.text_to_video import save
+
+PROMPTS = ["a red circle", "a blue square"]
+SIZE = {"frames": 3, "height": 8, "width": 12}
+CONFIG = CalibrationConfig(steps=2, rows=64)
+SAMPLE = {**SIZE, "steps": 2, "output_type": "latents"}
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_checkpoint):
+    return qvd_jax.load(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def quantized(pipe):
+    return quantize(pipe, "qvd-w8a8", PROMPTS, CONFIG, SIZE)
+
+
+def test_int8_latents_are_near_the_float_ones(pipe, quantized):
+    exact, found = (p(PROMPTS, **SAMPLE) for p in (pipe, quantized[0]))
+    noise = np.square(found - exact).sum() / np.square(exact).sum()
+    assert 0 < noise < 10 ** (-30 / 10)
+
+
+def test_reports_name_every_layer(pipe, quantized):
+    paths = {layer.path for layer in list_layers(pipe, SIZE)} - {"conv_in", "conv_out"}
+    assert {report.path for report in quantized[1]} == paths
+    for report in quantized[1]:
+        assert report.sqnr > 20, report
+        if report.method == "htdq":
+            assert report.td_score_after >= report.td_score_before
+        else:
+            assert report.coverage_after >= report.coverage_before - 0.01
+
+
+def test_calibration_repeats(pipe, quantized):
+    again, _ = quantize(pipe, "qvd-w8a8", PROMPTS, CONFIG, SIZE)
+    chex.assert_trees_all_equal(again.params, quantized[0].params)
+
+
+def test_a_saved_int8_checkpoint_samples_the_same(quantized, tmp_path):
+    save(quantized[0], tmp_path / "int8")
+    restored = qvd_jax.load(tmp_path / "int8")
+    assert restored.quantization == quantized[0].quantization
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(restored.params["unet"])} == {
+        "int8",
+        "float32",
+    }
+    np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), quantized[0](PROMPTS, **SAMPLE))
+
+
+def test_four_bit_weights_are_stored_as_int4(pipe, tmp_path):
+    four, _ = quantize(pipe, "minmax-w4a8", PROMPTS[:1], CONFIG, SIZE)
+    save(four, tmp_path / "w4")
+    restored = qvd_jax.load(tmp_path / "w4")
+    chex.assert_trees_all_equal(restored.params["unet"], four.params["unet"])
+    assert (
+        restored.params["unet"]["mid_block"]["blocks_0"]["resnet"]["conv1"]["kernel"].dtype
+        == jnp.int4
+    )
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_every_product_the_policy_names_has_int8_operands(quantized, platform, monkeypatch):
+    monkeypatch.setattr(int8, "_has_vnni", lambda: True)
+    pipe = quantized[0]
+    unet, params = pipe.unet, jax.eval_shape(lambda: pipe.params["unet"])
+    inputs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((1, 3, 4, 6, 4), (1,), (1, 77, unet.config.context_dim))
+    ]
+    forward = jax.jit(lambda params, *inputs: unet.apply({"params": params}, *inputs))
+    text = export.export(forward, platforms=[platform])(params, *inputs).mlir_module()
+    # Of functions that several layers share there is one text and several calls.
+    signatures = re.findall(r"stablehlo\.(?:dot_general|convolution).* : (\(.*?\)) ->", text)
+    kinds = [re.findall(r"x(ui8|i8|f32|bf16)>", signature) for signature in signatures]
+    integer = [kind for kind in kinds if "i8" in kind]
+    assert integer
+    assert all(kind == ["ui8" if platform == "cpu" else "i8", "i8"] for kind in integer)
+    # What is left in float: conv_in, conv_out, and attention's two products (or one custom call).
+    kernels = {tuple(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8}
+    for signature in signatures:
+        if "i8" not in signature:
+            weights = re.findall(r"tensor<([\dx]+)xf32>", signature)[-1]
+            assert tuple(map(int, weights.split("x"))) not in kernels
+
+
+def test_the_unet_of_a_quantized_pipeline_keeps_its_seed_rule(quantized):
+    together = quantized[0](PROMPTS, seed=3, **SAMPLE)
+    alone = quantized[0](PROMPTS[:1], seed=3, **SAMPLE)
+    np.testing.assert_array_equal(together[:1], alone)
+
+
+@pytest.mark.parametrize("policy", ["mse-w8a8", "smoothquant-w6a6", "qdiffusion-w8a8", "qvd-w8a16"])
+def test_other_policies_sample(pipe, policy):
+    other, reports = quantize(pipe, policy, PROMPTS[:1], replace(CONFIG, rows=16), SIZE)
+    assert other.quantization.policy == policy
+    assert np.isfinite(other(PROMPTS[:1], **SAMPLE)).all()
+    assert min(report.sqnr for report in reports) > 5
+
+
+def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):
+    params = jax.tree.map(lambda leaf: leaf, pipe.params)
+    resnet = params["unet"]["mid_block"]["blocks_0"]["resnet"]
+    resnet["conv1"] = {**resnet["conv1"], "bias": resnet["conv1"]["bias"] * jnp.nan}
+    with pytest.raises(InputError, match="not finite"):
+        quantize(replace(pipe, params=params), "minmax-w8a8", PROMPTS[:1], CONFIG, SIZE)
+
+
+def test_quantized_pipelines_are_not_quantized_again(quantized):
+    with pytest.raises(InputError, match=r"quantized already \(qvd-w8a8\)"):
+        quantize(quantized[0], "minmax-w8a8", PROMPTS, CONFIG, SIZE)
+
+
+def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    (tmp_path / "own.yaml").write_text(
+        "name: own\nrules:\n- {pattern: '*/ff/*', spec: {method: scri}}\n"
+    )
+    arguments = [
+        "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
+        "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
+        "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
+        "--report", str(tmp_path / "report"),
+    ]  # fmt: skip
+    assert calibrate.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "*/ff/*" in printed
+    assert "stays float" in printed
+    layers = json.loads((tmp_path / "report" / "layers.json").read_text())
+    assert all("/ff/" in layer["path"] for layer in layers)
+    assert checkpoint.read_manifest(tmp_path / "int8").quantization["policy"] == "own"
+
+    assert (
+        calibrate.main([*arguments[:1], str(tmp_path / "int8"), "--out", str(tmp_path / "x")]) == 2
+    )
+    assert "is quantized already" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--policy", "qvd-w8a9"], "unknown policy 'qvd-w8a9'; did you mean 'qvd-w8a8'"),
+        (["--policy", "{tmp}/none.yaml"], "none.yaml does not exist"),
+        (["--policy", "{tmp}/bad.yaml"], "weight_bits = 1: 2 to 8 are possible"),
+        (["--policy", "{tmp}/idle.yaml"], "no layer has such a path"),
+        (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
+        ([], "has no prompts of its own; pass --prompts-file"),
+        (["--checkpoint", "{tmp}/nothing"], "nothing is no qvd_jax checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tiny_checkpoint, tmp_path, capsys, arguments, message
+):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "one.txt").write_text("a\n")
+    (tmp_path / "bad.yaml").write_text(
+        "name: bad\nrules: [{pattern: '*', spec: {method: scri, weight_bits: 1}}]\n"
+    )
+    (tmp_path / "idle.yaml").write_text("name: idle\nrules: [{pattern: nowhere}]\n")
+    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    if given and "--prompts-file" not in given:
+        given += ["--prompts-file", str(tmp_path / "one.txt")]
+    before = sorted(tmp_path.iterdir())
+    options = ["--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"), *given]
+    assert calibrate.main(options) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(tmp_path.iterdir()) == before

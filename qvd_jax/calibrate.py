@@ -1,8 +1,6 @@
 """`python -m qvd_jax.calibrate --checkpoint DIR --out DIR`: a float checkpoint becomes int8."""
 
 import argparse
-import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -55,11 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             size,
             progress,
         )
-    save(quantized, args.out, overwrite=args.overwrite)
-    if args.report:
-        args.report.mkdir(exist_ok=True)
-        lines = [dataclasses.asdict(report) for report in reports]
-        (args.report / "layers.json").write_text(json.dumps(lines, indent=1) + "\n")
+    save(quantized, args.out, overwrite=args.overwrite, reports=reports)
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
     int8 = checkpoint.tree_bytes(quantized.params["unet"])
     print(
@@ -117,7 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="what each layer is worth")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     return parser
 

@@ -3,6 +3,7 @@
     DIR/manifest.json      format version, family, configs of all components, scheduler, defaults
     DIR/unet/ vae/ ...     parameters, one Orbax item each
     DIR/tokenizer/         the tokenizer's own files
+    DIR/layers.json        of a quantized checkpoint: what each layer was worth when calibrated
 
 A checkpoint is written beside its place and moved there when it is whole.
 """
@@ -15,7 +16,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from qvd_jax.errors import InputError, first_line
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LAYER_REPORTS = "layers.json"
 TOKENIZER = "tokenizer"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -224,6 +226,17 @@ def restore_params(
             return checkpointer.restore(item, target)
         except Exception as error:
             raise InputError(f"{item} is damaged: its arrays cannot be read") from error
+
+
+def write_layer_reports(folder: Path, reports: Sequence[dict[str, Any]]) -> None:
+    """Writes `folder/layers.json`."""
+    (folder / LAYER_REPORTS).write_text(json.dumps(list(reports), indent=1) + "\n", "utf-8")
+
+
+def read_layer_reports(path: Path) -> list[dict[str, Any]]:
+    """What the layers of a quantized checkpoint were worth; nothing for a float one."""
+    file = path / LAYER_REPORTS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def example_prompts(path: Path) -> list[str]:

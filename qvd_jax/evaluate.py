@@ -1,9 +1,16 @@
-"""`python -m qvd_jax.evaluate --reference shapes --out DIR`: what a model's videos are worth."""
+"""`python -m qvd_jax.evaluate --reference DIR [--candidate DIR ...] --out DIR`: side by side.
+
+Every model samples the same prompts from the same noise. Without a prompts file the prompts are
+held-out scenes of the moving shapes, and what they asked for is counted in the pixels.
+"""
 
 import argparse
 import json
+import statistics
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,120 +18,237 @@ import jax
 import numpy as np
 import tqdm
 
-from qvd_jax import checkpoint
-from qvd_jax.cli import command, enable_compilation_cache, positive_int
+from qvd_jax import checkpoint, report
+from qvd_jax.axes import Array
+from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
-from qvd_jax.metrics import frechet, temporal
-from qvd_jax.metrics.prompt_accuracy import prompt_accuracy
+from qvd_jax.metrics import frechet, paired, temporal
+from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, load
 
-_SHEET_VIDEOS = 24
+_FILES = ("results.json", "results.md", "report.html")
+_SHEET_VIDEOS = 12
 # Sampled together: enough to keep an accelerator busy.
 _BATCH = 16
-_FILES = ("results.json", "results.md", "contact-sheet.png")
+_BOOTSTRAPS = 200
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, samples, measures, writes and prints the table."""
+    """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
-    if args.videos < 2:
-        raise InputError(f"--videos {args.videos}: a distance between sets needs at least 2")
     for path in [args.out / name for name in _FILES] if args.out.exists() else [args.out]:
         video_io.check_writable(path, overwrite=args.overwrite)
+    names = [args.reference, *args.candidate]
+    for name in names:
+        checkpoint.read_manifest(checkpoint.find(name))
+    cases = own_cases(args) if args.prompts_file else held_out_cases(args.videos, args.seed)
+    if len(cases.prompts) < 2:
+        raise InputError("intervals and distances need at least 2 prompts")
     enable_compilation_cache()
-    pipe = load(args.reference)
-    scenes, prompts = held_out_prompts(args.videos, args.seed)
-    videos = sample(pipe, prompts, args.seed)
+
+    models = {name: load(name) for name in dict.fromkeys(names)}
+    sampled = sample(models, cases, range(args.seed, args.seed + args.seeds))
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
         "versions": checkpoint.package_versions(),
         "backend": jax.default_backend(),
-        "videos": args.videos,
-        "steps": pipe.defaults.steps,
-        "guidance_scale": pipe.defaults.guidance_scale,
-        "reference": measure(videos, scenes, args.seed),
+        "prompts": len(cases.prompts),
+        "seeds": args.seeds,
+        "models": measure(models, sampled, cases, args.seed),
     }
     args.out.mkdir(exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (args.out / "results.md").write_text(table(results))
-    video_io.write_contact_sheet(args.out / "contact-sheet.png", videos[:_SHEET_VIDEOS])
-    print(table(results))
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "results.md").write_text(report.markdown(results))
+    shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
+    (args.out / "report.html").write_text(report.html(results, shown, cases.prompts))
+    for name, videos in shown.items():
+        sheet = args.out / f"{Path(name).name}.png"
+        video_io.write_contact_sheet(sheet, videos)
+    print(report.markdown(results))
 
 
-def held_out_prompts(count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Scenes `[count, 5]` no model was trained on, each once before any twice, and prompts."""
-    rng = np.random.default_rng([seed, count])
-    scenes = moving_shapes.scenes("held_out")
-    rounds = [scenes[rng.permutation(len(scenes))] for _ in range(-(-count // len(scenes)))]
-    chosen = np.concatenate(rounds)[:count]
-    return chosen, [moving_shapes.prompt(scene, rng) for scene in chosen]
+@dataclass(frozen=True)
+class Cases:
+    """What is sampled.
 
-
-def sample(pipe: TextToVideoPipeline, prompts: Sequence[str], seed: int) -> np.ndarray:
-    """Videos uint8 `[N, F, H, W, 3]` of the prompts, with the model's own defaults."""
-    videos = []
-    for start in tqdm.trange(0, len(prompts), _BATCH, desc="sampling", unit="batch"):
-        # Another seed for each batch: noise is numbered within a call.
-        videos.append(pipe(prompts[start : start + _BATCH], seed=seed + start))
-    return np.concatenate(videos)
-
-
-def measure(videos: np.ndarray, scenes: np.ndarray, seed: int) -> dict[str, Any]:
-    """Prompt accuracy, Frechet distance and flicker of videos of moving shapes.
-
-    Args:
-      videos: generated, uint8 `[N, F, H, W, 3]`.
-      scenes: what their prompts asked for, `[N, 5]`.
-      seed: of the rendered videos they are compared with: two sets of held-out scenes, drawn
-        anew and of the same size.
+    Attributes:
+      prompts: the prompts.
+      scenes: what they ask for, `[N, 5]`; None where nobody can tell.
     """
-    expected = [moving_shapes.describe_scene(scene) for scene in scenes]
-    accuracy = prompt_accuracy(videos, expected)
-    classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
+
+    prompts: list[str]
+    scenes: np.ndarray | None
+
+
+def own_cases(args: argparse.Namespace) -> Cases:
+    """Prompts from a file, the first `--videos` of them."""
+    return Cases(read_prompts(args.prompts_file)[: args.videos], None)
+
+
+def held_out_cases(count: int, seed: int) -> Cases:
+    """Scenes no model was trained on, each once before any twice, in random phrasings."""
+    rng = np.random.default_rng([seed, count])
     held_out = moving_shapes.scenes("held_out")
-    real = []
-    for part in range(2):
-        rng = np.random.default_rng([seed, part])
-        chosen = held_out[rng.integers(len(held_out), size=len(videos))]
-        real.append(moving_shapes.render(chosen, rng))
-    features = [frechet.video_features(*classifier, some) for some in (videos, *real)]
+    rounds = [held_out[rng.permutation(len(held_out))] for _ in range(-(-count // len(held_out)))]
+    scenes = np.concatenate(rounds)[:count]
+    return Cases([moving_shapes.prompt(scene, rng) for scene in scenes], scenes)
+
+
+@dataclass
+class Sampled:
+    """What one model made of all prompts and seeds, seed by seed.
+
+    Attributes:
+      videos: uint8 `[N, F, H, W, 3]`.
+      noise: squared error of the latents against the reference's after each step, `[S]`.
+      signal: squared latents of the reference after each step, `[S]`.
+      seconds: for each video, of sampling without decoding; the median of the batches.
+    """
+
+    videos: np.ndarray
+    noise: np.ndarray
+    signal: np.ndarray
+    seconds: float
+
+
+def sample(
+    models: dict[str, TextToVideoPipeline], cases: Cases, seeds: Sequence[int]
+) -> dict[str, Sampled]:
+    """Samples all prompts with every model; the first model is the reference."""
+    videos: dict[str, list[np.ndarray]] = {name: [] for name in models}
+    totals = {name: np.zeros((2, _steps(pipe))) for name, pipe in models.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    groups = [(seed, start) for seed in seeds for start in range(0, len(cases.prompts), _BATCH)]
+    for seed, start in tqdm.tqdm(groups, desc="sampling", unit="batch"):
+        prompts = cases.prompts[start : start + _BATCH]
+        reference: list[np.ndarray] = []
+        for name, pipe in models.items():
+            path: list[np.ndarray] = []
+            began = time.perf_counter()
+            latents = pipe(
+                prompts,
+                # Noise is numbered within a call.
+                seed=seed * len(cases.prompts) + start,
+                output_type="latents",
+                callback_on_step_end=lambda _, latents, path=path: path.append(_copy(latents)),
+            )
+            seconds[name].append((time.perf_counter() - began) / len(prompts))
+            videos[name].append(pipe.decode(latents))
+            reference = reference or path
+            for step, (found, exact) in enumerate(zip(path, reference, strict=True)):
+                totals[name][:, step] += np.square(found - exact).sum(), np.square(exact).sum()
+    # The median leaves out what compiled.
     return {
-        "accuracy": {
-            name: {"hits": p.hits, "value": p.value, "interval": p.interval()}
-            for name, p in accuracy.items()
-        },
-        "frechet": frechet.frechet_distance(features[0], features[1]),
-        "frechet_real": frechet.frechet_distance(features[1], features[2]),
-        "flicker": float(temporal.flicker(videos).mean()),
-        "flicker_real": float(temporal.flicker(real[0]).mean()),
+        name: Sampled(np.concatenate(videos[name]), *totals[name], statistics.median(seconds[name]))
+        for name in models
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The figures as a Markdown table."""
-    found = results["reference"]
-    lines = [
-        f"{results['videos']} held-out prompts, {results['steps']} steps, guidance "
-        f"{results['guidance_scale']:g}, {results['backend']}",
-        "",
-        "| | measured | 95% interval, or rendered videos |",
-        "|---|---:|---:|",
-    ]
-    for name, entry in found["accuracy"].items():
-        low, high = entry["interval"]
-        lines.append(f"| {name} | {entry['value']:.1%} | {low:.1%} to {high:.1%} |")
-    for name, title in (("frechet", "Fréchet distance"), ("flicker", "flicker")):
-        lines.append(f"| {title} | {found[name]:.2f} | {found[f'{name}_real']:.2f} |")
-    return "\n".join(lines) + "\n"
+def _copy(latents: Array) -> np.ndarray:
+    return np.array(latents)
+
+
+def _steps(pipe: TextToVideoPipeline) -> int:
+    return pipe.defaults.steps
+
+
+def measure(
+    models: dict[str, TextToVideoPipeline],
+    sampled: dict[str, Sampled],
+    cases: Cases,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The figures of every model, the reference's first."""
+    reference = next(iter(sampled.values()))
+    entries = []
+    for name, found in sampled.items():
+        pipe = models[name]
+        entry: dict[str, Any] = {
+            "name": name,
+            "policy": pipe.quantization.policy if pipe.quantization else "float",
+            "unet_bytes": checkpoint.tree_bytes(pipe.params["unet"]),
+            "seconds_per_video": found.seconds,
+            "steps": _steps(pipe),
+            "guidance_scale": pipe.defaults.guidance_scale,
+            "flicker": float(temporal.flicker(found.videos).mean()),
+            "layers": checkpoint.read_layer_reports(checkpoint.find(name)),
+        }
+        if found is not reference:
+            with np.errstate(divide="ignore"):
+                latent_sqnr = 10 * np.log10(found.signal / found.noise)
+            entry["latent_sqnr"] = latent_sqnr.tolist()
+            psnr = paired.psnr(reference.videos, found.videos)
+            entry["psnr"] = float(np.minimum(psnr, 100).mean())
+            entry["ssim"] = float(paired.ssim(reference.videos, found.videos).mean())
+        entries.append(entry)
+    if cases.scenes is not None:
+        _measure_shapes(entries, sampled, cases.scenes, seed)
+    return entries
+
+
+def _measure_shapes(
+    entries: list[dict[str, Any]], sampled: dict[str, Sampled], scenes: np.ndarray, seed: int
+) -> None:
+    """Adds prompt accuracy and Frechet distance, which only moving shapes have."""
+    classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
+    count = len(next(iter(sampled.values())).videos)
+    rendered = [_rendered(count, [seed, part]) for part in range(2)]
+    real = [frechet.video_features(*classifier, videos) for videos in rendered]
+    expected = [moving_shapes.describe_scene(scene) for scene in scenes]
+    expected *= count // len(expected)
+    reference_hits = reference_features = None
+    for entry, found in zip(entries, sampled.values(), strict=True):
+        hits = prompt_hits(found.videos, expected)
+        features = frechet.video_features(*classifier, found.videos)
+        entry["accuracy"] = {
+            name: {"hits": p.hits, "value": p.value, "interval": p.interval()}
+            for name, p in prompt_accuracy(hits).items()
+        }
+        entry["frechet"] = frechet.frechet_distance(features, real[0])
+        entry["frechet_real"] = frechet.frechet_distance(real[1], real[0])
+        entry["flicker_real"] = float(temporal.flicker(rendered[0]).mean())
+        if reference_hits is None or reference_features is None:
+            reference_hits, reference_features = hits, features
+            continue
+        change, spread = paired_difference(reference_hits[:, -1], hits[:, -1])
+        entry["accuracy_change"] = {"value": change, "interval": [change - spread, change + spread]}
+        entry["frechet_ratio"] = {
+            "value": entry["frechet"] / entries[0]["frechet"],
+            "interval": _ratio_interval(reference_features, features, real[0]),
+        }
+
+
+def _rendered(count: int, seed: list[int]) -> np.ndarray:
+    """Videos of held-out scenes as they should be, of other draws than the prompts'."""
+    rng = np.random.default_rng(seed)
+    held_out = moving_shapes.scenes("held_out")
+    return moving_shapes.render(held_out[rng.integers(len(held_out), size=count)], rng)
+
+
+def _ratio_interval(
+    reference: np.ndarray, candidate: np.ndarray, real: np.ndarray
+) -> tuple[float, float]:
+    """95% bootstrap interval of the ratio of two Frechet distances, pairs resampled together."""
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(_BOOTSTRAPS):
+        rows = rng.integers(len(reference), size=len(reference))
+        distances = [frechet.frechet_distance(x[rows], real) for x in (candidate, reference)]
+        ratios.append(distances[0] / distances[1])
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.evaluate", description=__doc__)
-    parser.add_argument("--reference", required=True, metavar="DIR|shapes")
-    parser.add_argument("--videos", type=positive_int, default=128, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--reference", required=True, metavar="DIR|NAME")
+    parser.add_argument("--candidate", nargs="+", default=[], metavar="DIR|NAME")
+    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
+    parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     return parser

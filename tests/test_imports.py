@@ -22,6 +22,7 @@ ALLOWED = {
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "models", "diffusion", "quant"},
+    "report": GROUND | {"data"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}

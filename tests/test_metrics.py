@@ -91,11 +91,12 @@ def test_prompt_accuracy_counts_each_attribute():
     scenes = moving_shapes.scenes("held_out")[:10]
     shown = moving_shapes.render(scenes, np.random.default_rng(0))
     expected = [moving_shapes.describe_scene(scene) for scene in scenes]
-    found = prompt_accuracy.prompt_accuracy(shown, expected)
-    assert {name: p.hits for name, p in found.items()} == dict.fromkeys(found, 10)
+    hits = prompt_accuracy.prompt_hits(shown, expected)
+    assert hits.shape == (10, 5)
+    assert hits.all()
     expected[0] = expected[0]._replace(motion="nowhere")
     expected[1] = expected[1]._replace(color="ultraviolet")
-    found = prompt_accuracy.prompt_accuracy(shown, expected)
+    found = prompt_accuracy.prompt_accuracy(prompt_accuracy.prompt_hits(shown, expected))
     assert {name: p.hits for name, p in found.items()} == {
         "color": 9,
         "shape": 10,
@@ -104,4 +105,12 @@ def test_prompt_accuracy_counts_each_attribute():
         "all four": 8,
     }
     with pytest.raises(ValueError, match="10 videos for 9 descriptions"):
-        prompt_accuracy.prompt_accuracy(shown, expected[1:])
+        prompt_accuracy.prompt_hits(shown, expected[1:])
+
+
+def test_paired_difference_is_that_of_a_one_sample_t_interval_at_many_pairs():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(4000) < 0.8, rng.random(4000) < 0.7
+    mean, spread = prompt_accuracy.paired_difference(a, b)
+    expected = stats.ttest_1samp(b.astype(float) - a, 0).confidence_interval(0.95)
+    np.testing.assert_allclose((mean - spread, mean + spread), expected, atol=1e-4)

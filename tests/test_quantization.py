@@ -141,13 +141,12 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
-        "--report", str(tmp_path / "report"),
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "*/ff/*" in printed
     assert "stays float" in printed
-    layers = json.loads((tmp_path / "report" / "layers.json").read_text())
+    layers = json.loads((tmp_path / "int8" / "layers.json").read_text())
     assert all("/ff/" in layer["path"] for layer in layers)
     assert checkpoint.read_manifest(tmp_path / "int8").quantization["policy"] == "own"
 

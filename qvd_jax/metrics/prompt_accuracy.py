@@ -8,8 +8,9 @@ import numpy as np
 
 from qvd_jax.data.moving_shapes import Description, describe
 
+ATTRIBUTES = (*Description._fields, "all four")
+
 _Z = 1.959964  # of the normal distribution, 95%
-ALL = "all four"
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,15 @@ class Proportion:
         return max(center - spread, 0.0), min(center + spread, 1.0)
 
 
-def prompt_accuracy(videos: np.ndarray, expected: Sequence[Description]) -> dict[str, Proportion]:
-    """Counts the videos whose pixels show what was expected.
+def prompt_hits(videos: np.ndarray, expected: Sequence[Description]) -> np.ndarray:
+    """Which videos show what was expected.
 
     Args:
       videos: uint8 `[N, F, H, W, 3]`.
       expected: one for each.
 
     Returns:
-      By attribute of `Description`, and "all four" of them.
+      bool `[N, 5]`, a column for each of `ATTRIBUTES`.
     """
     if len(videos) != len(expected) or not len(videos):
         raise ValueError(f"{len(videos)} videos for {len(expected)} descriptions")
@@ -55,5 +56,22 @@ def prompt_accuracy(videos: np.ndarray, expected: Sequence[Description]) -> dict
             for found, wanted in zip(describe(videos), expected, strict=True)
         ]
     )
-    hits = dict(zip(Description._fields, right.sum(0), strict=True)) | {ALL: right.all(1).sum()}
-    return {name: Proportion(int(count), len(videos)) for name, count in hits.items()}
+    return np.concatenate([right, right.all(1, keepdims=True)], axis=1)
+
+
+def prompt_accuracy(hits: np.ndarray) -> dict[str, Proportion]:
+    """The share of hits of each of `ATTRIBUTES`, from `prompt_hits`."""
+    counts = zip(ATTRIBUTES, hits.sum(0), strict=True)
+    return {name: Proportion(int(count), len(hits)) for name, count in counts}
+
+
+def paired_difference(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float]:
+    """Mean of candidate - reference over pairs, and half of its 95% interval.
+
+    Args:
+      reference: `[N]`, a value of each video.
+      candidate: of the same prompts and seeds.
+    """
+    difference = candidate.astype(np.float64) - reference.astype(np.float64)
+    spread = _Z * difference.std(ddof=1) / math.sqrt(len(difference))
+    return float(difference.mean()), float(spread)

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from qvd_jax.models.layers import FLOAT
 from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.quant.calibration import LayerReport
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import Quantization
 
@@ -414,13 +415,19 @@ def load(
     )
 
 
-def save(pipe: TextToVideoPipeline, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+def save(
+    pipe: TextToVideoPipeline,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    reports: Sequence[LayerReport] = (),
+) -> None:
     """Writes a pipeline as a checkpoint.
 
     Args:
       pipe: the pipeline.
       path: the folder to make.
       overwrite: whether a checkpoint already there is replaced.
+      reports: of the layers of a quantized pipeline.
 
     Raises:
       InputError: the folder exists, or its parent does not.
@@ -438,6 +445,8 @@ def save(pipe: TextToVideoPipeline, path: str | os.PathLike[str], overwrite: boo
         for name, params in pipe.params.items():
             checkpoint.save_params(folder, name, params)
         pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
+        if reports:
+            checkpoint.write_layer_reports(folder, [asdict(report) for report in reports])
         checkpoint.write_manifest(folder, manifest)
 
 

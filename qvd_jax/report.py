@@ -1,0 +1,218 @@
+"""The results of an evaluation as a Markdown table and as one self-contained HTML page."""
+
+import base64
+import html as escape
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import imageio.v3 as imageio
+import numpy as np
+
+Results = Mapping[str, Any]
+
+_GIF_SCALE = 2
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem;
+  color: #1c1e21; background: #fff; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
+  white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }}
+th {{ cursor: pointer; user-select: none; }} th:hover {{ background: #f0f2f5; }}
+svg, img {{ max-width: 100%; height: auto; }}
+figure {{ margin: 0; }} .videos {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
+.videos figure {{ flex: 1 1 16rem; }} figcaption, .note {{ color: #555; font-size: .9rem; }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+<script>
+document.querySelectorAll("th").forEach(th => th.addEventListener("click", () => {{
+  const body = th.closest("table").tBodies[0], column = th.cellIndex;
+  const down = th.dataset.down = th.dataset.down === "1" ? "0" : "1";
+  const value = row => {{ const cell = row.cells[column];
+    return cell.dataset.value !== undefined ? Number(cell.dataset.value) : cell.textContent; }};
+  [...body.rows].sort((a, b) => {{ const x = value(a), y = value(b);
+    const order = typeof x === "number" && typeof y === "number" ? x - y
+      : String(x).localeCompare(String(y));
+    return down === "1" ? -order : order; }}).forEach(row => body.append(row));
+}}));
+</script></body></html>
+"""
+
+
+def markdown(results: Results) -> str:
+    """The figures of all models as a Markdown table."""
+    rows = [_row(entry) for entry in results["models"]]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [
+        _conditions(results),
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(columns))) + "|",
+        *("| " + " | ".join(row.get(name, "") for name in columns) + " |" for row in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[str]) -> str:
+    """The figures, plots and videos of all models as one page.
+
+    Args:
+      results: of `qvd_jax.evaluate`.
+      videos: some videos of each model, uint8 `[N, F, H, W, 3]`.
+      prompts: of these videos.
+    """
+    models = results["models"]
+    shown_count = len(next(iter(videos.values())))
+    parts = [
+        f"<p class='note'>{escape.escape(_conditions(results))}<br>"
+        f"<code>{escape.escape(results['command'])}</code></p>",
+        _table([_row(entry) for entry in models]),
+        "<h2>Videos</h2>",
+        f"<p class='note'>{escape.escape('; '.join(prompts[:shown_count]))}</p>",
+        "<div class='videos'>"
+        + "".join(_figure(name, shown) for name, shown in videos.items())
+        + "</div>",
+    ]
+    candidates = [entry for entry in models if "latent_sqnr" in entry]
+    if candidates:
+        parts += ["<h2>Latents against the reference, step by step</h2>", _plot_steps(candidates)]
+    detailed = [entry for entry in models if entry["layers"]]
+    if detailed:
+        parts += ["<h2>Layers</h2>", _plot_layers(detailed)]
+        parts += [_layer_table(entry) for entry in detailed]
+    return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
+
+
+def _conditions(results: Results) -> str:
+    first = results["models"][0]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return (
+        f"{results['prompts']} prompts, {results['seeds']} seeds, {first['steps']} steps, guidance "
+        f"{first['guidance_scale']:g}, {results['backend']}; {versions}"
+    )
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, str]:
+    """A model's line of the table; absent figures are left out."""
+    row = {"model": entry["name"], "policy": entry["policy"]}
+    row["UNet MB"] = f"{entry['unet_bytes'] / 1e6:.1f}"
+    row["s per video"] = f"{entry['seconds_per_video']:.2f}"
+    for name, found in entry.get("accuracy", {}).items():
+        low, high = found["interval"]
+        row[name] = f"{found['value']:.1%} ({low:.1%} to {high:.1%})"
+    if "accuracy_change" in entry:
+        change = entry["accuracy_change"]
+        value, low, high = (100 * part for part in (change["value"], *change["interval"]))
+        row["change of all four"] = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
+    if "frechet" in entry:
+        row["Fréchet"] = f"{entry['frechet']:.3f}"
+        row["Fréchet of rendered"] = f"{entry['frechet_real']:.3f}"
+    if "frechet_ratio" in entry:
+        low, high = entry["frechet_ratio"]["interval"]
+        row["Fréchet / reference's"] = (
+            f"{entry['frechet_ratio']['value']:.3f} ({low:.3f} to {high:.3f})"
+        )
+    for name, title, digits in (
+        ("psnr", "PSNR dB", 1),
+        ("ssim", "SSIM", 3),
+        ("flicker", "flicker", 2),
+    ):
+        if name in entry:
+            row[title] = f"{entry[name]:.{digits}f}"
+    if "latent_sqnr" in entry:
+        row["last latents SQNR dB"] = f"{entry['latent_sqnr'][-1]:.1f}"
+    return row
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    head = "".join(f"<th>{escape.escape(name)}</th>" for name in columns)
+    body = "".join(
+        "<tr>" + "".join(_cell(row.get(name, "")) for name in columns) + "</tr>" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+
+def _cell(text: str) -> str:
+    number = text.split(" ")[0].rstrip("%")
+    try:
+        return f"<td data-value='{float(number)}'>{escape.escape(text)}</td>"
+    except ValueError:
+        return f"<td>{escape.escape(text)}</td>"
+
+
+def _layer_table(entry: Mapping[str, Any]) -> str:
+    rows = [
+        {
+            name.replace("_", " "): f"{value:.3f}" if isinstance(value, float) else str(value)
+            for name, value in layer.items()
+            if value is not None
+        }
+        for layer in entry["layers"]
+    ]
+    title = escape.escape(f"{entry['name']}: {len(rows)} quantized layers")
+    return f"<details><summary>{title}</summary>{_table(rows)}</details>"
+
+
+def _figure(name: str, videos: np.ndarray) -> str:
+    from qvd_jax.data.video_io import tile
+
+    shown = tile(videos).repeat(_GIF_SCALE, axis=1).repeat(_GIF_SCALE, axis=2)
+    data = imageio.imwrite(
+        "<bytes>", shown, plugin="pillow", extension=".gif", duration=125, loop=0
+    )
+    encoded = base64.b64encode(data).decode()
+    caption = escape.escape(name)
+    return (
+        f"<figure><img alt='videos of {caption}' src='data:image/gif;base64,{encoded}'>"
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _plot_steps(entries: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: Any) -> None:
+        for entry in entries:
+            values = entry["latent_sqnr"]
+            axes.plot(range(1, len(values) + 1), values, label=entry["name"])
+        axes.set(xlabel="step", ylabel="SQNR of the latents, dB")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def _plot_layers(entries: Sequence[Mapping[str, Any]]) -> str:
+    def draw(axes: Any) -> None:
+        for entry in entries:
+            values = sorted(min(layer["sqnr"], 100) for layer in entry["layers"])
+            axes.plot(values, label=entry["name"])
+        axes.set(xlabel="layers, worst first", ylabel="SQNR of the output, dB")
+        axes.legend()
+
+    return _svg(draw)
+
+
+def _svg(draw: Any) -> str:
+    """A plot as inline SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    draw(axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg")
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

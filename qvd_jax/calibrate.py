@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 import tqdm
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, report
 from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
 from qvd_jax.config import from_dict, read_yaml
+from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
 from qvd_jax.pipelines.text_to_video import load, save
@@ -23,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, calibrates, writes the checkpoint, prints its size."""
     args = _parser().parse_args(argv)
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
+    if args.report:
+        video_io.check_writable(
+            args.report / "report.html" if args.report.is_dir() else args.report,
+            overwrite=args.overwrite,
+        )
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
     if checkpoint.read_manifest(source).quantization is not None:
@@ -54,6 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             progress,
         )
     save(quantized, args.out, overwrite=args.overwrite, reports=reports)
+    if args.report:
+        args.report.mkdir(exist_ok=True)
+        page = report.calibration_html(policy.name, reports)
+        (args.report / "report.html").write_text(page, encoding="utf-8")
+        print(args.report / "report.html")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
     int8 = checkpoint.tree_bytes(quantized.params["unet"])
     print(
@@ -111,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="writes DIR/report.html: layers")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     return parser
 

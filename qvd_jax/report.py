@@ -1,6 +1,7 @@
 """The results of an evaluation as a Markdown table and as one self-contained HTML page."""
 
 import base64
+import functools
 import html as escape
 import io
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 Results = Mapping[str, Any]
 
 _GIF_SCALE = 2
+_EXAMPLES = 3
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -92,6 +94,68 @@ def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[s
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
 
 
+def calibration_html(policy: str, reports: Sequence[Any]) -> str:
+    """What calibration found in each layer, and where it changed most, as one page.
+
+    Args:
+      policy: its name.
+      reports: `LayerReport` of every quantized layer.
+    """
+    figures = [report.figures() for report in reports]
+    entry = {"name": policy, "layers": figures}
+    parts = [_plot_layers([entry]), _layer_table(entry, opened=True)]
+    ranged = [report for report in reports if report.coverage_after is not None]
+    ranged.sort(key=lambda report: report.coverage_before - report.coverage_after)
+    temporal = [report for report in reports if report.td_score_after is not None]
+    temporal.sort(key=lambda report: report.td_score_before - report.td_score_after)
+    if ranged:
+        parts.append("<h2>Channel ranges before and after, where most was gained</h2>")
+        parts += [_svg(functools.partial(plot_ranges, report=r), 2) for r in ranged[:_EXAMPLES]]
+    if temporal:
+        parts.append("<h2>Temporal features and how far apart their codes are</h2>")
+        parts += [_svg(functools.partial(plot_steps_apart, report=r)) for r in temporal[:_EXAMPLES]]
+    return _PAGE.format(
+        title=f"qvd_jax: calibration, {escape.escape(policy)}", body="\n".join(parts)
+    )
+
+
+def plot_ranges(axes: Any, report: Any) -> None:
+    """Draws the channels' ranges, as they are and as the quantizer sees them, on two axes."""
+    arrays = report.arrays
+    order = np.argsort(arrays["upper"] - arrays["lower"])
+    after = [(arrays[end] - arrays["shift"]) / arrays["factor"] for end in ("lower", "upper")]
+    place = np.arange(len(order))
+    for one, (lower, upper), title in (
+        (axes[0], (arrays["lower"], arrays["upper"]), "before"),
+        (axes[1], after, "after"),
+    ):
+        one.vlines(place, lower[order], upper[order], linewidth=0.8)
+        one.set(xlabel="channel", ylabel="range", title=title)
+    axes[0].figure.suptitle(
+        f"{report.path}: {report.coverage_before:.0%} of the levels used, "
+        f"then {report.coverage_after:.0%}",
+        fontsize="medium",
+    )
+
+
+def plot_steps_apart(axes: Any, report: Any) -> None:
+    """Draws distances between neighboring steps: true, with a uniform quantizer, with HTDQ."""
+    arrays = report.arrays
+    features = arrays["features"]
+    true = np.linalg.norm(np.diff(features, axis=0), axis=-1)
+    for codes, title in ((arrays["uniform"], "uniform"), (arrays["codes"], report.method)):
+        codes = codes.astype(np.float64)
+        # The step of the codes is what fits them to the features best.
+        centered = codes - codes.mean()
+        step = (centered * (features - features.mean())).sum() / (centered**2).sum()
+        apart = step * np.linalg.norm(np.diff(codes, axis=0), axis=-1)
+        axes.plot(np.arange(1, len(true) + 1), apart, marker="o", markersize=3, label=title)
+    axes.plot(np.arange(1, len(true) + 1), true, "k--", label="float")
+    axes.set(xlabel="step", ylabel="distance to the next step", title=report.path)
+    axes.set_yscale("symlog", linthresh=max(true.min() / 10, 1e-9))
+    axes.legend()
+
+
 def _conditions(results: Results) -> str:
     first = results["models"][0]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
@@ -151,7 +215,7 @@ def _cell(text: str) -> str:
         return f"<td>{escape.escape(text)}</td>"
 
 
-def _layer_table(entry: Mapping[str, Any]) -> str:
+def _layer_table(entry: Mapping[str, Any], opened: bool = False) -> str:
     rows = [
         {
             name.replace("_", " "): f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -161,7 +225,8 @@ def _layer_table(entry: Mapping[str, Any]) -> str:
         for layer in entry["layers"]
     ]
     title = escape.escape(f"{entry['name']}: {len(rows)} quantized layers")
-    return f"<details><summary>{title}</summary>{_table(rows)}</details>"
+    state = " open" if opened else ""
+    return f"<details{state}><summary>{title}</summary>{_table(rows)}</details>"
 
 
 def _figure(name: str, videos: np.ndarray) -> str:
@@ -201,16 +266,17 @@ def _plot_layers(entries: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw)
 
 
-def _svg(draw: Any) -> str:
-    """A plot as inline SVG."""
+def _svg(draw: Any, columns: int = 1) -> str:
+    """A plot, or several side by side, as inline SVG."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(8, 4), layout="constrained")
     draw(axes)
-    axes.spines[["top", "right"]].set_visible(False)
+    for one in np.atleast_1d(axes):
+        one.spines[["top", "right"]].set_visible(False)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg")
     pyplot.close(figure)

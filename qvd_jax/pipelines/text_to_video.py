@@ -4,7 +4,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -446,7 +446,7 @@ def save(
             checkpoint.save_params(folder, name, params)
         pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
         if reports:
-            checkpoint.write_layer_reports(folder, [asdict(report) for report in reports])
+            checkpoint.write_layer_reports(folder, [report.figures() for report in reports])
         checkpoint.write_manifest(folder, manifest)
 
 

@@ -1,6 +1,7 @@
 """From a float layer, its statistics and its specification to quantized parameters and a report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +30,8 @@ class LayerReport:
       td_score_after: with the quantizer found.
       merged_before: share of neighboring steps with the same codes, plain uniform.
       merged_after: with the quantizer found.
+      arrays: for plots: `lower`, `upper`, `shift` and `factor` of the channels `[C]`; or the
+        `features` `[S, C]` with their codes before (`uniform`) and after (`codes`).
     """
 
     path: str
@@ -40,6 +43,13 @@ class LayerReport:
     td_score_after: float | None = None
     merged_before: float | None = None
     merged_after: float | None = None
+    arrays: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+
+    def figures(self) -> dict[str, Any]:
+        """All but the arrays."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        del values["arrays"]
+        return values
 
 
 def quantize_layer(
@@ -104,6 +114,12 @@ def quantize_layer(
         sqnr(exact, found),
         coverage_before=float(scri.coverage(*ends, plain, spec.activation_bits)),
         coverage_after=float(scri.coverage(*ends, quantizer, spec.activation_bits)),
+        arrays={
+            "lower": np.asarray(statistics.lower),
+            "upper": np.asarray(statistics.upper),
+            "shift": np.asarray(quantizer.shift),
+            "factor": np.asarray(quantizer.factor),
+        },
     )
 
 
@@ -166,6 +182,7 @@ def _temporal_layer(
         td_score_after=htdq.td_score(features, quantizer(features)),
         merged_before=htdq.merged_steps(uniform.codes(features)[0]),
         merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
+        arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
     )
 
 

@@ -164,7 +164,7 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
                 bar.set_postfix(loss=f"{value:.4f}", refresh=False)
                 if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                     checkpoints.save(step + 1, state)
-                if (step + 1) % config.sheet_every == 0 or step + 1 == config.steps:
+                if (step + 1) % config.sheet_every == 0:
                     sheet = out / f"sheet-{step + 1:06d}.png"
                     average = jax.device_put(state.average, jax.devices()[0])
                     video_io.write_contact_sheet(sheet, task.sheet(average))

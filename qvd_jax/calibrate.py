@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             pipe,
             policy,
             prompts,
-            CalibrationConfig(args.steps, args.samples, args.seed),
+            CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware),
             size,
             progress,
         )
@@ -117,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=positive_int, metavar="N")
     parser.add_argument(
         "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"
+    )
+    parser.add_argument(
+        "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"
     )
     parser.add_argument("--frames", type=positive_int, metavar="F")
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")

@@ -1,8 +1,8 @@
 """The controlled case: the same float function with its channels rescaled and shifted.
 
-Wherever a layer's channels feed nothing but a linear layer, a factor on the one side and its inverse
-on the other change no output. Trained models have such scattered channels by themselves; this draws
-them at will.
+Wherever channels feed nothing but a linear layer, a factor on the one side and its inverse on the
+other change no output. Trained models have such scattered channels by themselves; this draws them
+at will.
 """
 
 from typing import Any

@@ -118,6 +118,23 @@ def test_other_policies_sample(pipe, policy):
     assert min(report.sqnr for report in reports) > 5
 
 
+def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
+    config = replace(CONFIG, step_aware=True)
+    aware, _ = quantize(pipe, "minmax-w8a8", PROMPTS[:1], config, SIZE)
+    for gain in jax.tree.leaves(aware.params["unet_gains"]):
+        assert gain.shape == (2,)
+        assert float(gain.min()) > 0
+        # The step with the widest range needs the layer's own D.
+        assert float(gain.max()) == pytest.approx(1, rel=0.02)
+    exact, found = (p(PROMPTS[:1], **SAMPLE) for p in (pipe, aware))
+    assert np.square(found - exact).sum() < 0.02 * np.square(exact).sum()
+    save(aware, tmp_path / "aware")
+    restored = qvd_jax.load(tmp_path / "aware")
+    np.testing.assert_array_equal(restored(PROMPTS[:1], **SAMPLE), found)
+    with pytest.raises(InputError, match="steps = 3: the checkpoint's scales are of 2 steps"):
+        restored(PROMPTS[:1], **{**SAMPLE, "steps": 3})
+
+
 def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):
     params = jax.tree.map(lambda leaf: leaf, pipe.params)
     resnet = params["unet"]["mid_block"]["blocks_0"]["resnet"]

@@ -55,14 +55,18 @@ class Conditioning(NamedTuple):
     Attributes:
       temporal: of `UNet3D.temporal_features` for all steps, `[S, C]` each.
       text: of `UNet3D.context_features`, negative prompts first where there is guidance.
+      gains: the UNet's collection "quant" for all steps, `[S]` each; None where it has none.
     """
 
     temporal: Any
     text: Any
+    gains: Any = None
 
 
 @functools.partial(jax.jit, static_argnames="unet")
-def prepare(unet: nn.Module, params: Params, timesteps: Array, context: Array) -> Conditioning:
+def prepare(
+    unet: nn.Module, params: Params, timesteps: Array, context: Array, gains: Any = None
+) -> Conditioning:
     """Computes all that does not depend on the latents.
 
     Args:
@@ -70,11 +74,13 @@ def prepare(unet: nn.Module, params: Params, timesteps: Array, context: Array) -
       params: its parameters.
       timesteps: of all steps, `[S]`.
       context: text embedding `[2B, L, C]`, negative prompts first; `[B, L, C]` if not guided.
+      gains: of a UNet with step-aware scales.
     """
     variables = {"params": params}
     return Conditioning(
         unet.apply(variables, timesteps, method="temporal_features"),
         unet.apply(variables, context, method="context_features"),
+        gains,
     )
 
 
@@ -126,30 +132,34 @@ def sample_steps(
     """
     halves = 2 if guided else 1
 
-    def predict(latents: Array, temporal: Any, text: Any) -> Array:
+    def predict(latents: Array, conditioning: Conditioning) -> Array:
         latents = jnp.concatenate([latents] * halves)
-        prediction = _predict_windows(
-            unet, {"params": params}, latents, Conditioning(temporal, text), window
-        )
+        prediction = _predict_windows(unet, params, latents, conditioning, window)
         if not guided:
             return prediction
         negative, positive = jnp.split(prediction, 2)
         return negative + guidance_scale * (positive - negative)
 
-    def predict_one_by_one(latents: Array, temporal: Any, text: Any) -> Array:
+    def predict_one_by_one(latents: Array, conditioning: Conditioning) -> Array:
         # [2B, ...], negative prompts first, as [B, 2, ...].
         by_video = jax.tree.map(
-            lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]).swapaxes(0, 1), text
+            lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]).swapaxes(0, 1),
+            conditioning.text,
         )
         return lax.map(
-            lambda video: predict(video[0][None], temporal, video[1])[0], (latents, by_video)
+            lambda video: predict(video[0][None], conditioning._replace(text=video[1]))[0],
+            (latents, by_video),
         )
 
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
-        temporal = jax.tree.map(lambda feature: feature[index][None], conditioning.temporal)
+        told = Conditioning(
+            jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
+            conditioning.text,
+            jax.tree.map(lambda gain: gain[index], conditioning.gains),
+        )
         prediction = (predict_one_by_one if one_by_one else predict)(
-            row.model_in * state.latents, temporal, conditioning.text
+            row.model_in * state.latents, told
         )
         noise = _step_noise(keys, index, state.latents.shape[1:]) if noisy else 0.0
         state = SamplerState(*step(state.latents, prediction, state.last, noise, row, clip))
@@ -167,12 +177,14 @@ def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _predict_windows(
-    unet: nn.Module, variables: Params, latents: Array, conditioning: Conditioning, window: int
+    unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, window: int
 ) -> Array:
     """The UNet's prediction, averaged over the windows that see each frame."""
+    temporal, text, gains = conditioning
+    variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
     def denoise(part: Array) -> Array:
-        return unet.apply(variables, part, *conditioning, method="denoise")
+        return unet.apply(variables, part, temporal, text, method="denoise")
 
     frames = latents.shape[1]
     starts = window_starts(frames, window)

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
@@ -17,10 +17,10 @@ from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D, shortcut_splits
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+from qvd_jax.pipelines.text_to_video import GAINS, TextToVideoPipeline
 from qvd_jax.quant import layers as quant_layers
 from qvd_jax.quant import observers
-from qvd_jax.quant.calibration import LayerReport, quantize_layer
+from qvd_jax.quant.calibration import LayerReport, quantize_layer, step_gains
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import Layer, Policy, Quantization, match, named_policy
 
@@ -35,11 +35,13 @@ class CalibrationConfig:
       steps: S of the sampling; None takes the pipeline's default.
       rows: rows sampled of each layer's input, over all steps and prompts.
       seed: of the noise and the rows.
+      step_aware: whether layers inside the sampling loop get a step D for each of its steps.
     """
 
     steps: int | None = None
     rows: int = 256
     seed: int = 0
+    step_aware: bool = False
 
 
 def quantize(
@@ -76,25 +78,41 @@ def quantize(
     prompts = list(pipe.defaults.prompts if prompts is None else prompts)
     report_progress = progress or (lambda *_: None)
     specs = match(policy, list_layers(pipe, size))
-    statistics = collect(pipe, prompts, config, dict(size or {}), report_progress)
+    observed = collect(pipe, prompts, config, dict(size or {}), report_progress)
+    if config.step_aware:
+        specs = {
+            path: replace(spec, step_aware=path in observed.by_step and spec.activation_bits < 16)
+            for path, spec in specs.items()
+        }
 
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
+    gains: dict[str, Any] = {}
     for done, (path, spec) in enumerate(specs.items()):
         report_progress("layers", done, len(specs))
         names = [name for name in flat if name.rpartition("/")[0] == path]
         layer = {name.rpartition("/")[2]: flat.pop(name) for name in names}
         quantized, report = quantize_layer(
-            path, layer, statistics.pop(path), spec, splits.get(path)
+            path, layer, observed.joined.pop(path), spec, splits.get(path)
         )
+        if spec.step_aware:
+            ends = observed.by_step[path]
+            gains[f"{path}/gain"] = step_gains(*ends, quantized, spec.activation_bits)
         flat |= {f"{path}/{name}": leaf for name, leaf in quantized.items()}
         reports.append(report)
     report_progress("layers", len(specs), len(specs))
     unet = replace_layers(pipe.unet, specs)
     params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
+    if gains:
+        arrays = jax.tree.map(jnp.asarray, gains)
+        params[GAINS] = flax.traverse_util.unflatten_dict(arrays, sep="/")
+    steps = (config.steps or pipe.defaults.steps) if gains else None
+    # What the checkpoint's scales are for is what it samples by default.
+    defaults = replace(pipe.defaults, steps=steps) if steps else pipe.defaults
+    quantization = Quantization(policy.name, specs, steps)
     quantized_pipe = replace(
-        pipe, unet=unet, params=params, quantization=Quantization(policy.name, specs)
+        pipe, unet=unet, params=params, quantization=quantization, defaults=defaults
     )
     return quantized_pipe, reports
 
@@ -132,14 +150,27 @@ def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, int] | None = None
     return found
 
 
+class Observed(NamedTuple):
+    """What calibration saw of the layers' inputs, by module path.
+
+    Attributes:
+      joined: over all steps and prompts.
+      by_step: lowest and highest values of the channels at each step, `[S, C]` each, of the
+        layers inside the sampling loop.
+    """
+
+    joined: dict[str, Statistics]
+    by_step: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
 def collect(
     pipe: TextToVideoPipeline,
     prompts: Sequence[str],
     config: CalibrationConfig,
     size: dict[str, int],
     progress: Progress,
-) -> dict[str, Statistics]:
-    """Samples the prompts and observes every layer's input at every step, by module path.
+) -> Observed:
+    """Samples the prompts and observes every layer's input at every step.
 
     Raises:
       InputError: there are no prompts, or an input is not finite: its layer and step are named.
@@ -175,6 +206,7 @@ def collect(
     parts = {path: [statistics] for path, statistics in found.items()}
     _check_finite(found, "the time embedding")
     rows = math.ceil(config.rows / (steps * len(prompts)))
+    in_loop: set[str] = set()
     window = min(want.frames, unet.config.max_frames or want.frames)
     for number, prompt in enumerate(prompts):
         context = pipe.encode_text(["", prompt] if guided else [prompt])
@@ -192,7 +224,17 @@ def collect(
                 unet, params, (latents, feature, text), place, method="denoise", rows=rows
             )
             _add(parts, found, f"step {step + 1} of {steps}, prompt {number + 1}")
-    return {path: observers.join(statistics) for path, statistics in parts.items()}
+            in_loop |= found.keys()
+    by_step = {path: _by_step(parts[path], steps) for path in in_loop}
+    joined = {path: observers.join(statistics) for path, statistics in parts.items()}
+    return Observed(joined, by_step)
+
+
+def _by_step(parts: list[Statistics], steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ranges at each step, from statistics of prompt after prompt."""
+    lower = np.stack([part.lower for part in parts]).reshape(-1, steps, len(parts[0].lower))
+    upper = np.stack([part.upper for part in parts]).reshape(lower.shape)
+    return lower.min(0), upper.max(0)
 
 
 @functools.partial(jax.jit, static_argnames=("unet", "method", "rows"))

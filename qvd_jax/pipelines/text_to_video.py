@@ -31,6 +31,8 @@ from qvd_jax.quant.policy import Quantization
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+GAINS = "unet_gains"
+
 StepCallback = Callable[[int, Array], None]
 
 # The decoder's largest activations grow with the pixels it handles at once: eight frames of
@@ -100,11 +102,17 @@ class ComponentConfigs:
             "vae": (video,),
             "text_encoder": (jnp.zeros((1, self.text_encoder.max_length), jnp.int32),),
         }
-        modules = self.modules(dtype, quantization)
-        return {
-            name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"]
-            for name, module in modules.items()
-        }
+        shapes = {}
+        for name, module in self.modules(dtype, quantization).items():
+            variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
+            shapes[name] = variables["params"]
+            if "quant" in variables and quantization is not None:
+                steps = quantization.steps
+                shapes[GAINS] = jax.tree.map(
+                    lambda leaf, steps=steps: jax.ShapeDtypeStruct((steps,), leaf.dtype),
+                    variables["quant"],
+                )
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -115,7 +123,8 @@ class TextToVideoPipeline:
       unet: predicts the noise.
       vae: maps latents to pixels.
       text_encoder: maps token ids to the text embedding.
-      params: the three modules' parameters, by these names.
+      params: the three modules' parameters, by these names; with step-aware scales also theirs,
+        "unet_gains", `[S]` for each layer.
       tokenizer: of transformers.
       scheduler: noise schedule and solver.
       defaults: what a call leaves open.
@@ -189,6 +198,11 @@ class TextToVideoPipeline:
         want = replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
         shape = self.latents_shape(want.frames, want.height, want.width)
         schedule = make_schedule(self.scheduler, want.steps)
+        known = self.quantization.steps if self.quantization else None
+        if known not in (None, want.steps):
+            raise InputError(
+                f"steps = {want.steps}: the checkpoint's scales are of {known} steps, one for each"
+            )
         _check_choice("output_type", output_type, ("video", "latents"))
         if latents is None:
             noise = sampler.initial_noise(seed, len(prompts), shape)
@@ -307,7 +321,8 @@ class TextToVideoPipeline:
         latents = jax.device_put(latents, context.sharding)
         state = sampler.SamplerState(latents, jnp.zeros_like(latents))
         keys = sampler.video_keys(seed, latents.shape[0])
-        conditioning = sampler.prepare(unet, params, table.timestep, context)
+        gains = self.params.get(GAINS)
+        conditioning = sampler.prepare(unet, params, table.timestep, context, gains)
         for start in range(0, steps, count):
             state, finite = sampler.sample_steps(
                 unet,

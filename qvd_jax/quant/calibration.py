@@ -12,7 +12,7 @@ from qvd_jax.quant import baselines, htdq, scri
 from qvd_jax.quant.layers import kernel_dtype
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.qtensor import quantize_weights
+from qvd_jax.quant.qtensor import max_code, quantize_weights
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,23 @@ def quantize_layer(
             "factor": np.asarray(quantizer.factor),
         },
     )
+
+
+def step_gains(
+    lower: np.ndarray, upper: np.ndarray, params: Params, activation_bits: int
+) -> np.ndarray:
+    """Each step's D as a share of the layer's, `[S]`: what that step's values need, at most 1.
+
+    Args:
+      lower: lowest value of each channel at each step, `[S, C]`.
+      upper: highest value of each channel at each step, `[S, C]`.
+      params: of the quantized layer.
+      activation_bits: b_a.
+    """
+    scale, offset = (np.asarray(params[name]) for name in ("in_scale", "in_offset"))
+    ends = np.maximum(np.abs(lower * scale + offset), np.abs(upper * scale + offset))
+    needed = ends.max(1) / max_code(activation_bits)
+    return np.where(needed > 0, np.minimum(needed, 1), 1).astype(np.float32)
 
 
 def sqnr(exact: Array, found: Array) -> float:

@@ -11,7 +11,9 @@ A quantized layer has the module path of the float layer it replaces, and these 
                 which is then no part of the bias
 
 With HTDQ `in_scale` and `in_offset` are scalars, and `coarse` is the ratio of the two ranges'
-steps, 0 where there is one range. A float input (16 bits) has none of these three.
+steps, 0 where there is one range. A float input (16 bits) has none of these three. A step-aware
+layer also reads `gain` from the collection "quant": this step's D as a share of the largest, which
+the parameters have.
 """
 
 import functools
@@ -81,7 +83,9 @@ class QuantDense(nn.Dense):
             fine, coarse, ratio = _two_range_codes(self, x, spec)
             product = int8.dot(fine, kernel) + ratio * int8.dot(coarse, kernel)
         else:
-            product = int8.dot(_codes(self, x, spec), kernel)
+            gain = _gain(self, spec)
+            product = int8.dot(_codes(self, x, spec, gain), kernel)
+            scale = scale * gain
         return _to_output(product, scale, bias).astype(self.dtype)
 
 
@@ -113,8 +117,10 @@ class QuantConv(nn.Conv):
             )
             y = _to_output(product, scale, bias)
         else:
-            product = int8.conv(_codes(self, x, spec), kernel, self.strides, self.padding)
-            y = _to_output(product, scale, bias)
+            gain = _gain(self, spec)
+            codes = _codes(self, x, spec, gain)
+            product = int8.conv(codes, kernel, self.strides, self.padding)
+            y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
                 taps = self.param(
                     "taps", nn.initializers.zeros, (*self.kernel_size, self.features), jnp.float32
@@ -158,11 +164,16 @@ def _output_params(layer: nn.Module, features: int) -> tuple[Array, Array]:
     return scale, layer.param("bias", nn.initializers.zeros, (features,), jnp.float32)
 
 
-def _codes(layer: nn.Module, x: Array, spec: LayerSpec) -> Array:
+def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:
+    return layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else 1.0
+
+
+def _codes(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> Array:
     channels = x.shape[-1]
     along = (1,) * (x.ndim - 1) + (channels,)
     scale = layer.param("in_scale", nn.initializers.ones, (channels,), jnp.float32)
     offset = layer.param("in_offset", nn.initializers.zeros, (channels,), jnp.float32)
+    scale, offset = scale / gain, offset / gain
     limit = max_code(spec.activation_bits)
     codes = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
     return jnp.clip(jnp.round(codes), -limit, limit).astype(jnp.int8)

@@ -40,11 +40,13 @@ class LayerSpec:
       method: how the quantizer of its input is found.
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
+      step_aware: whether the input's quantizer has a step D of its own for each sampler step.
     """
 
     method: Method
     weight_bits: int = 8
     activation_bits: int = 8
+    step_aware: bool = False
 
     def __post_init__(self) -> None:
         if self.activation_bits == 16 and self.method not in _WEIGHT_METHODS:
@@ -57,6 +59,11 @@ class LayerSpec:
         if not 2 <= self.activation_bits <= 8 and self.activation_bits != 16:
             raise ValueError(
                 f"activation_bits = {self.activation_bits}: 2 to 8, or 16 for a float input"
+            )
+        if self.step_aware and (self.method == "htdq" or self.activation_bits == 16):
+            raise ValueError(
+                f"step_aware has no meaning for method = {self.method!r} with activation_bits = "
+                f"{self.activation_bits}: there is no step to choose"
             )
 
 
@@ -126,10 +133,12 @@ class Quantization:
     Attributes:
       policy: name of the policy it came from.
       specs: of the quantized layers, by module path; all others are float.
+      steps: S of the sampling that step-aware scales are for; None where there are none.
     """
 
     policy: str
     specs: dict[str, LayerSpec]
+    steps: int | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qvd_jax.cli import command, positive_int
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3DConfig, animatediff
+from qvd_jax.quant.policy import named_policy
 
 SIZES = {
     "sd15": animatediff("v2"),
@@ -84,34 +85,67 @@ class Case:
 Forward = Callable[[], None]
 
 
-def qvd_jax_forward(case: Case, dtype: str) -> Forward:
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are timed against each other.
+
+    Attributes:
+      framework: of `FORWARDS`.
+      dtype: of parameters and computation.
+      policy: quantization policy of ours; None is float.
+    """
+
+    framework: str
+    dtype: str
+    policy: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What the table calls it."""
+        return f"{self.framework} {self.policy}" if self.policy else self.framework
+
+
+def qvd_jax_forward(case: Case, variant: Variant) -> Forward:
     """Our UNet with random weights, jit-compiled; temporal and text features are included."""
     import jax
     import jax.numpy as jnp
 
     from qvd_jax.models.layers import FLOAT
     from qvd_jax.models.unet3d import UNet3D
+    from qvd_jax.quant.layers import layer_set
+    from qvd_jax.quant.observers import list_layers
+    from qvd_jax.quant.policy import match, named_policy
 
-    module = UNet3D(case.config, replace(FLOAT, dtype=dtype, param_dtype=dtype))
+    dtype = jnp.dtype(variant.dtype)
     latents, text = (jnp.asarray(x, dtype) for x in case.inputs())
     timestep = jnp.array([500.0])
+    layers = replace(FLOAT, dtype=dtype, param_dtype=dtype)
+    if variant.policy:
+        found = list_layers(UNet3D(case.config), latents, timestep, text)
+        layers = layer_set(match(named_policy(variant.policy), found), dtype)
+    module = UNet3D(case.config, layers)
     shapes = jax.eval_shape(module.init, jax.random.key(0), latents, timestep, text)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype),
-        shapes,
-    )
+
+    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            bits = jnp.iinfo(leaf.dtype)
+            codes = rng.integers(bits.min + 1, bits.max + 1, leaf.shape, np.int8)
+            return jnp.asarray(codes).astype(leaf.dtype)
+        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    params = jax.tree.map(random, shapes)
     forward = jax.jit(module.apply)
     return lambda: jax.block_until_ready(forward(params, latents, timestep, text))
 
 
-def diffusers_forward(case: Case, dtype: str) -> Forward:
+def diffusers_forward(case: Case, variant: Variant) -> Forward:
     """Diffusers' `UNetMotionModel` with random weights, eager."""
     import torch
     from diffusers import UNetMotionModel
 
     config = case.config
-    torch_dtype = getattr(torch, dtype)
+    torch_dtype = getattr(torch, variant.dtype)
     cross = ["CrossAttn" if attention else "" for attention in config.attention_levels]
     with torch.device("meta"):
         module = UNetMotionModel(
@@ -143,8 +177,8 @@ def diffusers_forward(case: Case, dtype: str) -> Forward:
 FORWARDS = {"qvd_jax": qvd_jax_forward, "diffusers": diffusers_forward}
 
 
-def measure(case: Case, variants: Sequence[tuple[str, str]], rounds: int) -> list[dict[str, Any]]:
-    """Times (framework, dtype) variants in turn.
+def measure(case: Case, variants: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
+    """Times variants in turn.
 
     Args:
       case: the forward to time.
@@ -157,21 +191,19 @@ def measure(case: Case, variants: Sequence[tuple[str, str]], rounds: int) -> lis
     context = multiprocessing.get_context("spawn")
     workers = []
     try:
-        for framework, dtype in variants:
+        for variant in variants:
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(theirs, case, framework, dtype))
+            worker = context.Process(target=_work, args=(theirs, case, variant))
             worker.start()
             workers.append((worker, ours))
-            _receive(ours, framework)
+            _receive(ours, variant)
         seconds: list[list[float]] = [[] for _ in variants]
         total = (WARMUP_ROUNDS + rounds) * len(variants)
         with tqdm.tqdm(total=total, desc=f"unet {case.size}", unit="forward") as bar:
             for round_number in range(WARMUP_ROUNDS + rounds):
-                for (_, connection), (framework, _), spent in zip(
-                    workers, variants, seconds, strict=True
-                ):
+                for (_, connection), variant, spent in zip(workers, variants, seconds, strict=True):
                     connection.send("run")
-                    elapsed = _receive(connection, framework)
+                    elapsed = _receive(connection, variant)
                     if round_number >= WARMUP_ROUNDS:
                         spent.append(elapsed)
                     bar.update()
@@ -181,19 +213,18 @@ def measure(case: Case, variants: Sequence[tuple[str, str]], rounds: int) -> lis
             worker.join()
     return [
         {
-            "framework": framework,
-            "dtype": dtype,
+            **asdict(variant),
             "median_s": statistics.median(spent),
             "min_s": min(spent),
             "max_s": max(spent),
             "rounds_s": spent,
         }
-        for (framework, dtype), spent in zip(variants, seconds, strict=True)
+        for variant, spent in zip(variants, seconds, strict=True)
     ]
 
 
-def _work(connection: Connection, case: Case, framework: str, dtype: str) -> None:
-    forward = FORWARDS[framework](case, dtype)
+def _work(connection: Connection, case: Case, variant: Variant) -> None:
+    forward = FORWARDS[variant.framework](case, variant)
     forward()
     connection.send(0.0)
     while connection.recv() == "run":
@@ -202,11 +233,11 @@ def _work(connection: Connection, case: Case, framework: str, dtype: str) -> Non
         connection.send(time.perf_counter() - started)
 
 
-def _receive(connection: Connection, framework: str) -> float:
+def _receive(connection: Connection, variant: Variant) -> float:
     try:
         return float(connection.recv())
     except EOFError as error:
-        raise InputError(f"{framework} ended early; its own message is above") from error
+        raise InputError(f"{variant.title} ended early; its own message is above") from error
 
 
 def environment() -> dict[str, Any]:
@@ -228,17 +259,18 @@ def environment() -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as Markdown; ratios are to the row of the same dtype that is ours."""
-    base = {r["dtype"]: r["median_s"] for r in results if r["framework"] == "qvd_jax"}
+    """The results as Markdown; ratios are to our own float row of the same dtype."""
+    ours = [r for r in results if r["framework"] == "qvd_jax" and not r["policy"]]
+    base = {r["dtype"]: r["median_s"] for r in ours}
     rows = [
-        "| framework | dtype | median s | min-max s | time / ours |",
+        "| what | dtype | median s | min-max s | time / our float |",
         "|---|---|---:|---:|---:|",
     ]
-    rows += [
-        f"| {r['framework']} | {r['dtype']} | {r['median_s']:.3f} | "
-        f"{r['min_s']:.3f}-{r['max_s']:.3f} | {r['median_s'] / base[r['dtype']]:.2f} |"
-        for r in results
-    ]
+    for r in results:
+        what = " ".join(filter(None, (r["framework"], r["policy"])))
+        spread = f"{r['min_s']:.3f}-{r['max_s']:.3f}"
+        ratio = r["median_s"] / base[r["dtype"]]
+        rows.append(f"| {what} | {r['dtype']} | {r['median_s']:.3f} | {spread} | {ratio:.2f} |")
     return "\n".join(rows)
 
 
@@ -252,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(
                 f"--against {peer} needs {', '.join(missing)}: pip install {' '.join(PEERS[peer])}"
             )
+    for policy in args.policy:
+        named_policy(policy)
     if args.out:
         check_writable(args.out, overwrite=args.overwrite)
     case = Case(args.size, args.batch, args.frames, args.height // 8, args.width // 8)
@@ -262,9 +296,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     results = []
     for dtype in args.dtype:
-        results += measure(
-            case, [(name, dtype) for name in ("qvd_jax", *args.against)], args.rounds
-        )
+        names = ("qvd_jax", *args.against)
+        variants = [Variant(name, dtype) for name in names]
+        variants += [Variant("qvd_jax", dtype, policy) for policy in args.policy]
+        results += measure(case, variants, args.rounds)
     print(table(results))
     if args.out:
         record = {
@@ -280,6 +315,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.benchmark", description=__doc__)
     parser.add_argument("what", choices=["unet"], help="one forward of the UNet")
     parser.add_argument("--against", nargs="+", choices=PEERS, default=[])
+    parser.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
     parser.add_argument("--size", choices=SIZES, default="sd15")
     parser.add_argument(
         "--dtype",

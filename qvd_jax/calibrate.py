@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{source} has no prompts of its own; pass --prompts-file FILE")
     enable_compilation_cache()
     pipe = load(source)
-    size = {
+    size: dict[str, int] = {
         name: value
         for name in ("frames", "height", "width")
         if (value := getattr(args, name)) is not None

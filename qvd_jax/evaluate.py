@@ -5,6 +5,7 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -132,7 +133,7 @@ def sample(
                 # Noise is numbered within a call.
                 seed=seed * len(cases.prompts) + start,
                 output_type="latents",
-                callback_on_step_end=lambda _, latents, path=path: path.append(_copy(latents)),
+                callback_on_step_end=functools.partial(_keep, path),
             )
             seconds[name].append((time.perf_counter() - began) / len(prompts))
             videos[name].append(pipe.decode(latents))
@@ -141,13 +142,18 @@ def sample(
                 totals[name][:, step] += np.square(found - exact).sum(), np.square(exact).sum()
     # The median leaves out what compiled.
     return {
-        name: Sampled(np.concatenate(videos[name]), *totals[name], statistics.median(seconds[name]))
+        name: Sampled(
+            videos=np.concatenate(videos[name]),
+            noise=totals[name][0],
+            signal=totals[name][1],
+            seconds=statistics.median(seconds[name]),
+        )
         for name in models
     }
 
 
-def _copy(latents: Array) -> np.ndarray:
-    return np.array(latents)
+def _keep(path: list[np.ndarray], _: int, latents: Array) -> None:
+    path.append(np.array(latents))
 
 
 def _steps(pipe: TextToVideoPipeline) -> int:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +48,7 @@ def quantize(
     policy: str | Policy = "qvd-w8a8",
     prompts: Sequence[str] | None = None,
     config: CalibrationConfig = CalibrationConfig(),
-    size: Mapping[str, int] | None = None,
+    size: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[TextToVideoPipeline, list[LayerReport]]:
     """Quantizes the UNet of a float pipeline.
@@ -122,32 +121,16 @@ def replace_layers(unet: UNet3D, specs: Mapping[str, Any]) -> UNet3D:
     return UNet3D(unet.config, quant_layers.layer_set(specs, unet.layers.dtype))
 
 
-def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, int] | None = None) -> list[Layer]:
+def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, Any] | None = None) -> list[Layer]:
     """The UNet's Dense and conv layers with the operations of one video's forward."""
     want = replace(pipe.defaults, **(size or {}))
+    config = pipe.unet.config
     latents = jax.ShapeDtypeStruct((1, *_latents_shape(pipe, want)), jnp.float32)
     length = pipe.text_encoder.config.max_length
-    text = jax.ShapeDtypeStruct((1, length, pipe.unet.config.context_dim), jnp.float32)
-    found: list[Layer] = []
-
-    def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
-        layer, result = context.module, call(*arguments, **options)
-        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
-            taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
-            kernel = (*taps, arguments[0].shape[-1], layer.features)
-            flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
-            found.append(Layer("/".join(layer.path), kernel, flops))
-        return result
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(
-            lambda params, *inputs: pipe.unet.apply({"params": params}, *inputs),
-            pipe.params["unet"],
-            latents,
-            jax.ShapeDtypeStruct((1,), jnp.float32),
-            text,
-        )
-    return found
+    context = jax.ShapeDtypeStruct((1, length, config.context_dim), jnp.float32)
+    return observers.list_layers(
+        UNet3D(config), latents, jax.ShapeDtypeStruct((1,), jnp.float32), context
+    )
 
 
 class Observed(NamedTuple):
@@ -167,7 +150,7 @@ def collect(
     pipe: TextToVideoPipeline,
     prompts: Sequence[str],
     config: CalibrationConfig,
-    size: dict[str, int],
+    size: dict[str, Any],
     progress: Progress,
 ) -> Observed:
     """Samples the prompts and observes every layer's input at every step.

@@ -12,7 +12,7 @@ from qvd_jax.quant.scri import CLIP_CANDIDATES, ActivationQuantizer
 SMOOTHQUANT_ALPHA = 0.5
 
 
-def minmax(lower: Array, upper: Array, bits: int, clip: float = 1.0) -> ActivationQuantizer:
+def minmax(lower: Array, upper: Array, bits: int, clip: Array | float = 1.0) -> ActivationQuantizer:
     """One range for all channels, from the lowest to the highest value.
 
     Args:

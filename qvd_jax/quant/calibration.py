@@ -1,5 +1,7 @@
 """From a float layer, its statistics and its specification to quantized parameters and a report."""
 
+import math
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -144,8 +146,8 @@ def sqnr(exact: Array, found: Array) -> float:
     """Signal to quantization noise, 10 log10(|y|^2 / |y^ - y|^2), in decibels."""
     signal, noise = float(jnp.square(exact).sum()), float(jnp.square(found - exact).sum())
     if noise == 0:
-        return float("inf")
-    return 10 * float(np.log10(max(signal, np.finfo(np.float32).tiny) / noise))
+        return math.inf
+    return 10 * math.log10(max(signal, sys.float_info.min) / noise)
 
 
 def _find(

@@ -28,12 +28,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
-from qvd_jax.kernels import int8
-from qvd_jax.models.layers import FLOAT, LayerSet
+from qvd_jax.kernels import floating, int8
+from qvd_jax.models.layers import LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import max_code
-
-Specs = FrozenDict[str, LayerSpec]
 
 
 def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) -> LayerSet:
@@ -45,8 +43,10 @@ def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) ->
     """
     frozen = FrozenDict(specs)
     return LayerSet(
-        dense_cls=functools.partial(QuantDense, specs=frozen, **FLOAT.dense_cls.keywords),
-        conv_cls=functools.partial(QuantConv, specs=frozen, **FLOAT.conv_cls.keywords),
+        dense_cls=functools.partial(QuantDense, dot_general=floating.dot_general, specs=frozen),
+        conv_cls=functools.partial(
+            QuantConv, conv_general_dilated=floating.conv_general_dilated, specs=frozen
+        ),
         dtype=dtype,
         param_dtype=dtype,
     )
@@ -64,7 +64,7 @@ class QuantDense(nn.Dense):
       specs: of all quantized layers, by module path.
     """
 
-    specs: Specs = FrozenDict()
+    specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -96,7 +96,7 @@ class QuantConv(nn.Conv):
       specs: of all quantized layers, by module path.
     """
 
-    specs: Specs = FrozenDict()
+    specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

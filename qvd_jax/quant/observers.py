@@ -1,5 +1,6 @@
 """What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
+from qvd_jax.quant.policy import Layer
 
 
 class Statistics(NamedTuple):
@@ -84,6 +86,29 @@ def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
         grids.append(place.reshape(shape))
     patches = images[(image.reshape([rows] + [1] * rank), *grids)]
     return patches.reshape(rows, -1, channels)
+
+
+def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct) -> list[Layer]:
+    """The Dense and conv layers a module calls, with the operations of one call.
+
+    Args:
+      module: built of float layers.
+      *inputs: what it is called with, or the shapes of it.
+    """
+    found: list[Layer] = []
+
+    def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        layer, result = context.module, call(*arguments, **options)
+        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
+            taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
+            kernel = (*taps, arguments[0].shape[-1], layer.features)
+            flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
+            found.append(Layer("/".join(layer.path), kernel, flops))
+        return result
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return found
 
 
 def join(parts: list[Statistics]) -> Statistics:

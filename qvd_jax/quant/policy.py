@@ -114,7 +114,7 @@ def named_policy(name: str) -> Policy:
         raise InputError(f"unknown policy {name!r}{did_you_mean(name, known)}")
     weight_bits, activation_bits = WIDTHS[width]
     # With a float input there is nothing to be done about it.
-    methods = ("minmax", "minmax") if activation_bits == 16 else _NAMED[method]
+    methods = _NAMED["minmax" if activation_bits == 16 else method]
     ordinary, temporal = (LayerSpec(kind, weight_bits, activation_bits) for kind in methods)
     return Policy(
         name,

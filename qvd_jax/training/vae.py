@@ -120,7 +120,7 @@ def load_vae(folder: Path) -> tuple[VAEConfig, Params]:
     return config, checkpoint.restore_params(folder, "vae", shapes)
 
 
-def to_unit_range(video: Array) -> Array:
+def to_unit_range(video: Array | np.ndarray) -> Array:
     """Bytes to floats in [-1, 1]."""
     return jnp.asarray(video, jnp.float32) / 127.5 - 1
 

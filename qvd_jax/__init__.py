@@ -6,6 +6,7 @@ from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.pipelines.quantization import quantize
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, VideoDefaults, load, save
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "VAEConfig",
     "VideoDefaults",
     "load",
+    "quantize",
     "save",
 ]

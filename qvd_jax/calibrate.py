@@ -10,7 +10,13 @@ import jax
 import tqdm
 
 from qvd_jax import checkpoint, report
-from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
+from qvd_jax.cli import (
+    add_size_arguments,
+    command,
+    enable_compilation_cache,
+    positive_int,
+    read_prompts,
+)
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
@@ -114,16 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         "--policy", default="qvd-w8a8", metavar="NAME|FILE.yaml", help="(%(default)s)"
     )
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    add_size_arguments(parser)
     parser.add_argument(
         "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"
     )
     parser.add_argument(
         "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"
     )
-    parser.add_argument("--frames", type=positive_int, metavar="F")
-    parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
-    parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--report", type=Path, metavar="DIR", help="writes DIR/report.html: layers")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")

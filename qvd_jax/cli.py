@@ -69,6 +69,14 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+def add_size_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --steps, --frames, --height and --width, None where the checkpoint decides."""
+    parser.add_argument("--steps", type=positive_int, metavar="N")
+    parser.add_argument("--frames", type=positive_int, metavar="F")
+    parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
+    parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
+
+
 def positive_int(text: str) -> int:
     """An argparse type: an integer of at least one."""
     value = int(text)

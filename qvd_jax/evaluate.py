@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ import tqdm
 
 from qvd_jax import checkpoint, report
 from qvd_jax.axes import Array
-from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
+from qvd_jax.cli import (
+    add_size_arguments,
+    command,
+    enable_compilation_cache,
+    positive_int,
+    read_prompts,
+)
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
 from qvd_jax.metrics import frechet, paired, temporal
@@ -49,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("intervals and distances need at least 2 prompts")
     enable_compilation_cache()
 
-    models = {name: load(name) for name in dict.fromkeys(names)}
+    models = {name: with_size(load(name), args) for name in dict.fromkeys(names)}
     sampled = sample(models, cases, range(args.seed, args.seed + args.seeds))
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
@@ -68,6 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheet = args.out / f"{Path(name).name}.png"
         video_io.write_contact_sheet(sheet, videos)
     print(report.markdown(results))
+
+
+def with_size(pipe: TextToVideoPipeline, args: argparse.Namespace) -> TextToVideoPipeline:
+    """The pipeline with what the command line says of steps, frames and size as its defaults."""
+    asked = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    return replace(pipe, defaults=replace(pipe.defaults, **given))
 
 
 @dataclass(frozen=True)
@@ -255,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    add_size_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     return parser

@@ -14,7 +14,13 @@ import numpy as np
 import tqdm
 
 from qvd_jax import checkpoint
-from qvd_jax.cli import command, enable_compilation_cache, positive_int, read_prompts
+from qvd_jax.cli import (
+    add_size_arguments,
+    command,
+    enable_compilation_cache,
+    positive_int,
+    read_prompts,
+)
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
@@ -170,12 +176,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    add_size_arguments(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
-    parser.add_argument("--frames", type=positive_int, metavar="F")
-    parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
-    parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
     parser.add_argument("--fps", type=positive_int, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")

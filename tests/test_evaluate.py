@@ -1,0 +1,139 @@
+"""`python -m qvd_jax.evaluate`: models side by side, from checkpoints to a page."""
+
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import qvd_jax
+from qvd_jax import evaluate, report
+from qvd_jax.data import moving_shapes
+from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
+from qvd_jax.pipelines.text_to_video import save
+
+SIZE = ["--frames", "11", "--height", "16", "--width", "16", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_checkpoint, tmp_path_factory):
+    """A float checkpoint, and two quantized from it with one policy that is quick to solve."""
+    folder = tmp_path_factory.mktemp("models")
+    pipe = qvd_jax.load(tiny_checkpoint)
+    size = {"frames": 11, "height": 16, "width": 16}
+    config = CalibrationConfig(steps=2, rows=16)
+    for width in ("w8a8", "w4a8"):
+        quantized, reports = quantize(pipe, f"minmax-{width}", ["a"], config, size)
+        save(quantized, folder / width, reports=reports)
+    return tiny_checkpoint, folder / "w8a8", folder / "w4a8"
+
+
+class Tags(HTMLParser):
+    """Counts tags and checks that they close in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in ("meta", "br", "img", "path", "use", "rect"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in self.open:
+            assert self.open.pop() == tag
+
+
+@pytest.mark.slow
+def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "prompts.txt").write_text("a red circle\n<b>a blue square\nx\n")
+    out = tmp_path / "out"
+    options = ["--reference", str(models[0]), "--candidate", *map(str, models[1:]), *SIZE]
+    options += ["--prompts-file", str(tmp_path / "prompts.txt"), "--seeds", "2"]
+    assert evaluate.main([*options, "--out", str(out)]) == 0
+    assert "minmax-w4a8" in capsys.readouterr().out
+    results = json.loads((out / "results.json").read_text())
+    exact, eight, four = results["models"]
+    assert exact["policy"] == "float"
+    assert "psnr" not in exact
+    assert eight["psnr"] > four["psnr"]
+    assert eight["ssim"] > four["ssim"]
+    assert len(eight["latent_sqnr"]) == 2
+    assert eight["latent_sqnr"][-1] > four["latent_sqnr"][-1]
+    assert four["unet_bytes"] < eight["unet_bytes"] < exact["unet_bytes"]
+    assert len(eight["layers"]) > 50
+
+    page = (out / "report.html").read_text()
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert tags.seen.count("table") == 3
+    assert tags.seen.count("svg") == 2
+    assert "src='http" not in page
+    assert "&lt;b&gt;a blue" in page
+
+    assert evaluate.main([*options, "--out", str(out)]) == 2
+    assert "exists already; pass --overwrite" in capsys.readouterr().err
+
+
+def test_held_out_cases_ask_for_what_their_scenes_are():
+    cases = evaluate.held_out_cases(600, seed=1)
+    assert len(set(map(tuple, cases.scenes[:499].tolist()))) == 499
+    train = set(map(tuple, moving_shapes.scenes("train").tolist()))
+    for text, scene in zip(cases.prompts, cases.scenes, strict=True):
+        assert tuple(scene.tolist()) not in train
+        wanted = moving_shapes.describe_scene(scene)
+        assert all(word in text for word in (wanted.color, wanted.shape, wanted.background))
+
+
+def test_markdown_names_what_each_model_has():
+    entry = {
+        "name": "a",
+        "policy": "float",
+        "unet_bytes": 2_000_000,
+        "seconds_per_video": 1.25,
+        "steps": 25,
+        "guidance_scale": 3.0,
+        "flicker": 1.0,
+        "layers": [],
+    }
+    accuracy = {"color": {"value": 0.975, "interval": [0.95, 0.99]}}
+    results = {
+        "prompts": 4,
+        "seeds": 2,
+        "backend": "cpu",
+        "versions": {"jax": "0.10"},
+        "models": [{**entry, "accuracy": accuracy}, {**entry, "name": "b", "psnr": 31.26}],
+    }
+    lines = report.markdown(results).splitlines()
+    assert lines[0] == "4 prompts, 2 seeds, 25 steps, guidance 3, cpu; jax 0.10"
+    assert lines[2].split(" | ")[-1] == "PSNR dB |"
+    assert "97.5% (95.0% to 99.0%)" in lines[4]
+    assert "31.3" in lines[5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "{tmp}/none"], "is no qvd_jax checkpoint"),
+        (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "is no qvd_jax checkpoint"),
+        (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
+    ],
+)
+def test_bad_input(tiny_checkpoint, tmp_path, capsys, arguments, message):
+    (tmp_path / "one.txt").write_text("a\n")
+    given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]
+    assert evaluate.main([*given, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_ratio_interval_holds_the_ratio():
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(200, 8))
+    near, far = rng.normal(0.3, 1, (200, 8)), rng.normal(0.6, 1, (200, 8))
+    low, high = evaluate._ratio_interval(near, far, real)
+    assert low > 1
+    assert high < 20

@@ -17,9 +17,9 @@ from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D, shortcut_splits
 from qvd_jax.pipelines.text_to_video import GAINS, TextToVideoPipeline
-from qvd_jax.quant import layers as quant_layers
 from qvd_jax.quant import observers
 from qvd_jax.quant.calibration import LayerReport, quantize_layer, step_gains
+from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import Layer, Policy, Quantization, match, named_policy
 
@@ -101,7 +101,7 @@ def quantize(
         flat |= {f"{path}/{name}": leaf for name, leaf in quantized.items()}
         reports.append(report)
     report_progress("layers", len(specs), len(specs))
-    unet = replace_layers(pipe.unet, specs)
+    unet = UNet3D(pipe.unet.config, layer_set(specs, pipe.unet.layers.dtype))
     params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
     if gains:
         arrays = jax.tree.map(jnp.asarray, gains)
@@ -114,11 +114,6 @@ def quantize(
         pipe, unet=unet, params=params, quantization=quantization, defaults=defaults
     )
     return quantized_pipe, reports
-
-
-def replace_layers(unet: UNet3D, specs: Mapping[str, Any]) -> UNet3D:
-    """The same UNet with int8 layers where `specs` says."""
-    return UNet3D(unet.config, quant_layers.layer_set(specs, unet.layers.dtype))
 
 
 def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, Any] | None = None) -> list[Layer]:
@@ -168,7 +163,7 @@ def collect(
 
     def keep(done: int, latents: Array) -> None:
         progress("sampling", done, steps)
-        before.append(np.asarray(latents))
+        before.append(np.array(latents))
 
     pipe(
         prompts,

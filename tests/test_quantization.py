@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_error
 from jax import export
+from rescaling import rescale_channels
 
 import qvd_jax
 from qvd_jax import calibrate, checkpoint
@@ -116,6 +118,19 @@ def test_other_policies_sample(pipe, policy):
     assert other.quantization.policy == policy
     assert np.isfinite(other(PROMPTS[:1], **SAMPLE)).all()
     assert min(report.sqnr for report in reports) > 5
+
+
+def test_rescaled_channels_change_no_output_but_every_range(pipe):
+    """The controlled case's transformation is one of the same function."""
+    rng = np.random.default_rng(0)
+    params = pipe.params["unet"]
+    scattered = rescale_channels(params, rng)
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), params, scattered)
+    assert sum(jax.tree.leaves(changed)) > 50
+    latents = rng.standard_normal((1, 3, 4, 6, 4), np.float32)
+    text = rng.standard_normal((1, 77, pipe.unet.config.context_dim), np.float32)
+    forward = jax.jit(lambda p: pipe.unet.apply({"params": p}, latents, jnp.ones(1), text))
+    assert relative_error(forward(scattered), forward(params)) < 1e-3
 
 
 def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):

@@ -22,6 +22,7 @@ from typing import Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -109,8 +110,10 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 
 def tree_bytes(tree: Params) -> int:
-    """Bytes of all arrays (or shapes) of a tree."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of all arrays (or shapes) of a tree, as they are stored: two int4 in one byte."""
+    leaves = jax.tree.leaves(tree)
+    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.shape) * n for leaf, n in zip(leaves, bits, strict=True)) // 8
 
 
 def check_tokenizer(folder: Path) -> None:

@@ -4,7 +4,6 @@ Both functions have the signature flax injects through `nn.Dense(dot_general=...
 `nn.Conv(conv_general_dilated=...)`, so that the layers stay flax's own.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qvd_jax.axes import Array
-
-Padding = Sequence[tuple[int, int]]
+from qvd_jax.kernels.patches import Padding, output_sizes, taps
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None) -> Array:
@@ -72,9 +70,7 @@ def _cpu_formulation(
     direct.
     """
     kernel, channels = rhs.shape[:-2], rhs.shape[-2]
-    positions = math.prod(
-        _output_size(*axis) for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
-    )
+    positions = math.prod(output_sizes(lhs.shape[1:-1], kernel, strides, padding))
     if math.prod(kernel) == 1:
         return "patches"
     if channels < 128 and positions > 64:
@@ -84,10 +80,6 @@ def _cpu_formulation(
             return "patches"
         return "rows" if positions <= 1024 else "direct"
     return "patches" if positions <= 16 else "direct"
-
-
-def _output_size(size: int, kernel: int, stride: int, padding: tuple[int, int]) -> int:
-    return (size + sum(padding) - kernel) // stride + 1
 
 
 def _conv_as_products(
@@ -102,32 +94,19 @@ def _conv_as_products(
     Rows need a third of the gathered memory of a 3x3 kernel's patches and pay with three
     accumulations.
     """
-    kernel = rhs.shape[:-2]
-    sizes = [
-        _output_size(*axis) for axis in zip(lhs.shape[1:-1], kernel, strides, padding, strict=True)
-    ]
-    padded = jnp.pad(lhs, ((0, 0), *padding, (0, 0)))
-
-    def tap(offsets: tuple[int, ...]) -> Array:
-        window = tuple(
-            slice(o, o + (size - 1) * stride + 1, stride)
-            for o, size, stride in zip(offsets, sizes, strides, strict=True)
-        )
-        return padded[(slice(None), *window)]
-
-    gathered = 0 if formulation == "patches" else 1
-    outer, inner = kernel[:gathered], kernel[gathered:]
+    kernel, channels = rhs.shape[:-2], rhs.shape[-2:]
+    seen = taps(lhs, kernel, strides, padding)
+    parts = 1 if formulation == "patches" else kernel[0]
+    count = len(seen) // parts
     out: Array | None = None
-    for row in itertools.product(*map(range, outer)):
-        taps = [tap(row + column) for column in itertools.product(*map(range, inner))]
-        patches = jnp.concatenate(taps, axis=-1)
-        weights = rhs[row].reshape(patches.shape[-1], rhs.shape[-1])
-        part = jax.lax.dot_general(
+    for part, weights in enumerate(rhs.reshape(parts, count * channels[0], channels[1])):
+        patches = jnp.concatenate(seen[part * count : (part + 1) * count], axis=-1)
+        product = jax.lax.dot_general(
             patches,
             weights,
             (((patches.ndim - 1,), (0,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        out = part if out is None else out + part
+        out = product if out is None else out + product
     assert out is not None
     return out.astype(lhs.dtype)

@@ -12,8 +12,6 @@ the GPU, and the CPU does not care.
 """
 
 import functools
-import itertools
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,7 @@ from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 
 from qvd_jax.axes import Array
-
-Padding = Sequence[tuple[int, int]]
+from qvd_jax.kernels.patches import Padding, taps
 
 _SIGN_BIT = np.uint8(0x80)
 
@@ -64,7 +61,8 @@ def conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding)
     weights = weights.astype(jnp.int8)
 
     def patches(product: Any, codes: Array, weights: Array) -> Array:
-        return product(_patches(codes, weights.shape[1:-1], strides, padding), _matrix(weights))
+        seen = taps(codes, weights.shape[1:-1], strides, padding)
+        return product(jnp.concatenate(seen, axis=-1), weights.reshape(len(weights), -1))
 
     return lax.platform_dependent(
         codes,
@@ -98,36 +96,6 @@ def _has_vnni() -> bool:
     """Whether this CPU multiplies u8 by s8; without it XLA's product of them is scalar code."""
     info = Path("/proc/cpuinfo")
     return info.is_file() and "vnni" in info.read_text(encoding="utf-8", errors="replace")
-
-
-def _matrix(weights: Array) -> Array:
-    return weights.reshape(weights.shape[0], -1)
-
-
-def _patches(
-    codes: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding
-) -> Array:
-    """What each output position sees, `[B, *out, taps * C]`, taps in the kernel's order."""
-    padded = jnp.pad(codes, ((0, 0), *padding, (0, 0)))
-    if math.prod(kernel) == 1 and all(stride == 1 for stride in strides):
-        return padded
-    sizes = [
-        (size - k) // stride + 1
-        for size, k, stride in zip(padded.shape[1:-1], kernel, strides, strict=True)
-    ]
-    taps = [
-        padded[
-            (
-                slice(None),
-                *(
-                    slice(start, start + (size - 1) * stride + 1, stride)
-                    for start, size, stride in zip(offset, sizes, strides, strict=True)
-                ),
-            )
-        ]
-        for offset in itertools.product(*map(range, kernel))
-    ]
-    return jnp.concatenate(taps, axis=-1)
 
 
 def _xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:

@@ -1,0 +1,45 @@
+"""What a convolution's kernel sees, gathered by slices, so that products can stand in for it."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+from qvd_jax.axes import Array
+
+Padding = Sequence[tuple[int, int]]
+
+
+def output_sizes(
+    sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], padding: Padding
+) -> list[int]:
+    """Positions a convolution puts out along each spatial axis."""
+    return [
+        (size + sum(pad) - k) // stride + 1
+        for size, k, stride, pad in zip(sizes, kernel, strides, padding, strict=True)
+    ]
+
+
+def taps(x: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding) -> list[Array]:
+    """What each element of the kernel is multiplied with.
+
+    Args:
+      x: `[B, *spatial, C]`.
+      kernel: its spatial sizes.
+      strides: one for each spatial axis.
+      padding: (low, high) for each spatial axis; what is padded is zero.
+
+    Returns:
+      `[B, *out, C]` for each element, in row-major order.
+    """
+    sizes = output_sizes(x.shape[1:-1], kernel, strides, padding)
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+    def tap(offsets: Sequence[int]) -> Array:
+        window = (
+            slice(start, start + (size - 1) * stride + 1, stride)
+            for start, size, stride in zip(offsets, sizes, strides, strict=True)
+        )
+        return padded[(slice(None), *window)]
+
+    return [tap(offsets) for offsets in itertools.product(*map(range, kernel))]

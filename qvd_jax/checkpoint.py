@@ -16,9 +16,9 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -29,6 +29,8 @@ import orbax.checkpoint as ocp
 from qvd_jax import config as configs
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -229,6 +231,51 @@ def restore_params(
             return checkpointer.restore(item, target)
         except Exception as error:
             raise InputError(f"{item} is damaged: its arrays cannot be read") from error
+
+
+def save_component(folder: Path, name: str, config: Any, params: Params, description: str) -> None:
+    """Writes a checkpoint of one component alone, whose name is the family; replaces one there.
+
+    Args:
+      folder: the checkpoint.
+      name: the component.
+      config: the dataclass that shapes it.
+      params: its parameters.
+      description: where they came from.
+    """
+    manifest = Manifest(
+        family=name,
+        components={name: configs.to_dict(config)},
+        scheduler={},
+        defaults={},
+        description=description,
+        versions=package_versions(),
+    )
+    with write_directory(folder, overwrite=True) as partial:
+        save_params(partial, name, params)
+        write_manifest(partial, manifest)
+
+
+def load_component(
+    folder: Path, name: str, config_type: type[T], shapes: Callable[[T], Params]
+) -> tuple[T, Params]:
+    """Reads what `save_component` wrote.
+
+    Args:
+      folder: the checkpoint.
+      name: the component.
+      config_type: the class of its config.
+      shapes: the tree of `jax.ShapeDtypeStruct` that a config asks for.
+
+    Raises:
+      InputError: the folder holds none, or a damaged one.
+    """
+    manifest = read_manifest(folder)
+    if manifest.family != name:
+        raise InputError(f"{folder} is of the family {manifest.family!r}; {name!r} is needed")
+    where = f"{folder / MANIFEST}: {name}"
+    config = configs.from_dict(config_type, manifest.components.get(name), where)
+    return config, restore_params(folder, name, shapes(config))
 
 
 def write_layer_reports(folder: Path, reports: Sequence[dict[str, Any]]) -> None:

@@ -16,11 +16,10 @@ import numpy as np
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import from_dict
 from qvd_jax.data.moving_shapes import ATTRIBUTES
 from qvd_jax.errors import InputError
 
-FAMILY = "video_classifier"
+CLASSIFIER = "classifier"
 _CHUNK_VIDEOS = 32
 
 
@@ -130,11 +129,9 @@ def load_classifier(folder: Path) -> tuple[VideoClassifierConfig, Params]:
     Raises:
       InputError: the folder holds none.
     """
-    manifest = checkpoint.read_manifest(folder)
-    if manifest.family != FAMILY:
-        raise InputError(f"{folder} is of the family {manifest.family!r}; {FAMILY!r} is needed")
-    where = f"{folder / checkpoint.MANIFEST}: classifier"
-    config = from_dict(VideoClassifierConfig, manifest.components.get("classifier"), where)
-    videos = jax.ShapeDtypeStruct((1, config.frames, config.size, config.size, 3), jnp.uint8)
-    shapes = jax.eval_shape(VideoClassifier(config).init, jax.random.key(0), videos)["params"]
-    return config, checkpoint.restore_params(folder, "classifier", shapes)
+
+    def shapes(config: VideoClassifierConfig) -> Params:
+        videos = jnp.zeros((1, config.frames, config.size, config.size, 3), jnp.uint8)
+        return jax.eval_shape(VideoClassifier(config).init, jax.random.key(0), videos)["params"]
+
+    return checkpoint.load_component(folder, CLASSIFIER, VideoClassifierConfig, shapes)

@@ -10,11 +10,11 @@ import optax
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import to_dict
 from qvd_jax.data import moving_shapes
-from qvd_jax.metrics.frechet import FAMILY, VideoClassifier, VideoClassifierConfig
+from qvd_jax.metrics.frechet import CLASSIFIER, VideoClassifier, VideoClassifierConfig
 
 _SHEET_VIDEOS = 8
+_DESCRIPTION = "classifier of the moving shapes, trained by qvd_jax.train"
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ class ClassifierTask:
     def __init__(self, config: ClassifierConfig) -> None:
         self.config = config
         self._classifier = VideoClassifier(config.model)
+        # Both splits: the distance must know what was held out.
+        splits = [moving_shapes.scenes("train"), moving_shapes.scenes("held_out")]
+        self._scenes = np.concatenate(splits)
 
     def init(self, key: Array) -> Params:
         """Fresh parameters."""
@@ -46,9 +49,8 @@ class ClassifierTask:
         return self._classifier.init(key, videos)["params"]
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
-        """Videos of random scenes of both splits: the distance must know what was held out."""
-        every = np.concatenate([moving_shapes.scenes("train"), moving_shapes.scenes("held_out")])
-        scenes = every[rng.integers(len(every), size=size)]
+        """Videos of random scenes, and the scenes."""
+        scenes = self._scenes[rng.integers(len(self._scenes), size=size)]
         model = self.config.model
         return {
             "videos": moving_shapes.render(scenes, rng, model.frames, model.size),
@@ -75,14 +77,4 @@ class ClassifierTask:
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes the classifier as a checkpoint."""
-        manifest = checkpoint.Manifest(
-            family=FAMILY,
-            components={"classifier": to_dict(self.config.model)},
-            scheduler={},
-            defaults={},
-            description="classifier of the moving shapes, trained by qvd_jax.train",
-            versions=checkpoint.package_versions(),
-        )
-        with checkpoint.write_directory(folder, overwrite=True) as partial:
-            checkpoint.save_params(partial, "classifier", params)
-            checkpoint.write_manifest(partial, manifest)
+        checkpoint.save_component(folder, CLASSIFIER, self.config.model, params, _DESCRIPTION)

@@ -11,12 +11,11 @@ import numpy as np
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import from_dict, to_dict
 from qvd_jax.data import moving_shapes
-from qvd_jax.errors import InputError
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 
-_FAMILY = "vae"
+_NAME = "vae"
+_DESCRIPTION = "VAE of the moving shapes, trained by qvd_jax.train"
 _SHEET_ROWS = 8
 _SCALE_FRAMES = 512
 
@@ -46,6 +45,7 @@ class VAETask:
     def __init__(self, config: VAETrainingConfig) -> None:
         self.config = config
         self._vae = AutoencoderKL(config.model)
+        self._scenes = moving_shapes.scenes("train")
 
     def init(self, key: Array) -> Params:
         """Fresh parameters."""
@@ -54,8 +54,7 @@ class VAETask:
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Random frames of random training scenes."""
-        scenes = moving_shapes.scenes("train")
-        chosen = scenes[rng.integers(len(scenes), size=size)]
+        chosen = self._scenes[rng.integers(len(self._scenes), size=size)]
         return {"frames": moving_shapes.render_frames(chosen, rng, self.config.size)[:, None]}
 
     def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
@@ -90,17 +89,7 @@ class VAETask:
         frames = self.batch(rng, _SCALE_FRAMES)["frames"]
         mean, _ = self._vae.apply({"params": params}, to_unit_range(frames), method="encode")
         model = replace(self.config.model, scaling_factor=float(1 / jnp.std(mean)))
-        manifest = checkpoint.Manifest(
-            family=_FAMILY,
-            components={"vae": to_dict(model)},
-            scheduler={},
-            defaults={},
-            description="VAE of the moving shapes, trained by qvd_jax.train",
-            versions=checkpoint.package_versions(),
-        )
-        with checkpoint.write_directory(folder, overwrite=True) as partial:
-            checkpoint.save_params(partial, "vae", params)
-            checkpoint.write_manifest(partial, manifest)
+        checkpoint.save_component(folder, _NAME, model, params, _DESCRIPTION)
 
 
 def load_vae(folder: Path) -> tuple[VAEConfig, Params]:
@@ -109,15 +98,12 @@ def load_vae(folder: Path) -> tuple[VAEConfig, Params]:
     Raises:
       InputError: the folder holds none.
     """
-    manifest = checkpoint.read_manifest(folder)
-    if manifest.family != _FAMILY:
-        raise InputError(f"{folder} is of the family {manifest.family!r}; a VAE is needed")
-    config = from_dict(
-        VAEConfig, manifest.components.get("vae"), f"{folder / checkpoint.MANIFEST}: vae"
-    )
-    pixels = jnp.zeros((1, 1, config.stride, config.stride, config.channels))
-    shapes = jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), pixels)["params"]
-    return config, checkpoint.restore_params(folder, "vae", shapes)
+
+    def shapes(config: VAEConfig) -> Params:
+        pixels = jnp.zeros((1, 1, config.stride, config.stride, config.channels))
+        return jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), pixels)["params"]
+
+    return checkpoint.load_component(folder, _NAME, VAEConfig, shapes)
 
 
 def to_unit_range(video: Array | np.ndarray) -> Array:

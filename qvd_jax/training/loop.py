@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,33 +238,32 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             place = self._folder / str(step)
             try:
-                run = self._manager.restore(
-                    step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-                )
-                described = dict(run["run"])
-                checksum = described.pop("checksum")
+                state = self._read(step, fresh)
+            except InputError:
+                raise
             except Exception as error:  # Orbax raises what its many parts raise.
                 tqdm.tqdm.write(f"{place} is damaged and left out: {first_line(error)}")
                 continue
-            _check_same_run(described, self._described, place)
-            try:
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
-                restored = self._manager.restore(
-                    step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                )["state"]
-                if _checksum(restored) != checksum:
-                    raise ValueError("its arrays do not match their checksum")
-            except Exception as error:
-                tqdm.tqdm.write(f"{place} is damaged and left out: {first_line(error)}")
-                continue
             tqdm.tqdm.write(f"resuming from {place}")
-            return restored, step
+            return state, step
         return fresh, 0
 
+    def _read(self, step: int, fresh: TrainState) -> TrainState:
+        items = ocp.args.Composite(run=ocp.args.JsonRestore())
+        described = dict(self._manager.restore(step, args=items)["run"])
+        checksum = described.pop("checksum")
+        _check_same_run(described, self._described, self._folder / str(step))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, fresh)
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self._manager.restore(step, args=items)["state"]
+        if _checksum(state) != checksum:
+            raise ValueError("its arrays do not match their checksum")
+        return state
 
-def _check_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], where: Path) -> None:
+
+def _check_same_run(found: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
     """Raises `InputError` naming the settings in which two runs differ."""
-    have, want = _flat(found), _flat(expected)
+    have, want = (flax.traverse_util.flatten_dict(tree, sep=".") for tree in (found, expected))
     different = sorted(key for key in have | want if have.get(key) != want.get(key))
     if different:
         listed = ", ".join(
@@ -272,19 +272,9 @@ def _check_same_run(found: Mapping[str, Any], expected: Mapping[str, Any], where
         raise InputError(f"{where} is of another run ({listed}); choose another --out")
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _checksum(state: TrainState) -> int:
     """CRC-32 of all arrays; Orbax's own format would not notice a flipped bit."""
     value = 0
     for leaf in jax.tree.leaves(state):
-        value = zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes(), value)
+        value = zlib.crc32(np.asarray(leaf).tobytes(), value)
     return value

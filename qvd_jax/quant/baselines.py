@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.qtensor import max_code
+from qvd_jax.quant.qtensor import scale_for
 from qvd_jax.quant.scri import CLIP_CANDIDATES, ActivationQuantizer
 
 SMOOTHQUANT_ALPHA = 0.5
@@ -23,9 +23,8 @@ def minmax(lower: Array, upper: Array, bits: int, clip: Array | float = 1.0) -> 
     """
     low, high = lower.min(), upper.max()
     half = clip * (high - low) / 2
-    step = jnp.where(half > 0, half / max_code(bits), 1.0)
     ones = jnp.ones_like(lower)
-    return ActivationQuantizer((low + high) / 2 * ones, ones, step)
+    return ActivationQuantizer((low + high) / 2 * ones, ones, scale_for(half, bits))
 
 
 def mse(lower: Array, upper: Array, inputs: Array, bits: int) -> ActivationQuantizer:
@@ -63,8 +62,7 @@ def smoothquant(lower: Array, upper: Array, weights: Array, bits: int) -> Activa
     alpha = SMOOTHQUANT_ALPHA
     factor = reach**alpha / jnp.maximum(heaviest, 1e-8) ** (1 - alpha)
     factor = jnp.where((reach > 0) & (heaviest > 0), factor, 1.0)
-    widest = (reach / factor).max()
-    step = jnp.where(widest > 0, widest / max_code(bits), 1.0)
+    step = scale_for((reach / factor).max(), bits)
     return ActivationQuantizer(jnp.zeros_like(lower), factor, step)
 
 

@@ -1,6 +1,8 @@
 """What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,17 +47,25 @@ def observe(
     """
     found: dict[str, Statistics] = {}
 
-    def collect(call: Any, call_arguments: Any, options: Any, context: Any) -> Any:
-        layer = context.module
-        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
-            path = "/".join(layer.path)
-            place = jax.random.fold_in(key, len(found))
-            found[path] = _statistics(layer, call_arguments[0], rows, place)
-        return call(*call_arguments, **options)
+    def collect(layer: nn.Module, x: Array, _: Array) -> None:
+        place = jax.random.fold_in(key, len(found))
+        found["/".join(layer.path)] = _statistics(layer, x, rows, place)
 
-    with nn.intercept_methods(collect):
+    with _watching(collect):
         result = module.apply({"params": params}, *arguments, method=method)
     return result, found
+
+
+def _watching(see: Callable[[nn.Module, Array, Array], None]) -> AbstractContextManager[Any]:
+    """Shows `see` every Dense and conv layer that is called, with its input and result."""
+
+    def intercept(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        result = call(*arguments, **options)
+        if isinstance(context.module, nn.Dense | nn.Conv) and context.method_name == "__call__":
+            see(context.module, arguments[0], result)
+        return result
+
+    return nn.intercept_methods(intercept)
 
 
 def _statistics(layer: nn.Module, x: Array, rows: int | None, key: Array) -> Statistics:
@@ -97,16 +107,13 @@ def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct) -> lis
     """
     found: list[Layer] = []
 
-    def note(call: Any, arguments: Any, options: Any, context: Any) -> Any:
-        layer, result = context.module, call(*arguments, **options)
-        if isinstance(layer, nn.Dense | nn.Conv) and context.method_name == "__call__":
-            taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
-            kernel = (*taps, arguments[0].shape[-1], layer.features)
-            flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
-            found.append(Layer("/".join(layer.path), kernel, flops))
-        return result
+    def note(layer: nn.Module, x: Array, result: Array) -> None:
+        taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
+        kernel = (*taps, x.shape[-1], layer.features)
+        flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
+        found.append(Layer("/".join(layer.path), kernel, flops))
 
-    with nn.intercept_methods(note):
+    with _watching(note):
         jax.eval_shape(module.init, jax.random.key(0), *inputs)
     return found
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.qtensor import max_code, quantize, quantize_weights
+from qvd_jax.quant.qtensor import quantize, quantize_weights, scale_for
 
 RANGE_CANDIDATES = 12
 CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -65,7 +65,7 @@ def integrate(
     # A target of zero, of channels that are all constant, leaves them at a factor of one too.
     factor = jnp.maximum(1.0, half / jnp.where(target > 0, target, 1.0))
     widest = (half / factor).max()
-    step = jnp.where(widest > 0, clip * widest / max_code(bits), 1.0)
+    step = scale_for(clip * widest, bits)
     return ActivationQuantizer((lower + upper) / 2, factor, step)
 
 

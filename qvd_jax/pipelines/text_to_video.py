@@ -89,19 +89,23 @@ class ComponentConfigs:
             "text_encoder": CLIPTextEncoder(self.text_encoder, layers),
         }
 
-    def param_shapes(
-        self, dtype: DTypeLike, quantization: Quantization | None = None
-    ) -> dict[str, Params]:
-        """Trees of `jax.ShapeDtypeStruct` of all components' parameters, by name."""
+    def example_inputs(self) -> dict[str, tuple[Array, ...]]:
+        """The smallest inputs that initialize the components, by name."""
         side, pixels = self.unet.stride, self.vae.stride
         latents = jnp.zeros((1, 1, side, side, self.unet.in_channels))
         text = jnp.zeros((1, 1, self.unet.context_dim))
         video = jnp.zeros((1, 1, pixels, pixels, self.vae.channels))
-        inputs = {
+        return {
             "unet": (latents, jnp.zeros(1), text),
             "vae": (video,),
             "text_encoder": (jnp.zeros((1, self.text_encoder.max_length), jnp.int32),),
         }
+
+    def param_shapes(
+        self, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> dict[str, Params]:
+        """Trees of `jax.ShapeDtypeStruct` of all components' parameters, by name."""
+        inputs = self.example_inputs()
         shapes = {}
         for name, module in self.modules(dtype, quantization).items():
             variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])

@@ -16,11 +16,11 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
-from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.clip import CLIPTextConfig
+from qvd_jax.models.unet3d import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines import text_to_video
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, VideoDefaults
+from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline, VideoDefaults
 from qvd_jax.training.tokenizer import make_tokenizer
 from qvd_jax.training.vae import load_vae, to_unit_range
 
@@ -46,6 +46,8 @@ class TextToVideoConfig:
       word_dropout: share of the words that are replaced by the unknown one.
       min_snr_gamma: gamma of the loss weight min(SNR, gamma) / SNR (Hang et al.,
         arXiv 2303.09556, section 3.4).
+      timestep_density: mean and standard deviation of the logit of the timesteps, as shares of
+        the schedule (Esser et al., arXiv 2403.03206, section 3.1); without it they are uniform.
       dtype: in which the result is stored.
     """
 
@@ -59,6 +61,7 @@ class TextToVideoConfig:
     prompt_dropout: float = 0.1
     word_dropout: float = 0.02
     min_snr_gamma: float = 5.0
+    timestep_density: tuple[float, float] | None = None
     dtype: str = "float32"
 
 
@@ -72,19 +75,19 @@ class TextToVideo:
     def __init__(self, config: TextToVideoConfig, seed: int) -> None:
         """Loads the VAE and the bank of its latents, which is encoded once."""
         self.config = config
-        self._vae, self._vae_params = load_vae(Path(config.vae))
+        vae, self._vae_params = load_vae(Path(config.vae))
+        self._components = ComponentConfigs(config.unet, vae, config.text_encoder)
+        self._modules = self._components.modules(jnp.float32)
         self._tokenizer = make_tokenizer()
         if len(self._tokenizer) != config.text_encoder.vocab_size:
             raise InputError(
                 f"text_encoder.vocab_size = {config.text_encoder.vocab_size}: the tokenizer has "
                 f"{len(self._tokenizer)} words"
             )
-        self._unet = UNet3D(config.unet)
-        self._text_encoder = CLIPTextEncoder(config.text_encoder)
         # 16 frames always: a single frame is drawn from a whole video.
         bank = Path(config.vae) / f"bank-{config.bank_videos}-{seed}.npz"
         if not bank.is_file():
-            _encode_bank(bank, self._vae, self._vae_params, config.bank_videos, seed)
+            _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         with np.load(bank) as stored:
             self._scenes, self._latents = stored["scenes"], stored["latents"]
         self._start: dict[str, Params] = {}
@@ -94,20 +97,14 @@ class TextToVideo:
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; those of `config.start` where it has them."""
-        config = self.config
-        components = text_to_video.ComponentConfigs(config.unet, self._vae, config.text_encoder)
-        text = jnp.zeros((1, config.text_encoder.max_length), jnp.int32)
-        side = components.unet.stride
-        latents = jnp.zeros((1, 1, side, side, config.unet.in_channels))
-        context = jnp.zeros((1, 1, config.unet.context_dim))
-        keys = jax.random.split(key)
+        inputs = self._components.example_inputs()
+        keys = dict(zip(("unet", "text_encoder"), jax.random.split(key), strict=True))
         params = {
-            "unet": self._unet.init(keys[0], latents, jnp.zeros(1), context)["params"],
-            "text_encoder": self._text_encoder.init(keys[1], text)["params"],
+            name: self._modules[name].init(keys[name], *inputs[name])["params"] for name in keys
         }
         params["unet"] = _silence_outputs(params["unet"])
         trained = {name: self._start[name] for name in self._start if name in params}
-        return _merge(params, trained, f"{config.start}")
+        return _merge(params, trained, f"{self.config.start}")
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`."""
@@ -139,13 +136,19 @@ class TextToVideo:
         noise_key, step_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, clean.shape)
         count = len(clean)
-        # One timestep in each of `count` equal parts of the schedule: less variance.
+        # One timestep in each of `count` equally likely parts of the schedule: less variance.
         parts = (jnp.arange(count) + jax.random.uniform(step_key, (count,))) / count
+        if self.config.timestep_density is not None:
+            mean, deviation = self.config.timestep_density
+            parts = jax.nn.sigmoid(mean + deviation * jax.scipy.stats.norm.ppf(parts))
         timesteps = jnp.floor(parts * len(self._alphas)).astype(jnp.int32)
+        timesteps = jnp.minimum(timesteps, len(self._alphas) - 1)
         alpha = self._alphas[timesteps][:, None, None, None, None]
         noisy = jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
-        context = self._text_encoder.apply({"params": params["text_encoder"]}, batch["token_ids"])
-        predicted = self._unet.apply(
+        context = self._modules["text_encoder"].apply(
+            {"params": params["text_encoder"]}, batch["token_ids"]
+        )
+        predicted = self._modules["unet"].apply(
             {"params": params["unet"]}, noisy, timesteps.astype(jnp.float32), context
         )
         error = jnp.square(predicted - noise).mean((1, 2, 3, 4))
@@ -155,9 +158,8 @@ class TextToVideo:
     def pipeline(self, params: Params) -> TextToVideoPipeline:
         """The model with these parameters, ready to sample."""
         config = self.config
-        components = text_to_video.ComponentConfigs(config.unet, self._vae, config.text_encoder)
         return TextToVideoPipeline(
-            **components.modules(jnp.float32),
+            **self._modules,
             params={**params, "vae": self._vae_params},
             tokenizer=self._tokenizer,
             scheduler=config.scheduler,

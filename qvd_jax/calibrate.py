@@ -14,6 +14,7 @@ from qvd_jax.cli import (
     add_size_arguments,
     command,
     enable_compilation_cache,
+    passed,
     positive_int,
     read_prompts,
 )
@@ -46,11 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{source} has no prompts of its own; pass --prompts-file FILE")
     enable_compilation_cache()
     pipe = load(source)
-    size: dict[str, int] = {
-        name: value
-        for name in ("frames", "height", "width")
-        if (value := getattr(args, name)) is not None
-    }
+    size = passed(args, "frames", "height", "width")
     layers = list_layers(pipe, size)
     match(policy, layers)
     print(match_table(policy, layers))

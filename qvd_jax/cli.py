@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 
@@ -75,6 +75,11 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=positive_int, metavar="F")
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
+
+
+def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of the named arguments that were passed."""
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
 
 
 def positive_int(text: str) -> int:

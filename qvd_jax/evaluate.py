@@ -25,6 +25,7 @@ from qvd_jax.cli import (
     add_size_arguments,
     command,
     enable_compilation_cache,
+    passed,
     positive_int,
     read_prompts,
 )
@@ -78,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def with_size(pipe: TextToVideoPipeline, args: argparse.Namespace) -> TextToVideoPipeline:
     """The pipeline with what the command line says of steps, frames and size as its defaults."""
-    asked = {name: getattr(args, name) for name in ("steps", "frames", "height", "width")}
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = passed(args, "steps", "frames", "height", "width")
     return replace(pipe, defaults=replace(pipe.defaults, **given))
 
 
@@ -132,7 +132,7 @@ def sample(
 ) -> dict[str, Sampled]:
     """Samples all prompts with every model; the first model is the reference."""
     videos: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    totals = {name: np.zeros((2, _steps(pipe))) for name, pipe in models.items()}
+    totals = {name: np.zeros((2, pipe.defaults.steps)) for name, pipe in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     groups = [(seed, start) for seed in seeds for start in range(0, len(cases.prompts), _BATCH)]
     for seed, start in tqdm.tqdm(groups, desc="sampling", unit="batch"):
@@ -169,10 +169,6 @@ def _keep(path: list[np.ndarray], _: int, latents: Array) -> None:
     path.append(np.array(latents))
 
 
-def _steps(pipe: TextToVideoPipeline) -> int:
-    return pipe.defaults.steps
-
-
 def measure(
     models: dict[str, TextToVideoPipeline],
     sampled: dict[str, Sampled],
@@ -189,7 +185,7 @@ def measure(
             "policy": pipe.quantization.policy if pipe.quantization else "float",
             "unet_bytes": checkpoint.tree_bytes(pipe.params["unet"]),
             "seconds_per_video": found.seconds,
-            "steps": _steps(pipe),
+            "steps": pipe.defaults.steps,
             "guidance_scale": pipe.defaults.guidance_scale,
             "flicker": float(temporal.flicker(found.videos).mean()),
             "layers": checkpoint.read_layer_reports(checkpoint.find(name)),

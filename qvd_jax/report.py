@@ -10,6 +10,8 @@ from typing import Any
 import imageio.v3 as imageio
 import numpy as np
 
+from qvd_jax.data.video_io import tile
+
 Results = Mapping[str, Any]
 
 _GIF_SCALE = 2
@@ -230,8 +232,6 @@ def _layer_table(entry: Mapping[str, Any], opened: bool = False) -> str:
 
 
 def _figure(name: str, videos: np.ndarray) -> str:
-    from qvd_jax.data.video_io import tile
-
     shown = tile(videos).repeat(_GIF_SCALE, axis=1).repeat(_GIF_SCALE, axis=2)
     data = imageio.imwrite(
         "<bytes>", shown, plugin="pillow", extension=".gif", duration=125, loop=0

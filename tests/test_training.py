@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import expit
+from scipy.stats import norm
 
 import qvd_jax
 from qvd_jax.config import from_dict, read_yaml
@@ -17,6 +19,7 @@ from qvd_jax.metrics import frechet
 from qvd_jax.train import RunConfig, make_task
 from qvd_jax.train import main as train_command
 from qvd_jax.training import loop
+from qvd_jax.training.text_to_video import sample_timesteps
 from qvd_jax.training.tokenizer import make_tokenizer
 from qvd_jax.training.vae import load_vae
 
@@ -127,6 +130,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
     [
         ({"steps": 0}, "steps = 0: at least 1"),
         ({"warmup_steps": 12}, "fewer than the 12 steps"),
+        ({"decay_steps": 11}, "decay_steps = 11: at least the 12 steps"),
     ],
 )
 def test_loop_configs_that_cannot_be(change, message):
@@ -147,6 +151,7 @@ loop: {{steps: 2, batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 1, sheet_e
 text_to_video:
   vae: {folder}/vae/model
   start: {start}
+  timestep_density: [0.0, 1.0]
   bank_videos: 8
   unet:
     block_channels: [8, 8]
@@ -196,6 +201,19 @@ def test_every_task_trains_and_its_model_loads(tmp_path):
     assert len(list((tmp_path / "vae" / "model").glob("bank-8-0.npz"))) == 1
     assert qvd_jax.load(video).defaults.frames == 16
     assert (tmp_path / "video" / "sheet-000002.png").is_file()
+
+
+@pytest.mark.parametrize("density", [None, (-0.4, 1.0), (3.0, 2.0)])
+def test_timesteps_have_the_asked_for_density(density):
+    count = 1000
+    drawn = np.asarray(sample_timesteps(jax.random.key(0), count, 100_000, density)) / 100_000
+    shares = np.arange(count + 1) / count
+    with np.errstate(divide="ignore"):
+        edges = shares if density is None else expit(norm.ppf(shares, *density))
+    # Each of the equally likely parts holds one.
+    assert (drawn >= edges[:-1] - 2e-5).all()
+    assert (drawn <= edges[1:] + 2e-5).all()
+    assert drawn.max() < 1
 
 
 def test_word_tokenizer_marks_unknown_words():

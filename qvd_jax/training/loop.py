@@ -35,7 +35,9 @@ class LoopConfig:
       steps: optimizer steps.
       batch_size: examples of a step, over all devices.
       learning_rate: the peak, reached after the warm-up.
-      warmup_steps: over which it rises linearly; a cosine brings it to zero behind them.
+      warmup_steps: over which it rises linearly.
+      decay_steps: after which a cosine has brought it to zero, counted from the first step; None
+        is `steps`.
       weight_decay: of AdamW.
       gradient_clip: largest global norm of the gradient.
       ema_decay: of the moving average of the parameters that is the result.
@@ -48,6 +50,7 @@ class LoopConfig:
     batch_size: int
     learning_rate: float
     warmup_steps: int = 200
+    decay_steps: int | None = None
     weight_decay: float = 0.01
     gradient_clip: float = 1.0
     ema_decay: float = 0.999
@@ -62,6 +65,10 @@ class LoopConfig:
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps}: fewer than the {self.steps} steps are needed"
+            )
+        if self.decay_steps is not None and self.decay_steps < self.steps:
+            raise ValueError(
+                f"decay_steps = {self.decay_steps}: at least the {self.steps} steps are needed"
             )
 
 
@@ -174,7 +181,7 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
 
 def _optimizer(config: LoopConfig) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(config.warmup_steps, 1), config.steps
+        0.0, config.learning_rate, max(config.warmup_steps, 1), config.decay_steps or config.steps
     )
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),

@@ -135,14 +135,9 @@ class TextToVideo:
         clean = batch["latents"].astype(jnp.float32)
         noise_key, step_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, clean.shape)
-        count = len(clean)
-        # One timestep in each of `count` equally likely parts of the schedule: less variance.
-        parts = (jnp.arange(count) + jax.random.uniform(step_key, (count,))) / count
-        if self.config.timestep_density is not None:
-            mean, deviation = self.config.timestep_density
-            parts = jax.nn.sigmoid(mean + deviation * jax.scipy.stats.norm.ppf(parts))
-        timesteps = jnp.floor(parts * len(self._alphas)).astype(jnp.int32)
-        timesteps = jnp.minimum(timesteps, len(self._alphas) - 1)
+        timesteps = sample_timesteps(
+            step_key, len(clean), len(self._alphas), self.config.timestep_density
+        )
         alpha = self._alphas[timesteps][:, None, None, None, None]
         noisy = jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
         context = self._modules["text_encoder"].apply(
@@ -152,7 +147,7 @@ class TextToVideo:
             {"params": params["unet"]}, noisy, timesteps.astype(jnp.float32), context
         )
         error = jnp.square(predicted - noise).mean((1, 2, 3, 4))
-        snr = (alpha / (1 - alpha)).reshape(count)
+        snr = (alpha / (1 - alpha)).reshape(len(clean))
         return (error * jnp.minimum(snr, self.config.min_snr_gamma) / snr).mean()
 
     def pipeline(self, params: Params) -> TextToVideoPipeline:
@@ -178,6 +173,29 @@ class TextToVideo:
         pipe = self.pipeline(params)
         stored = jax.tree.map(lambda leaf: leaf.astype(dtype), pipe.params)
         text_to_video.save(replace(pipe, params=stored), folder, overwrite=True)
+
+
+def sample_timesteps(
+    key: Array, count: int, timesteps: int, density: tuple[float, float] | None
+) -> Array:
+    """Draws training timesteps, one in each of `count` equally likely parts: less variance.
+
+    Args:
+      key: of the draw.
+      count: B.
+      timesteps: T of the schedule.
+      density: mean and standard deviation of the logit of t / T (Esser et al., arXiv 2403.03206,
+        section 3.1); None is uniform.
+
+    Returns:
+      int32 `[B]` in [0, T), in rising order.
+    """
+    share = (jnp.arange(count) + jax.random.uniform(key, (count,))) / count
+    if density is not None:
+        mean, deviation = density
+        share = jax.nn.sigmoid(mean + deviation * jax.scipy.stats.norm.ppf(share))
+    # A share may round to one.
+    return jnp.minimum(share * timesteps, timesteps - 1).astype(jnp.int32)
 
 
 def sheet_prompts() -> list[str]:

@@ -118,6 +118,11 @@ def tree_bytes(tree: Params) -> int:
     return sum(math.prod(leaf.shape) * n for leaf, n in zip(leaves, bits, strict=True)) // 8
 
 
+def disk_bytes(folder: Path) -> int:
+    """Bytes of all files of a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def check_tokenizer(folder: Path) -> None:
     """Raises `InputError` if the folder holds no vocabulary.
 

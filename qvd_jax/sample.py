@@ -18,18 +18,19 @@ from qvd_jax.cli import (
     add_size_arguments,
     command,
     enable_compilation_cache,
+    passed,
     positive_int,
     read_prompts,
 )
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import DTYPES, load
+from qvd_jax.pipelines.text_to_video import DTYPES, TextToVideoPipeline, VideoDefaults, load
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses the command line, samples, writes the files, prints where the time went."""
+    """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
     prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
     # The checkpoint's own examples, for who asks for nothing.
@@ -39,50 +40,96 @@ def main(argv: Sequence[str] | None = None) -> None:
     outputs = plan_outputs(
         args.out, prompts, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
+    names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
+    for name in names:
+        checkpoint.read_manifest(checkpoint.find(name))
     print(f"compilation cache: {enable_compilation_cache()}")
 
+    loaded = [timed_load(name, args) for name in names]
+    own, _ = loaded[-1]
+    print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
+    for prompt in prompts:
+        if unknown := own.unknown_words(prompt):
+            print(f"note: the model does not know {', '.join(map(repr, unknown))} in {prompt!r}")
+    want = replace(
+        own.defaults,
+        **passed(args, "frames", "height", "width", "steps", "guidance_scale", "fps"),
+    )
     compile_seconds = _count_compile_seconds()
+    videos, rows = [], []
+    for name, (pipe, seconds) in zip(names, loaded, strict=True):
+        video, times = sample(pipe, prompts, want, args, compile_seconds)
+        videos.append(video)
+        rows.append(cost(name, pipe, {"load": seconds, **times}))
+    write(np.stack(videos), outputs, want.fps)
+    print(cost_table(rows))
+
+
+def timed_load(name: str, args: argparse.Namespace) -> tuple[TextToVideoPipeline, float]:
+    """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
-    pipe = load(args.checkpoint, dtype=DTYPES.get(args.dtype))
+    pipe = load(name, dtype=DTYPES.get(args.dtype))
     if args.scheduler:
         pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
-    seconds = {"load": time.perf_counter() - started}
-    print(f"{pipe.description}; {pipe.scheduler.solver}; {jax.default_backend()}")
-    for prompt in prompts:
-        if unknown := pipe.unknown_words(prompt):
-            print(f"note: the model does not know {', '.join(map(repr, unknown))} in {prompt!r}")
+    return pipe, time.perf_counter() - started
 
-    started = time.perf_counter()
-    steps = args.steps or pipe.defaults.steps
-    loaded = compile_seconds()
-    with tqdm.tqdm(total=steps, desc="sampling", unit="step") as bar:
+
+def sample(
+    pipe: TextToVideoPipeline,
+    prompts: Sequence[str],
+    want: VideoDefaults,
+    args: argparse.Namespace,
+    compile_seconds: Callable[[], float],
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Videos uint8 `[B, F, H, W, 3]` of the prompts, and where the seconds went."""
+    started, before = time.perf_counter(), compile_seconds()
+    with tqdm.tqdm(total=want.steps, desc="sampling", unit="step") as bar:
         latents = pipe(
             prompts,
             args.negative_prompt,
-            frames=args.frames,
-            height=args.height,
-            width=args.width,
-            steps=args.steps,
-            guidance_scale=args.guidance_scale,
+            frames=want.frames,
+            height=want.height,
+            width=want.width,
+            steps=want.steps,
+            guidance_scale=want.guidance_scale,
             seed=args.seed,
             output_type="latents",
             callback_on_step_end=lambda done, _: _set(bar, done),
         )
-    sampled = compile_seconds()
-    seconds["sampling"] = time.perf_counter() - started - (sampled - loaded)
-
-    started = time.perf_counter()
+    sampled, compiled = time.perf_counter(), compile_seconds()
     videos = pipe.decode(latents)
-    seconds["decode"] = time.perf_counter() - started - (compile_seconds() - sampled)
-    seconds["compile"] = compile_seconds() - loaded
-
-    write(videos, outputs, args.fps or pipe.defaults.fps)
-    order = ("load", "compile", "sampling", "decode")
-    print("seconds: " + ", ".join(f"{name} {seconds[name]:.1f}" for name in order))
+    seconds = {
+        "compile": compile_seconds() - before,
+        "sampling": sampled - started - (compiled - before),
+        "decode": time.perf_counter() - sampled - (compile_seconds() - compiled),
+    }
+    return videos, seconds
 
 
 def _set(bar: tqdm.tqdm, done: int) -> None:
     bar.update(done - bar.n)
+
+
+def cost(name: str, pipe: TextToVideoPipeline, seconds: dict[str, float]) -> dict[str, str]:
+    """What a model takes, by column of the table."""
+    on_disk = checkpoint.disk_bytes(checkpoint.find(name) / "unet")
+    in_memory = checkpoint.tree_bytes(pipe.params["unet"])
+    return {
+        "": name,
+        "UNet on disk": f"{on_disk / 1e6:.1f} MB",
+        "in memory": f"{in_memory / 1e6:.1f} MB",
+        **{what: f"{value:.1f} s" for what, value in seconds.items()},
+    }
+
+
+def cost_table(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of `cost` as aligned text."""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    )
 
 
 class Outputs(NamedTuple):
@@ -140,16 +187,27 @@ def plan_outputs(
 
 
 def write(videos: np.ndarray, outputs: Outputs, fps: int) -> None:
-    """Writes videos `[B, F, H, W, 3]` and prints the files' names."""
+    """Writes the files and prints their names.
+
+    Args:
+      videos: uint8 `[M, B, F, H, W, 3]`, of M models; more than one are shown side by side.
+      outputs: the files.
+      fps: frames per second.
+    """
+    models, count = videos.shape[:2]
+    together = videos.reshape(models * count, *videos.shape[2:])
+    grid = video_io.tile(together, columns=count if models > 1 else None)
+    pairs = [video_io.tile(videos[:, i], columns=models) for i in range(len(outputs.each))]
     for path, video in [
-        *((path, video_io.tile(videos)) for path in outputs.together),
-        *zip(outputs.each, videos, strict=bool(outputs.each)),
+        *((path, grid) for path in outputs.together),
+        *zip(outputs.each, pairs, strict=True),
     ]:
         path.parent.mkdir(exist_ok=True)
         video_io.write_video(path, video, fps)
         print(path)
     if outputs.sheet:
-        video_io.write_contact_sheet(outputs.sheet, videos)
+        # One model's row of frames under the other's, prompt by prompt.
+        video_io.write_contact_sheet(outputs.sheet, videos.swapaxes(0, 1).reshape(together.shape))
         print(outputs.sheet)
 
 
@@ -172,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
         default="shapes",
         metavar="DIR|NAME",
         help="a folder, or a model of the package (%(default)s)",
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DIR|NAME",
+        help="another checkpoint to sample from the same noise, shown above or left of this one",
     )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")

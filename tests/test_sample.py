@@ -1,6 +1,7 @@
 """`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 
 from qvd_jax import sample
@@ -30,7 +31,9 @@ def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys)
     assert imageio.improps(out, plugin="FFMPEG").shape[1:3] == (8, 24)
     assert imageio.imread(tmp_path / "video.png").shape == (16, 36, 3)
     assert "compilation cache: " in captured.out
-    assert "seconds: load " in captured.out
+    heading, row = captured.out.splitlines()[-2:]
+    assert heading.split()[-4:] == ["load", "compile", "sampling", "decode"]
+    assert row.startswith(str(tiny_checkpoint))
     assert "2/2" in captured.err, "a progress bar over the steps"
 
 
@@ -46,9 +49,25 @@ def test_without_out_there_is_a_video_a_gif_and_a_sheet(tiny_checkpoint, tmp_pat
     assert imageio.improps("video.gif", plugin="pillow").shape == (3, 8, 24, 3)
 
 
+def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint, tmp_path, capsys):
+    arguments = ["--against", tiny_checkpoint, "--prompt", "a", "b"]
+    assert run(tiny_checkpoint, *arguments, "--out", tmp_path / "all.gif", "--contact-sheet") == 0
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert all(row.startswith(str(tiny_checkpoint)) for row in rows)
+    shown = imageio.imread(tmp_path / "all.gif", plugin="pillow")
+    assert shown.shape == (3, 16, 24, 3)
+    np.testing.assert_array_equal(shown[:, :8], shown[:, 8:])
+    assert (shown[:, :, :12] != shown[:, :, 12:]).any(), "the prompts differ"
+    assert imageio.imread(tmp_path / "all.png").shape == (32, 36, 3)
+    assert run(tiny_checkpoint, *arguments, "--out", tmp_path / "each") == 0
+    pair = imageio.imread(tmp_path / "each" / "000-a.mp4", plugin="FFMPEG")
+    assert pair.shape == (3, 8, 24, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--prompt", "a", "--against", "{tmp}"], "is no qvd_jax checkpoint"),
         ([], "there are no prompts; pass --prompt TEXT or --prompts-file FILE"),
         (["--prompts-file", "{tmp}/none.txt"], "none.txt does not exist"),
         (["--prompts-file", "{tmp}/empty.txt"], "empty.txt has no prompts"),

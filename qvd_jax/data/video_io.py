@@ -63,13 +63,18 @@ def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> Non
     _write_pillow(path, np.concatenate(rows))
 
 
-def tile(videos: np.ndarray) -> np.ndarray:
-    """Videos side by side in one, `[B, F, H, W, 3] -> [F, rows H, columns W, 3]`.
+def tile(videos: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Videos side by side in one; places left over are black.
 
-    The grid is as square as it can be; places left over are black.
+    Args:
+      videos: `[B, F, H, W, 3]`.
+      columns: how many in a row; None makes the grid as square as it can be.
+
+    Returns:
+      `[F, rows H, columns W, 3]`.
     """
     count, frames, height, width, channels = videos.shape
-    columns = int(np.ceil(np.sqrt(count)))
+    columns = columns or int(np.ceil(np.sqrt(count)))
     rows = int(np.ceil(count / columns))
     grid = np.zeros((rows * columns, frames, height, width, channels), videos.dtype)
     grid[:count] = videos

@@ -64,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     save(quantized, args.out, overwrite=args.overwrite, reports=reports)
     if args.report:
-        args.report.mkdir(exist_ok=True)
-        page = report.calibration_html(policy.name, reports)
-        (args.report / "report.html").write_text(page, encoding="utf-8")
+        report.write_calibration(args.report, policy.name, reports)
         print(args.report / "report.html")
+    print(f"{args.out}: {time.perf_counter() - started:.0f} s")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
-    int8 = checkpoint.tree_bytes(quantized.params["unet"])
-    print(
-        f"{args.out}: UNet {int8 / 1e6:.1f} MB, {int8 / float32:.3f} of the {float32 / 1e6:.1f} MB "
-        f"of float32; {time.perf_counter() - started:.0f} s"
-    )
+    for name, place, model in (("float", source, pipe), (policy.name, args.out, quantized)):
+        held = checkpoint.tree_bytes(model.params["unet"])
+        print(
+            f"UNet, {name}: {checkpoint.disk_bytes(place / 'unet') / 1e6:.1f} MB on disk, "
+            f"{held / 1e6:.1f} MB in memory, {held / float32:.3f} of float32's"
+        )
 
 
 def read_policy(name: str) -> Policy:
@@ -125,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
         "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="writes DIR/report.html: layers")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="writes DIR/report.html, pictures"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
     return parser
 

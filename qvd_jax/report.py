@@ -5,12 +5,14 @@ import functools
 import html as escape
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import imageio.v3 as imageio
 import numpy as np
 
 from qvd_jax.data.video_io import tile
+from qvd_jax.quant.calibration import LayerReport
 
 Results = Mapping[str, Any]
 
@@ -96,32 +98,44 @@ def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[s
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
 
 
-def calibration_html(policy: str, reports: Sequence[Any]) -> str:
-    """What calibration found in each layer, and where it changed most, as one page.
+def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport]) -> None:
+    """Writes what calibration found in each layer: report.html, ranges.png and steps.png.
+
+    The pictures show the layer in which SCRI gained most coverage, and the one in which HTDQ gained
+    most temporal discriminability; a policy that has none of these gets no picture.
 
     Args:
+      folder: made if it does not exist.
       policy: its name.
-      reports: `LayerReport` of every quantized layer.
+      reports: of every quantized layer.
     """
-    figures = [report.figures() for report in reports]
-    entry = {"name": policy, "layers": figures}
+    folder.mkdir(exist_ok=True)
+    entry = {"name": policy, "layers": [report.figures() for report in reports]}
     parts = [_plot_layers([entry]), _layer_table(entry, opened=True)]
-    ranged = [report for report in reports if report.coverage_after is not None]
-    ranged.sort(key=lambda report: report.coverage_before - report.coverage_after)
-    temporal = [report for report in reports if report.td_score_after is not None]
-    temporal.sort(key=lambda report: report.td_score_before - report.td_score_after)
+    ranged = _most_gained(reports, "coverage_before", "coverage_after")
+    temporal = _most_gained(reports, "td_score_before", "td_score_after")
     if ranged:
+        draws = [functools.partial(plot_ranges, report=report) for report in ranged]
         parts.append("<h2>Channel ranges before and after, where most was gained</h2>")
-        parts += [_svg(functools.partial(plot_ranges, report=r), 2) for r in ranged[:_EXAMPLES]]
+        parts += [_svg(draw, 2) for draw in draws]
+        (folder / "ranges.png").write_bytes(_plot(draws[0], 2, "png"))
     if temporal:
+        draws = [functools.partial(plot_steps_apart, report=report) for report in temporal]
         parts.append("<h2>Temporal features and how far apart their codes are</h2>")
-        parts += [_svg(functools.partial(plot_steps_apart, report=r)) for r in temporal[:_EXAMPLES]]
-    return _PAGE.format(
-        title=f"qvd_jax: calibration, {escape.escape(policy)}", body="\n".join(parts)
-    )
+        parts += [_svg(draw) for draw in draws]
+        (folder / "steps.png").write_bytes(_plot(draws[0], 1, "png"))
+    title = f"qvd_jax: calibration, {escape.escape(policy)}"
+    page = _PAGE.format(title=title, body="\n".join(parts))
+    (folder / "report.html").write_text(page, encoding="utf-8")
 
 
-def plot_ranges(axes: Any, report: Any) -> None:
+def _most_gained(reports: Sequence[LayerReport], before: str, after: str) -> list[LayerReport]:
+    measured = [report for report in reports if getattr(report, after) is not None]
+    measured.sort(key=lambda report: getattr(report, before) - getattr(report, after))
+    return measured[:_EXAMPLES]
+
+
+def plot_ranges(axes: Any, report: LayerReport) -> None:
     """Draws the channels' ranges, as they are and as the quantizer sees them, on two axes."""
     arrays = report.arrays
     order = np.argsort(arrays["upper"] - arrays["lower"])
@@ -140,7 +154,7 @@ def plot_ranges(axes: Any, report: Any) -> None:
     )
 
 
-def plot_steps_apart(axes: Any, report: Any) -> None:
+def plot_steps_apart(axes: Any, report: LayerReport) -> None:
     """Draws distances between neighboring steps: true, with a uniform quantizer, with HTDQ."""
     arrays = report.arrays
     features = arrays["features"]
@@ -268,17 +282,19 @@ def _plot_layers(entries: Sequence[Mapping[str, Any]]) -> str:
 
 def _svg(draw: Any, columns: int = 1) -> str:
     """A plot, or several side by side, as inline SVG."""
-    import matplotlib
+    text = _plot(draw, columns, "svg").decode()
+    return text[text.index("<svg") :]
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(8, 4), layout="constrained")
+def _plot(draw: Any, columns: int, format: Literal["svg", "png"]) -> bytes:
+    # Figures of their own: pyplot would keep them, and choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained", dpi=120)
+    axes = figure.subplots(1, columns)
     draw(axes)
     for one in np.atleast_1d(axes):
         one.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=format)
+    return buffer.getvalue()

@@ -173,6 +173,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
+        "--report", str(tmp_path / "report"),
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -180,6 +181,14 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     assert "stays float" in printed
     layers = json.loads((tmp_path / "int8" / "layers.json").read_text())
     assert all("/ff/" in layer["path"] for layer in layers)
+    # No layer of this policy reads temporal features.
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "ranges.png"}
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert all(layer["path"] in page for layer in layers)
+    float_line, int8_line = re.findall("UNet, .*: .* MB on disk, .* of float32's", printed)
+    assert float_line.startswith("UNet, float: ")
+    assert float_line.endswith(" 1.000 of float32's")
+    assert float(int8_line.split()[-3]) < 1
     assert checkpoint.read_manifest(tmp_path / "int8").quantization["policy"] == "own"
 
     assert (

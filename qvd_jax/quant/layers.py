@@ -29,6 +29,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8
+from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.models.layers import LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import max_code
@@ -149,10 +150,10 @@ def border_bias(
     Returns:
       `[*out, O]`.
     """
-    for axis, (size, stride, (low, high)) in enumerate(zip(spatial, strides, padding, strict=True)):
-        taken = taps.shape[axis]
-        out = (size + low + high - taken) // stride + 1
-        place = np.arange(out)[:, None] * stride - low + np.arange(taken)[None]
+    sizes = output_sizes(spatial, taps.shape[:-1], strides, padding)
+    for axis, (size, out) in enumerate(zip(spatial, sizes, strict=True)):
+        first = np.arange(out)[:, None] * strides[axis] - padding[axis][0]
+        place = first + np.arange(taps.shape[axis])[None]
         inside = ((place >= 0) & (place < size)).astype(np.float32)
         summed = jnp.tensordot(inside, taps, (1, axis), precision=lax.Precision.HIGHEST)
         taps = jnp.moveaxis(summed, 0, axis)

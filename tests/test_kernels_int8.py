@@ -3,6 +3,7 @@
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,11 @@ def codes(rng, shape, kind):
     return np.full(shape, -128, np.int8)
 
 
+def sums(weights):
+    """What layers store beside their kernel `[O, ...]`."""
+    return weights.astype(np.int32).reshape(len(weights), -1).sum(1)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lead=st.sampled_from([(1,), (7,), (2, 3), (1, 2, 5)]),
@@ -35,14 +41,15 @@ def codes(rng, shape, kind):
 def test_dot_equals_64_bit_integers(lead, k, o, kind, seed):
     rng = np.random.default_rng(seed)
     x, w = codes(rng, (*lead, k), kind), codes(rng, (o, k), kind)
-    found = jax.jit(int8.dot)(x, w)
+    found = jax.jit(int8.dot)(x, w, sums(w))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
 
 
 def test_dot_of_the_largest_contraction_does_not_overflow():
     x, w = np.full((2, 11520), -128, np.int8), np.full((3, 11520), -128, np.int8)
-    np.testing.assert_array_equal(int8.dot(x, w), np.full((2, 3), 128 * 128 * 11520))
+    found = int8.dot(x, w, sums(w))
+    np.testing.assert_array_equal(found, np.full((2, 3), 128 * 128 * 11520))
 
 
 CONVS = [
@@ -75,7 +82,7 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
     rng = np.random.default_rng(0)
     x, w = codes(rng, (2, *size, 5), kind), codes(rng, (4, *kernel, 5), kind)
     expected = conv_in_64_bits(x, w, strides, padding)
-    found = jax.jit(int8.conv, static_argnums=(2, 3))(x, w, strides, padding)
+    found = jax.jit(int8.conv, static_argnums=(3, 4))(x, w, sums(w), strides, padding)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(int8._xla_conv(x, w, strides, padding), expected)
@@ -84,18 +91,22 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
 def test_both_cpu_formulations_agree(monkeypatch):
     rng = np.random.default_rng(0)
     x, w = codes(rng, (6, 33), "random"), codes(rng, (5, 33), "random")
+    image, kernel = codes(rng, (2, 5, 6, 8), "random"), codes(rng, (4, 3, 3, 8), "random")
     results = []
     for vnni in (True, False):
         monkeypatch.setattr(int8, "_has_vnni", lambda vnni=vnni: vnni)
-        results.append(jax.jit(lambda x, w: int8.dot(x, w))(x, w))
-    np.testing.assert_array_equal(*results)
+        jax.clear_caches()
+        dots = int8.dot(x, w, sums(w))
+        convs = int8.conv(image, kernel, sums(kernel), (2, 2), ((1, 1), (1, 1)))
+        results.append([np.asarray(dots), np.asarray(convs)])
+    chex.assert_trees_all_equal(*results)
 
 
 def test_int4_weights():
     rng = np.random.default_rng(0)
     x, w = codes(rng, (6, 33), "random"), rng.integers(-8, 8, (5, 33)).astype(np.int8)
     np.testing.assert_array_equal(
-        int8.dot(x, jnp.asarray(w, jnp.int4)), x.astype(np.int64) @ w.T.astype(np.int64)
+        int8.dot(x, jnp.asarray(w, jnp.int4), sums(w)), x.astype(np.int64) @ w.T.astype(np.int64)
     )
 
 
@@ -105,18 +116,22 @@ def test_products_may_be_mapped_over(axes):
     x = codes(rng, (3, 6, 8) if axes[0] == 0 else (6, 8), "random")
     w = codes(rng, (3, 5, 8) if axes[1] == 0 else (5, 8), "random")
     expected = x.astype(np.int64) @ np.swapaxes(w.astype(np.int64), -1, -2)
-    np.testing.assert_array_equal(jax.vmap(int8.dot, axes)(x, w), expected)
+    totals = w.astype(np.int32).sum(-1)
+    found = jax.vmap(int8.dot, (*axes, axes[1]))(x, w, totals)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_products_keep_int8_operands_on_every_platform(platform, monkeypatch):
     monkeypatch.setattr(int8, "_has_vnni", lambda: True)
 
-    def both(x, w, image, kernel):
-        return int8.dot(x, w), int8.conv(image, kernel, (1, 1), ((1, 1), (1, 1)))
+    def both(x, w, image, kernel, w_sums, kernel_sums):
+        products = int8.conv(image, kernel, kernel_sums, (1, 1), ((1, 1), (1, 1)))
+        return int8.dot(x, w, w_sums), products
 
     shapes = [(8, 16), (4, 16), (2, 6, 6, 4), (8, 3, 3, 4)]
     arguments = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
+    arguments += [jax.ShapeDtypeStruct((n,), jnp.int32) for n in (4, 8)]
     text = export.export(jax.jit(both), platforms=[platform])(*arguments).mlir_module()
     products = [line for line in text.splitlines() if ".dot_general" in line or ".conv" in line]
     products = [line for line in products if "stablehlo.convert" not in line]

@@ -28,48 +28,63 @@ from jax.interpreters import batching, mlir
 from qvd_jax.axes import Array
 from qvd_jax.kernels.patches import Padding, taps
 
-_SIGN_BIT = np.uint8(0x80)
+_ZERO = 128
+"""What unsigned codes have for zero."""
 
 
-def dot(codes: Array, weights: Array) -> Array:
+def dot(codes: Array, weights: Array, sums: Array) -> Array:
     """Contracts the last axes, `[..., K] x [O, K] -> [..., O]`.
 
     Args:
       codes: int8.
       weights: int8 or int4.
+      sums: int32 `[O]`, of the weights over K; recomputing them would read all weights once more.
 
     Returns:
       int32; it cannot overflow while K is below 65,536.
     """
     return lax.platform_dependent(
-        codes, weights.astype(jnp.int8), cpu=_dot_on_cpu, default=_signed_dot
+        codes, weights.astype(jnp.int8), sums, cpu=_dot_on_cpu, default=_dot_elsewhere
     )
 
 
-def conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+def conv(
+    codes: Array, weights: Array, sums: Array, strides: Sequence[int], padding: Padding
+) -> Array:
     """Correlates channels-last codes with a kernel; what is padded has code 0.
 
     Args:
       codes: int8 `[B, *spatial, C]`.
       weights: int8 or int4 `[O, *kernel, C]`.
+      sums: int32 `[O]`, of the weights over kernel and C.
       strides: one for each spatial axis.
       padding: (low, high) for each spatial axis.
 
     Returns:
       int32 `[B, *out, O]`.
     """
-    weights = weights.astype(jnp.int8)
 
-    def patches(product: Any, codes: Array, weights: Array) -> Array:
-        seen = taps(codes, weights.shape[1:-1], strides, padding)
-        return product(jnp.concatenate(seen, axis=-1), weights.reshape(len(weights), -1))
+    def on_cpu(codes: Array, weights: Array, sums: Array) -> Array:
+        if not _has_vnni():
+            return _signed_dot(patches(codes), matrix(weights))
+        return _mixed_dot(patches(_unsigned(codes), fill=_ZERO), matrix(weights), sums)
+
+    def on_cuda(codes: Array, weights: Array, sums: Array) -> Array:
+        del sums
+        return _signed_dot(patches(codes), matrix(weights))
+
+    def elsewhere(codes: Array, weights: Array, sums: Array) -> Array:
+        del sums
+        return _xla_conv(codes, weights, strides, padding)
+
+    def patches(codes: Array, fill: int = 0) -> Array:
+        return jnp.concatenate(taps(codes, weights.shape[1:-1], strides, padding, fill), axis=-1)
+
+    def matrix(weights: Array) -> Array:
+        return weights.reshape(len(weights), -1)
 
     return lax.platform_dependent(
-        codes,
-        weights,
-        cpu=functools.partial(patches, _dot_on_cpu),
-        cuda=functools.partial(patches, _signed_dot),
-        default=functools.partial(_xla_conv, strides=strides, padding=padding),
+        codes, weights.astype(jnp.int8), sums, cpu=on_cpu, cuda=on_cuda, default=elsewhere
     )
 
 
@@ -82,13 +97,25 @@ def _signed_dot(codes: Array, weights: Array) -> Array:
     )
 
 
-def _dot_on_cpu(codes: Array, weights: Array) -> Array:
+def _dot_elsewhere(codes: Array, weights: Array, sums: Array) -> Array:
+    del sums
+    return _signed_dot(codes, weights)
+
+
+def _dot_on_cpu(codes: Array, weights: Array, sums: Array) -> Array:
     if not _has_vnni():
         return _signed_dot(codes, weights)
-    unsigned = lax.bitcast_convert_type(codes, jnp.uint8) ^ _SIGN_BIT
-    excess = 128 * weights.sum(1, dtype=jnp.int32)
-    product = _mixed_dot_p.bind(unsigned.reshape(-1, codes.shape[-1]), weights)
-    return product.reshape(*codes.shape[:-1], -1) - excess.reshape((1,) * (codes.ndim - 1) + (-1,))
+    return _mixed_dot(_unsigned(codes), weights, sums)
+
+
+def _unsigned(codes: Array) -> Array:
+    """Codes moved up by `_ZERO`."""
+    return lax.bitcast_convert_type(codes, jnp.uint8) ^ np.uint8(_ZERO)
+
+
+def _mixed_dot(unsigned: Array, weights: Array, sums: Array) -> Array:
+    product = _mixed_dot_p.bind(unsigned.reshape(-1, unsigned.shape[-1]), weights)
+    return (product - _ZERO * sums[None]).reshape(*unsigned.shape[:-1], -1)
 
 
 @functools.cache
@@ -121,7 +148,7 @@ def _mixed_dot_shape(codes: Any, weights: Any) -> jax.core.ShapedArray:
 
 
 @_mixed_dot_p.def_impl
-def _mixed_dot(codes: Array, weights: Array) -> Array:
+def _mixed_dot_impl(codes: Array, weights: Array) -> Array:
     return jax.jit(_mixed_dot_p.bind)(codes, weights)
 
 
@@ -138,8 +165,8 @@ def _mixed_dot_on_cpu(context: Any, codes: Any, weights: Any) -> list[Any]:
 
 
 def _mixed_dot_elsewhere(codes: Array, weights: Array) -> Array:
-    signed = lax.bitcast_convert_type(codes ^ _SIGN_BIT, jnp.int8)
-    return _signed_dot(signed, weights) + 128 * weights.sum(1, dtype=jnp.int32)[None]
+    signed = lax.bitcast_convert_type(codes ^ np.uint8(_ZERO), jnp.int8)
+    return _signed_dot(signed, weights) + _ZERO * weights.sum(1, dtype=jnp.int32)[None]
 
 
 def _batch_mixed_dot(arguments: Any, axes: Any) -> tuple[Array, int]:

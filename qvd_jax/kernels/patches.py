@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import lax
 
 from qvd_jax.axes import Array
 
@@ -20,20 +21,25 @@ def output_sizes(
     ]
 
 
-def taps(x: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding) -> list[Array]:
+def taps(
+    x: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding, fill: int = 0
+) -> list[Array]:
     """What each element of the kernel is multiplied with.
 
     Args:
       x: `[B, *spatial, C]`.
       kernel: its spatial sizes.
       strides: one for each spatial axis.
-      padding: (low, high) for each spatial axis; what is padded is zero.
+      padding: (low, high) for each spatial axis.
+      fill: what is padded.
 
     Returns:
       `[B, *out, C]` for each element, in row-major order.
     """
     sizes = output_sizes(x.shape[1:-1], kernel, strides, padding)
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # XLA would compute the producer of `x` anew for every tap.
+    x = lax.optimization_barrier(x)
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
 
     def tap(offsets: Sequence[int]) -> Array:
         window = (

@@ -97,6 +97,7 @@ def quantize_layer(
     through_taps = jnp.einsum("c,tco->to", quantizer.shift, weights, precision="highest")
     quantized = {
         "kernel": _stored(codes, taps, channels, spec),
+        "sums": codes.sum(0, dtype=jnp.int32),
         "scale": scale,
         "in_scale": 1 / (quantizer.factor * quantizer.step),
         "in_offset": -quantizer.shift / (quantizer.factor * quantizer.step),
@@ -183,6 +184,7 @@ def _temporal_layer(
     bias = bias + quantizer.offset * weights.sum(0)
     quantized = {
         "kernel": _stored(codes, (), len(weights), spec),
+        "sums": codes.sum(0, dtype=jnp.int32),
         "scale": scale,
         "bias": bias,
         "in_scale": jnp.float32(1 / quantizer.step),

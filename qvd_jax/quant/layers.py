@@ -3,6 +3,7 @@
 A quantized layer has the module path of the float layer it replaces, and these parameters:
 
     kernel      int8 or int4 `[O, *taps, C]`, codes of the weights
+    sums        int32 `[O]`, of these codes, which unsigned products need
     scale       float32 `[O]`, step of the input times scale of the weights
     bias        float32 `[O]`, the layer's own and what the input's shift adds
     in_scale    float32 `[C]`, 1 / (factor step) of the input's quantizer
@@ -11,9 +12,9 @@ A quantized layer has the module path of the float layer it replaces, and these 
                 which is then no part of the bias
 
 With HTDQ `in_scale` and `in_offset` are scalars, and `coarse` is the ratio of the two ranges'
-steps, 0 where there is one range. A float input (16 bits) has none of these three. A step-aware
-layer also reads `gain` from the collection "quant": this step's D as a share of the largest, which
-the parameters have.
+steps, 0 where there is one range. A float input (16 bits) has none of these, and no `sums`. A
+step-aware layer also reads `gain` from the collection "quant": this step's D as a share of the
+largest, which the parameters have.
 """
 
 import functools
@@ -82,10 +83,12 @@ class QuantDense(nn.Dense):
             product = _float_dot(x, kernel)
         elif spec.method == "htdq":
             fine, coarse, ratio = _two_range_codes(self, x, spec)
-            product = int8.dot(fine, kernel) + ratio * int8.dot(coarse, kernel)
+            sums = _sums(self, self.features)
+            product = int8.dot(fine, kernel, sums) + ratio * int8.dot(coarse, kernel, sums)
         else:
             gain = _gain(self, spec)
-            product = int8.dot(_codes(self, x, spec, gain), kernel)
+            codes = _codes(self, x, spec, gain)
+            product = int8.dot(codes, kernel, _sums(self, self.features))
             scale = scale * gain
         return _to_output(product, scale, bias).astype(self.dtype)
 
@@ -120,7 +123,8 @@ class QuantConv(nn.Conv):
         else:
             gain = _gain(self, spec)
             codes = _codes(self, x, spec, gain)
-            product = int8.conv(codes, kernel, self.strides, self.padding)
+            sums = _sums(self, self.features)
+            product = int8.conv(codes, kernel, sums, self.strides, self.padding)
             y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
                 taps = self.param(
@@ -163,6 +167,10 @@ def border_bias(
 def _output_params(layer: nn.Module, features: int) -> tuple[Array, Array]:
     scale = layer.param("scale", nn.initializers.ones, (features,), jnp.float32)
     return scale, layer.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+
+
+def _sums(layer: nn.Module, features: int) -> Array:
+    return layer.param("sums", nn.initializers.zeros, (features,), jnp.int32)
 
 
 def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:

@@ -64,6 +64,7 @@ def test_a_saved_int8_checkpoint_samples_the_same(quantized, tmp_path):
     assert restored.quantization == quantized[0].quantization
     assert {leaf.dtype.name for leaf in jax.tree.leaves(restored.params["unet"])} == {
         "int8",
+        "int32",
         "float32",
     }
     np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), quantized[0](PROMPTS, **SAMPLE))

@@ -5,37 +5,31 @@ python tests/measure_conversion.py --out docs/results/conversion_cpu.json [--dty
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from timed import timed_python
+
+from qvd_jax import checkpoint
 from qvd_jax.benchmark import environment
 
 
 def measure(dtype: str, work: Path) -> dict[str, object]:
-    """Makes a source in `dtype`, converts it to the same, and reads /usr/bin/time's report."""
+    """Makes a source in `dtype`, converts it to the same, timed."""
     source, out = work / f"source-{dtype}", work / f"out-{dtype}"
     make = [sys.executable, str(Path(__file__).with_name("random_animatediff.py"))]
     subprocess.run([*make, str(source), "--size", "sd15", "--dtype", dtype], check=True)
     convert = ["-m", "convert", str(source), "--out", str(out), "--dtype", dtype]
-    timed = subprocess.run(
-        ["/usr/bin/time", "-v", sys.executable, *convert],
-        check=True,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    peak = int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", timed.stderr)[1]) * 1024
-    clock = re.search(r"Elapsed \(wall clock\).*: (?:(\d+):)?(\d+):([\d.]+)", timed.stderr)
-    hours, minutes, seconds = clock.groups()
+    cost = timed_python(*convert)
+    size = checkpoint.disk_bytes(out)
     return {
         "dtype": dtype,
         "output_bytes": size,
-        "peak_bytes": peak,
-        "peak_over_output": round(peak / size, 3),
-        "seconds": int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds),
+        "peak_bytes": cost.peak_bytes,
+        "peak_over_output": round(cost.peak_bytes / size, 3),
+        "seconds": cost.seconds,
     }
 
 

@@ -1,0 +1,74 @@
+"""Time and peak memory of calibrating AnimateDiff v2 at its real size, and of restoring the result.
+
+    python tests/measure_calibration.py --out docs/results/calibration_cpu.json
+
+Random weights (1.31 G parameters), 16x16 latents, 8 frames, 2 prompts, 4 steps, QVD W8A8.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from timed import timed_python
+
+from qvd_jax import checkpoint
+from qvd_jax.benchmark import environment
+
+PROMPTS = "a red circle moving left\na blue square growing\n"
+RESTORE = """
+import sys, time
+import jax, qvd_jax
+started = time.perf_counter()
+pipe = qvd_jax.load(sys.argv[1])
+jax.block_until_ready(pipe.params)
+print(time.perf_counter() - started)
+"""
+
+
+def measure(work: Path) -> dict[str, object]:
+    source, model, int8 = work / "source", work / "model", work / "int8"
+    make = [sys.executable, str(Path(__file__).with_name("random_animatediff.py"))]
+    subprocess.run([*make, str(source), "--size", "sd15", "--dtype", "bfloat16"], check=True)
+    timed_python("-m", "convert", str(source), "--out", str(model))
+    (work / "prompts.txt").write_text(PROMPTS)
+    sizes = ["--frames", "8", "--height", "128", "--width", "128", "--steps", "4"]
+    options = ["--checkpoint", str(model), "--out", str(int8), *sizes]
+    calibration = timed_python(
+        "-m", "qvd_jax.calibrate", *options, "--prompts-file", str(work / "prompts.txt")
+    )
+    print(calibration.printed)
+    restored = timed_python("-c", RESTORE, str(int8))
+    size = checkpoint.disk_bytes(int8)
+    return {
+        "calibration": {"seconds": calibration.seconds, "peak_bytes": calibration.peak_bytes},
+        "restore": {
+            "seconds": float(restored.printed),
+            "peak_bytes": restored.peak_bytes,
+            "peak_over_size": round(restored.peak_bytes / size, 3),
+        },
+        "unet_bytes_on_disk": {
+            "float32": checkpoint.disk_bytes(model / "unet"),
+            "qvd-w8a8": checkpoint.disk_bytes(int8 / "unet"),
+        },
+        "int8_checkpoint_bytes": size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="for 13 GB of checkpoints; a temporary folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as work:
+        results = measure(Path(work))
+    command = f"python tests/measure_calibration.py --out {args.out}"
+    record = {"command": command, **environment(), "results": results}
+    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from pathlib import Path
 from timed import timed_python
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmark import environment
+from qvd_jax.benchmarks.rounds import environment
 
 PROMPTS = "a red circle moving left\na blue square growing\n"
 RESTORE = """

@@ -13,7 +13,7 @@ from pathlib import Path
 from timed import timed_python
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmark import environment
+from qvd_jax.benchmarks.rounds import environment
 
 
 def measure(dtype: str, work: Path) -> dict[str, object]:

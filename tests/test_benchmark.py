@@ -1,10 +1,14 @@
 """`python -m qvd_jax.benchmark` at toy size: it measures what it says and refuses bad input."""
 
+import functools
 import json
+import time
 
 import pytest
 
 from qvd_jax import benchmark
+from qvd_jax.benchmarks import rounds
+from qvd_jax.errors import InputError
 
 
 @pytest.mark.slow
@@ -12,24 +16,48 @@ def test_unet_is_timed_beside_diffusers(tmp_path, capsys):
     out = tmp_path / "unet.json"
     arguments = ["unet", "--size", "tiny", "--against", "diffusers", "--frames", "2"]
     sizes = ["--height", "32", "--width", "48", "--rounds", "2", "--out", str(out)]
-    sizes += ["--policy", "minmax-w8a8"]
+    sizes += ["--policy", "minmax-w8a8", "--dtype", "bfloat16"]
     assert benchmark.main([*arguments, *sizes]) == 0
     record = json.loads(out.read_text())
-    assert [(r["framework"], r["dtype"], r["policy"]) for r in record["results"]] == [
-        (name, dtype, policy)
-        for dtype in ("float32", "bfloat16")
-        for name, policy in (("qvd_jax", None), ("diffusers", None), ("qvd_jax", "minmax-w8a8"))
+    assert [(r["framework"], r["mode"]) for r in record["results"]] == [
+        ("qvd_jax", "float"),
+        ("qvd_jax", "minmax-w8a8"),
+        ("diffusers", "eager"),
+        ("diffusers", "compiled"),
+        ("diffusers", "compiled channels_last"),
     ]
     assert all(len(r["rounds_s"]) == 2 and r["median_s"] > 0 for r in record["results"])
     assert record["case"]["height"] == 4
     assert {"jax", "torch", "diffusers"} <= set(record["versions"])
-    assert "| diffusers | bfloat16 |" in capsys.readouterr().out
+    assert "| diffusers eager | bfloat16 |" in capsys.readouterr().out
 
 
-def test_a_missing_peer_is_named_with_its_install_command(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    assert benchmark.main(["unet", "--against", "diffusers"]) == 2
-    assert "pip install diffusers torch" in capsys.readouterr().err
+def build_sleeper(case, variant):
+    return functools.partial(time.sleep, case * float(variant.mode))
+
+
+def build_nothing(case, variant):
+    raise SystemExit("no such thing")
+
+
+def test_variants_run_in_turn_and_their_medians_are_theirs(capfd):
+    variants = [rounds.Variant("a", mode, "float32") for mode in ("1", "3")]
+    variants += [rounds.Variant("b", "2", "float32")]
+    results = rounds.measure({"a": build_sleeper, "b": build_sleeper}, 0.02, variants, 3)
+    assert [r["median_s"] >= 0.02 * float(r["mode"]) for r in results] == [True] * 3
+    assert all(len(r["rounds_s"]) == 3 for r in results)
+    assert "| a 1 | float32 |" in rounds.table(results, variants[0])
+    with pytest.raises(InputError, match="b 2 ended early"):
+        rounds.measure({"a": build_sleeper, "b": build_nothing}, 0.02, variants, 3)
+    capfd.readouterr()
+
+
+def test_missing_peers_are_named_with_their_install_command(capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name == "qwix" or None)
+    assert benchmark.installed(["diffusers", "qwix"]) == ["qwix"]
+    assert "diffusers is left out: pip install torch diffusers" in capsys.readouterr().err
+    with pytest.raises(InputError, match="none of torchao is installed"):
+        benchmark.installed(["torchao"])
 
 
 def test_an_unknown_policy_is_refused_before_anything_runs(capsys):

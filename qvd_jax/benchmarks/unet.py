@@ -1,0 +1,114 @@
+"""One forward of our UNet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.models.layers import FLOAT, LayerSet
+from qvd_jax.models.unet3d import UNet3D, UNet3DConfig, animatediff
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.observers import list_layers
+from qvd_jax.quant.policy import match, named_policy
+
+SIZES = {
+    "sd15": animatediff("v2"),
+    "tiny": UNet3DConfig(
+        block_channels=(32, 64),
+        attention_levels=(True, False),
+        num_heads=(4, 4),
+        temporal_heads=(4, 4),
+        context_dim=32,
+        norm_groups=8,
+        down_eps=(1e-5, 1e-5),
+        up_eps=(1e-5, 1e-5),
+        temporal_mid_block=True,
+    ),
+}
+FLOAT_MODE = "float"
+
+_TEXT_LENGTH = 77
+
+
+@dataclass(frozen=True)
+class Case:
+    """One forward of a UNet.
+
+    Attributes:
+      size: name of an entry of `SIZES`.
+      batch: B, guidance halves included.
+      frames: F.
+      height: H of the latents.
+      width: W of the latents.
+    """
+
+    size: str
+    batch: int
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def config(self) -> UNet3DConfig:
+        """The UNet's config."""
+        return SIZES[self.size]
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Latents `[B, F, H, W, C]` and text `[B, L, C]`, the same for every variant."""
+        rng = np.random.default_rng(0)
+        shape = (self.batch, self.frames, self.height, self.width, self.config.in_channels)
+        text = (self.batch, _TEXT_LENGTH, self.config.context_dim)
+        return (
+            rng.standard_normal(shape, dtype=np.float32),
+            rng.standard_normal(text, dtype=np.float32),
+        )
+
+    def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What the UNet is called with: latents, timestep, text."""
+        latents, text = self.inputs()
+        timestep = np.zeros(1, np.float32)
+        return tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (latents, timestep, text))
+
+
+def build(case: Case, variant: Variant) -> Run:
+    """Our UNet with random weights, jit-compiled; temporal and text features are included."""
+    module = UNet3D(case.config, layers(case, variant))
+    return jitted(module.apply, random_params(module, case), case, variant.dtype)
+
+
+def layers(case: Case, variant: Variant) -> LayerSet:
+    """Float layers, or those of the policy that is the variant's mode."""
+    dtype = jnp.dtype(variant.dtype)
+    if variant.mode == FLOAT_MODE:
+        return replace(FLOAT, dtype=dtype, param_dtype=dtype)
+    found = list_layers(UNet3D(case.config), *case.shapes())
+    return layer_set(match(named_policy(variant.mode), found), dtype)
+
+
+def random_params(module: UNet3D, case: Case) -> Params:
+    """Random parameters of a UNet's shapes and dtypes."""
+    rng = np.random.default_rng(1)
+
+    def random(leaf: jax.ShapeDtypeStruct) -> Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            # What four bits hold; speed does not depend on the values.
+            return jnp.asarray(rng.integers(-7, 8, leaf.shape, np.int8)).astype(leaf.dtype)
+        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    return jax.tree.map(random, param_shapes(module, case))
+
+
+def param_shapes(module: UNet3D, case: Case) -> Params:
+    """The tree of `jax.ShapeDtypeStruct` of a UNet's variables."""
+    return jax.eval_shape(module.init, jax.random.key(0), *case.shapes())
+
+
+def jitted(apply: Callable[..., Array], params: Params, case: Case, dtype: str) -> Run:
+    """One forward of a jit-compiled UNet, to its end."""
+    latents, text = (jnp.asarray(x, dtype) for x in case.inputs())
+    forward = jax.jit(apply)
+    return lambda: jax.block_until_ready(forward(params, latents, jnp.array([500.0]), text))

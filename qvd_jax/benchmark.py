@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from qvd_jax.benchmarks import peers, rounds, unet
+from qvd_jax.benchmarks import peers, products, rounds, unet
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import command, positive_int
 from qvd_jax.data.video_io import check_writable
@@ -32,9 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{args.height}x{args.width} pixels: both sides must be multiples of {stride}"
         )
-    variants = unet_variants(args.dtype, args.policy, installed(args.against))
-    results = rounds.measure({OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
-    print(rounds.table(results, variants[0]))
+    if args.what == "products":
+        results = products.measure(case)
+        print(products.table(results))
+    else:
+        variants = unet_variants(args.dtype, args.policy, installed(args.against))
+        results = rounds.measure({OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
+        print(rounds.table(results, variants[0]))
     if args.out:
         record = {
             "command": f"python -m qvd_jax.benchmark {' '.join(argv or sys.argv[1:])}",
@@ -78,7 +82,11 @@ def unet_variants(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.benchmark", description=__doc__)
-    parser.add_argument("what", choices=["unet"], help="one forward of the UNet")
+    parser.add_argument(
+        "what",
+        choices=["products", "unet"],
+        help="every formulation of every product by shape, or one forward of the UNet",
+    )
     parser.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
     parser.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
     parser.add_argument("--size", choices=unet.SIZES, default="sd15")

@@ -7,8 +7,11 @@ import time
 import pytest
 
 from qvd_jax import benchmark
-from qvd_jax.benchmarks import rounds
+from qvd_jax.benchmarks import products, rounds
+from qvd_jax.benchmarks.unet import SIZES, Case
 from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.quant.observers import list_layers
 
 
 @pytest.mark.slow
@@ -30,6 +33,21 @@ def test_unet_is_timed_beside_diffusers(tmp_path, capsys):
     assert record["case"]["height"] == 4
     assert {"jax", "torch", "diffusers"} <= set(record["versions"])
     assert "| diffusers eager | bfloat16 |" in capsys.readouterr().out
+
+
+def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
+    out = tmp_path / "products.json"
+    sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
+    assert benchmark.main(["products", *sizes, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())["results"]
+    layers = list_layers(UNet3D(SIZES["tiny"]), *Case("tiny", 1, 2, 2, 2).shapes())
+    assert sum(r["count"] for r in results) == len(layers)
+    keys = ("inputs", "kernel", "strides")
+    timed = [(products.Product(*(tuple(r[key]) for key in keys)), r["count"]) for r in results]
+    assert sum(p.flops * count for p, count in timed) == sum(layer.flops for layer in layers)
+    assert all(products.DISPATCHED in r["seconds"] for r in results)
+    assert not [r["failures"] for r in results if r["failures"]]
+    assert f"| {products.DISPATCHED} |" in capsys.readouterr().out
 
 
 def build_sleeper(case, variant):

@@ -15,12 +15,14 @@ from qvd_jax.quant.policy import (
 )
 
 LAYERS = [
-    Layer("conv_in", (3, 3, 4, 8), 100.0),
-    Layer("time_embedding/linear_1", (8, 32), 10.0),
-    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), 10.0),
-    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), 1000.0),
-    Layer("down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv", (8, 24), 500.0),
-    Layer("conv_out", (3, 3, 8, 4), 100.0),
+    Layer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8)),
+    Layer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32)),
+    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8)),
+    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8)),
+    Layer(
+        "down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv", (8, 24), (16, 2, 8), (16, 2, 24)
+    ),
+    Layer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4)),
 ]
 
 
@@ -61,6 +63,8 @@ def test_the_first_rule_that_matches_decides():
         ["down_blocks_*", "2", "832"],
         ["(no", "rule)", "3"],
     ]
+    # Two per weight and position: 32 positions of to_qkv.
+    assert LAYERS[4].flops == 2 * 8 * 24 * 32
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def conv(
 
     def elsewhere(codes: Array, weights: Array, sums: Array) -> Array:
         del sums
-        return _xla_conv(codes, weights, strides, padding)
+        return xla_conv(codes, weights, strides, padding)
 
     def patches(codes: Array, fill: int = 0) -> Array:
         return jnp.concatenate(taps(codes, weights.shape[1:-1], strides, padding, fill), axis=-1)
@@ -125,7 +125,8 @@ def _has_vnni() -> bool:
     return info.is_file() and "vnni" in info.read_text(encoding="utf-8", errors="replace")
 
 
-def _xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+def xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+    """`conv` as XLA's own convolution; on the GPU it does not compile for int32 results."""
     spatial = "DHW"[-(codes.ndim - 2) :]
     return lax.conv_general_dilated(
         codes,

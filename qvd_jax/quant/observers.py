@@ -1,6 +1,5 @@
 """What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
 
-import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -99,7 +98,7 @@ def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
 
 
 def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct) -> list[Layer]:
-    """The Dense and conv layers a module calls, with the operations of one call.
+    """The Dense and conv layers a module calls, with the shapes of one call.
 
     Args:
       module: built of float layers.
@@ -110,8 +109,7 @@ def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct) -> lis
     def note(layer: nn.Module, x: Array, result: Array) -> None:
         taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
         kernel = (*taps, x.shape[-1], layer.features)
-        flops = 2.0 * math.prod(kernel) * math.prod(result.shape[:-1])
-        found.append(Layer("/".join(layer.path), kernel, flops))
+        found.append(Layer("/".join(layer.path), kernel, x.shape, result.shape))
 
     with _watching(note):
         jax.eval_shape(module.init, jax.random.key(0), *inputs)

@@ -148,17 +148,24 @@ class Layer:
     Attributes:
       path: module path, parts joined by "/".
       kernel: shape of the kernel, `[*taps, C, O]`.
-      flops: multiplications and additions of one forward.
+      inputs: shape of what it is called with in one forward, `[..., C]`.
+      outputs: shape of what it returns, `[..., O]`.
     """
 
     path: str
     kernel: tuple[int, ...]
-    flops: float
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
 
     @property
     def parameters(self) -> int:
         """How many numbers the kernel has."""
         return math.prod(self.kernel)
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one forward."""
+        return 2 * self.parameters * math.prod(self.outputs[:-1])
 
 
 def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:

@@ -1,0 +1,243 @@
+"""Every formulation of every product of the UNet, by shape: what the dispatch is decided from."""
+
+import functools
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax import lax
+from jax.typing import DTypeLike
+
+from qvd_jax.axes import Array
+from qvd_jax.benchmarks.unet import Case
+from qvd_jax.errors import first_line
+from qvd_jax.kernels import floating, int8
+from qvd_jax.kernels.patches import taps
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.quant.observers import list_layers
+
+DISPATCHED = "int8, ours"
+"""The formulation `qvd_jax.kernels.int8` chooses."""
+
+_REPEATS = 20
+_CHECKED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of the UNet.
+
+    Attributes:
+      inputs: `[M, K]`, or `[N, *spatial, C]` of a convolution.
+      kernel: `[O, K]`, or `[O, *taps, C]`.
+      strides: of a convolution, one for each spatial axis.
+    """
+
+    inputs: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+
+    @property
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """Half the kernel on each side."""
+        return tuple((k // 2, k // 2) for k in self.kernel[1:-1])
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions."""
+        positions = np.prod(self.inputs[:-1]) // np.prod(self.strides or (1,))
+        return int(2 * np.prod(self.kernel) * positions)
+
+
+def products(case: Case) -> Counter[Product]:
+    """The distinct products of one forward, and how often each occurs."""
+    found: Counter[Product] = Counter()
+    for layer in list_layers(UNet3D(case.config), *case.shapes()):
+        kernel = (layer.kernel[-1], *layer.kernel[:-1])
+        rank = len(kernel) - 2
+        spatial = layer.inputs[len(layer.inputs) - rank - 1 : -1]
+        rows = int(np.prod(layer.inputs[:-1])) // int(np.prod(spatial))
+        out = layer.outputs[len(layer.outputs) - rank - 1 : -1]
+        strides = tuple(a // b for a, b in zip(spatial, out, strict=True))
+        found[Product((rows, *spatial, layer.inputs[-1]), kernel, strides)] += 1
+    return found
+
+
+class Formulation(NamedTuple):
+    """One way to compute a product.
+
+    Attributes:
+      run: from the inputs, the prepared weights and their sums to the result.
+      dtype: of both operands.
+      prepare: puts the weights `[O, *taps, K]` into the order `run` wants them in.
+    """
+
+    run: Callable[[Array, Array, Array], Array]
+    dtype: DTypeLike = jnp.int8
+    prepare: Callable[[np.ndarray], np.ndarray] = np.asarray
+
+
+def formulations(product: Product) -> dict[str, Formulation]:
+    """What could compute a product, by name."""
+    if not product.strides:
+        transposed = np.transpose
+        return {
+            "float32": Formulation(_float_dot, jnp.float32, transposed),
+            "bfloat16": Formulation(_float_dot, jnp.bfloat16, transposed),
+            "int8, [O, K]": Formulation(lambda x, w, sums: _int8_dot(x, w)),
+            "int8, [K, O]": Formulation(lambda x, w, sums: _int8_dot(x, w.T), prepare=transposed),
+            DISPATCHED: Formulation(int8.dot),
+        }
+    where = product.strides, product.padding
+
+    def convolution(x: Array, w: Array, sums: Array) -> Array:
+        return int8.xla_conv(x, w, *where)
+
+    float_conv = functools.partial(_float_conv, product)
+    outputs_last = functools.partial(np.moveaxis, source=0, destination=-1)
+    return {
+        "float32": Formulation(float_conv, jnp.float32, outputs_last),
+        "bfloat16": Formulation(float_conv, jnp.bfloat16, outputs_last),
+        "int8, convolution": Formulation(convolution),
+        # XLA's GPU convolutions of int8 exist only with this conversion right behind them.
+        "int8, convolution to float32": Formulation(
+            lambda x, w, sums: convolution(x, w, sums).astype(jnp.float32)
+        ),
+        "int8, patches": Formulation(functools.partial(_int8_gathered, product, parts=1)),
+        "int8, rows": Formulation(
+            functools.partial(_int8_gathered, product, parts=product.kernel[1])
+        ),
+        DISPATCHED: Formulation(lambda x, w, sums: int8.conv(x, w, sums, *where)),
+    }
+
+
+def measure(case: Case) -> list[dict[str, Any]]:
+    """Times all formulations of all products.
+
+    Returns:
+      For each product its shapes, how often it occurs, the median seconds of each formulation, of
+      one that cannot run the reason, and of one whose integers are wrong that.
+    """
+    results = []
+    found = sorted(products(case).items(), key=lambda item: -item[0].flops * item[1])
+    for product, count in tqdm.tqdm(found, desc="products", unit="shape"):
+        x, w = _operands(product)
+        sums = w.astype(np.int32).reshape(len(w), -1).sum(1)
+        seconds: dict[str, float] = {}
+        failures: dict[str, str] = {}
+        for name, formulation in formulations(product).items():
+            try:
+                seconds[name] = _time(formulation, product, x, w, sums)
+            except Exception as error:  # Backends refuse what they cannot in many ways.
+                failures[name] = first_line(error)
+        results.append(
+            {**asdict(product), "count": count, "seconds": seconds, "failures": failures}
+        )
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Formulations by shape as Markdown, in billions of operations per second."""
+    names = list(dict.fromkeys(name for r in results for name in r["seconds"]))
+    lines = [
+        "| inputs | kernel | times | " + " | ".join(names) + " |",
+        "|---|---|---:|" + "---:|" * len(names),
+    ]
+    for r in results:
+        product = Product(r["inputs"], r["kernel"], r["strides"])
+        speeds = (
+            f"{product.flops / r['seconds'][name] / 1e9:.0f}" if name in r["seconds"] else ""
+            for name in names
+        )
+        shapes = f"| {list(r['inputs'])} | {list(r['kernel'])} | {r['count']} | "
+        lines.append(shapes + " | ".join(speeds) + " |")
+    return "\n".join(lines)
+
+
+def _operands(product: Product) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-127, 128, product.inputs, np.int8)
+    # Extreme codes in some channels: sums that only integers hold.
+    x[..., : max(x.shape[-1] // 4, 1)] = 127
+    w = rng.integers(-127, 128, product.kernel, np.int8)
+    w[:1] = 127
+    return x, w
+
+
+def _time(
+    formulation: Formulation, product: Product, x: np.ndarray, w: np.ndarray, sums: np.ndarray
+) -> float:
+    run = jax.jit(formulation.run)
+    operands = (
+        jnp.asarray(x, formulation.dtype),
+        jnp.asarray(formulation.prepare(w), formulation.dtype),
+        jnp.asarray(sums),
+    )
+    result = np.asarray(run(*operands))
+    if np.issubdtype(result.dtype, np.integer):
+        _check(result, product, x, w)
+    spent = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        jax.block_until_ready(run(*operands))
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
+
+
+def _check(result: np.ndarray, product: Product, x: np.ndarray, w: np.ndarray) -> None:
+    """Compares some output positions with 64-bit integers.
+
+    Raises:
+      ArithmeticError: they differ.
+    """
+    rng = np.random.default_rng(1)
+    padded = np.pad(x.astype(np.int64), ((0, 0), *product.padding, (0, 0)))
+    flat = w.reshape(len(w), -1).astype(np.int64)
+    for _ in range(_CHECKED_ROWS):
+        place = tuple(int(rng.integers(size)) for size in result.shape[:-1])
+        window: tuple[Any, ...] = tuple(
+            slice(p * s, p * s + k)
+            for p, s, k in zip(place[1:], product.strides, w.shape[1:-1], strict=True)
+        )
+        if (flat @ padded[place[:1] + window].reshape(-1) != result[place]).any():
+            raise ArithmeticError("the result differs from that of 64-bit integers")
+
+
+def _float_dot(x: Array, w: Array, sums: Array) -> Array:
+    del sums
+    last = (((x.ndim - 1,), (0,)), ((), ()))
+    return lax.dot_general(x, w, last, preferred_element_type=jnp.float32)
+
+
+def _int8_dot(x: Array, w: Array) -> Array:
+    last = (((x.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(x, w, last, preferred_element_type=jnp.int32)
+
+
+def _float_conv(product: Product, x: Array, w: Array, sums: Array) -> Array:
+    del sums
+    spatial = "DHW"[-len(product.strides) :]
+    names = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
+    return floating.conv_general_dilated(
+        x, w, product.strides, product.padding, dimension_numbers=names
+    )
+
+
+def _int8_gathered(product: Product, x: Array, w: Array, sums: Array, *, parts: int) -> Array:
+    """One product over whole patches, or one for each row of the kernel."""
+    del sums
+    seen = taps(x, product.kernel[1:-1], product.strides, product.padding)
+    count = len(seen) // parts
+    weights = w.reshape(len(w), parts, -1)
+    rows = [
+        _int8_dot(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), weights[:, i])
+        for i in range(parts)
+    ]
+    return functools.reduce(jnp.add, rows)

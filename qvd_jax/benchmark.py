@@ -1,18 +1,21 @@
-"""`python -m qvd_jax.benchmark unet --against diffusers`: speed, side by side in one run."""
+"""`python -m qvd_jax.benchmark unet --against diffusers`: speed and memory, side by side."""
 
 import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from qvd_jax.benchmarks import peers, products, rounds, unet
+from qvd_jax import checkpoint
+from qvd_jax.benchmarks import peers, products, rounds, sampling, unet
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.cli import command, positive_int
+from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
+from qvd_jax.pipelines.text_to_video import DTYPES
 from qvd_jax.quant.policy import named_policy
 
 OURS = "qvd_jax"
@@ -22,23 +25,10 @@ OURS = "qvd_jax"
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, measures, prints the table, writes the JSON."""
     args = _parser().parse_args(argv)
-    for policy in args.policy:
-        named_policy(policy)
     if args.out:
         check_writable(args.out, overwrite=args.overwrite)
-    case = unet.Case(args.size, args.batch, args.frames, args.height // 8, args.width // 8)
-    stride = 8 * case.config.stride
-    if args.height % stride or args.width % stride:
-        raise InputError(
-            f"{args.height}x{args.width} pixels: both sides must be multiples of {stride}"
-        )
-    if args.what == "products":
-        results = products.measure(case)
-        print(products.table(results))
-    else:
-        variants = unet_variants(args.dtype, args.policy, installed(args.against))
-        results = rounds.measure({OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
-        print(rounds.table(results, variants[0]))
+    case, results, shown = MEASUREMENTS[args.what](args)
+    print(shown)
     if args.out:
         record = {
             "command": f"python -m qvd_jax.benchmark {' '.join(argv or sys.argv[1:])}",
@@ -47,6 +37,72 @@ def main(argv: Sequence[str] | None = None) -> None:
             "results": results,
         }
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+Measured = tuple[unet.Case | sampling.SampleCase, list[dict[str, Any]], str]
+"""The case, the results, and the table that shows them."""
+
+
+def measure_products(args: argparse.Namespace) -> Measured:
+    """Every formulation of every product."""
+    case = _unet_case(args)
+    results = products.measure(case)
+    return case, results, products.table(results)
+
+
+def measure_unet(args: argparse.Namespace) -> Measured:
+    """One forward of the UNet, beside the peers'."""
+    case = _unet_case(args)
+    for policy in args.policy:
+        named_policy(policy)
+    variants = unet_variants(args.dtype, args.policy, installed(args.against))
+    results = rounds.measure({OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
+    return case, results, rounds.table(results, variants[0])
+
+
+def measure_sample(args: argparse.Namespace) -> Measured:
+    """Whole videos: start-up and time."""
+    case, variants = _sample_case(args)
+    starts = sampling.measure_start(case, variants)
+    timed = rounds.measure({OURS: sampling.build}, case, variants, args.rounds)
+    results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
+    shown = f"{sampling.table(starts)}\n\n{rounds.table(timed, variants[0])}"
+    return case, results, shown
+
+
+def measure_memory(args: argparse.Namespace) -> Measured:
+    """Peak memory of loading and sampling."""
+    case, variants = _sample_case(args)
+    results = sampling.measure_memory(case, variants)
+    return case, results, sampling.table(results)
+
+
+MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
+    "products": measure_products,
+    "unet": measure_unet,
+    "sample": measure_sample,
+    "memory": measure_memory,
+}
+
+
+def _unet_case(args: argparse.Namespace) -> unet.Case:
+    frames, height, width = args.frames or 8, args.height or 128, args.width or 128
+    case = unet.Case(args.size, args.batch, frames, height // 8, width // 8)
+    stride = 8 * case.config.stride
+    if height % stride or width % stride:
+        raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
+    return case
+
+
+def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
+    for name in args.checkpoint:
+        checkpoint.read_manifest(checkpoint.find(name))
+    prompts = checkpoint.example_prompts(checkpoint.find(args.checkpoint[0]))[: args.batch]
+    if not prompts:
+        raise InputError(f"{args.checkpoint[0]} has no prompts of its own")
+    steps = args.steps if args.what == "sample" else None
+    case = sampling.SampleCase(tuple(prompts), steps, args.frames, args.height, args.width)
+    return case, [Variant(OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype]
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -82,25 +138,31 @@ def unet_variants(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.benchmark", description=__doc__)
-    parser.add_argument(
-        "what",
-        choices=["products", "unet"],
-        help="every formulation of every product by shape, or one forward of the UNet",
-    )
-    parser.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
-    parser.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
-    parser.add_argument("--size", choices=unet.SIZES, default="sd15")
-    parser.add_argument(
-        "--dtype",
-        nargs="+",
-        choices=["float32", "bfloat16"],
-        default=["float32", "bfloat16"],
-    )
-    for name, default in (("batch", 1), ("frames", 8), ("height", 128), ("width", 128)):
-        parser.add_argument(f"--{name}", type=positive_int, default=default, metavar="N")
-    parser.add_argument("--rounds", type=positive_int, default=9, metavar="N")
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    what = parser.add_subparsers(dest="what", required=True)
+    parsers = {
+        "products": what.add_parser("products", help="every formulation of every product by shape"),
+        "unet": what.add_parser("unet", help="one forward of the UNet, beside the peers'"),
+        "sample": what.add_parser("sample", help="whole videos: start-up and time"),
+        "memory": what.add_parser("memory", help="peak memory of loading and sampling"),
+    }
+    for name, one in parsers.items():
+        one.add_argument("--batch", type=positive_int, default=1, metavar="B")
+        add_size_arguments(one)
+        if name in ("products", "unet"):
+            one.add_argument("--size", choices=unet.SIZES, default="sd15")
+        else:
+            one.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR|NAME")
+        if name != "products":
+            one.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+        if name == "unet":
+            one.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
+            one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
+        if name == "sample":
+            one.add_argument("--steps", type=positive_int, metavar="N")
+        if name in ("unet", "sample"):
+            one.add_argument("--rounds", type=positive_int, default=9, metavar="N")
+        one.add_argument("--out", type=Path, metavar="FILE.json")
+        one.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 
 

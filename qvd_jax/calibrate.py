@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         "--policy", default="qvd-w8a8", metavar="NAME|FILE.yaml", help="(%(default)s)"
     )
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument(
         "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"

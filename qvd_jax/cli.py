@@ -70,8 +70,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --steps, --frames, --height and --width, None where the checkpoint decides."""
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    """Adds --frames, --height and --width, None where the checkpoint decides."""
     parser.add_argument("--frames", type=positive_int, metavar="F")
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")

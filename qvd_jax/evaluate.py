@@ -264,6 +264,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")

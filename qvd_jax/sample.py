@@ -239,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
+    parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument("--scheduler", choices=list(SOLVERS.values()))

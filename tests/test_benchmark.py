@@ -3,9 +3,11 @@
 import functools
 import json
 import time
+from dataclasses import replace
 
 import pytest
 
+import qvd_jax
 from qvd_jax import benchmark
 from qvd_jax.benchmarks import products, rounds
 from qvd_jax.benchmarks.unet import SIZES, Case
@@ -48,6 +50,24 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     assert all(products.DISPATCHED in r["seconds"] for r in results)
     assert not [r["failures"] for r in results if r["failures"]]
     assert f"| {products.DISPATCHED} |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["sample", "memory"])
+def test_checkpoints_are_timed_and_weighed(tiny_checkpoint, tmp_path, capsys, what):
+    pipe = qvd_jax.load(tiny_checkpoint)
+    qvd_jax.save(replace(pipe, defaults=replace(pipe.defaults, prompts=("a",))), tmp_path / "own")
+    sizes = ["--frames", "2", "--height", "8", "--width", "8", "--steps", "2"]
+    options = ["--checkpoint", str(tmp_path / "own"), "--dtype", "float32", *sizes]
+    options += ["--rounds", "2"] if what == "sample" else []
+    out = tmp_path / "out.json"
+    assert benchmark.main([what, *options, "--out", str(out)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    if what == "sample":
+        assert result["cold_s"] > result["warm_s"] > result["median_s"] > 0
+    else:
+        assert 1e8 < result["load_bytes"] < result["sample_2_bytes"]
+    assert "| checkpoint | dtype |" in capsys.readouterr().out
 
 
 def build_sleeper(case, variant):

@@ -1,0 +1,150 @@
+"""Whole videos from checkpoints: start-up without and with a cache, time, peak memory."""
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import tqdm
+
+from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.errors import InputError
+from qvd_jax.pipelines.text_to_video import DTYPES, load
+
+_MEMORY_STEPS = (2, 8)
+
+
+@dataclass(frozen=True)
+class SampleCase:
+    """One call of a pipeline; what is None is the checkpoint's own.
+
+    Attributes:
+      prompts: one video each.
+      steps: S.
+      frames: F.
+      height: H in pixels.
+      width: W in pixels.
+    """
+
+    prompts: tuple[str, ...]
+    steps: int | None
+    frames: int | None
+    height: int | None
+    width: int | None
+
+
+def build(case: SampleCase, variant: Variant) -> Run:
+    """Sampling and decoding with the checkpoint that is the variant's mode."""
+    pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
+
+    def run() -> None:
+        pipe(
+            case.prompts,
+            steps=case.steps,
+            frames=case.frames,
+            height=case.height,
+            width=case.width,
+        )
+
+    return run
+
+
+def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Seconds from a fresh process to its first videos, with an empty cache and with a full one.
+
+    Returns:
+      For each variant `cold_s` and `warm_s`; imports and loading are included.
+    """
+    results = []
+    with tqdm.tqdm(total=2 * len(variants), desc="starting", unit="process") as bar:
+        for variant in variants:
+            with tempfile.TemporaryDirectory() as cache:
+                seconds = []
+                for _ in range(2):
+                    started = time.perf_counter()
+                    _in_fresh_process(_first_videos, case, variant, cache)
+                    seconds.append(time.perf_counter() - started)
+                    bar.update()
+            results.append({**asdict(variant), "cold_s": seconds[0], "warm_s": seconds[1]})
+    return results
+
+
+def measure_memory(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Peak memory of fresh processes: that load, and that sample few or more steps.
+
+    Returns:
+      For each variant `load_bytes` and `sample_N_bytes`, N the number of steps.
+    """
+    results = []
+    with tqdm.tqdm(total=3 * len(variants), desc="memory", unit="process") as bar:
+        for variant in variants:
+            peaks = {"load_bytes": _in_fresh_process(_load_only, case, variant)}
+            bar.update()
+            for steps in _MEMORY_STEPS:
+                peak = _in_fresh_process(_sample_once, case, variant, steps)
+                peaks[f"sample_{steps}_bytes"] = peak
+                bar.update()
+            results.append({**asdict(variant), **peaks})
+    return results
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """Results of either measurement as Markdown."""
+    names = [name for name in results[0] if name.endswith(("_s", "_bytes"))]
+    titles = [name.removesuffix("_s").replace("_", " ") for name in names]
+    titles = [title.replace(" bytes", ", GB") for title in titles]
+    lines = [
+        "| checkpoint | dtype | " + " | ".join(titles) + " |",
+        "|---|---|" + "---:|" * len(names),
+    ]
+    for r in results:
+        values = (
+            f"{r[name] / 1e9:.2f}" if name.endswith("_bytes") else f"{r[name]:.1f} s"
+            for name in names
+        )
+        lines.append(f"| {r['mode']} | {r['dtype']} | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def _in_fresh_process(function: Any, *arguments: Any) -> Any:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{function.__name__.strip('_')} with {arguments[1].mode} ended early; was there "
+                f"too little memory?"
+            ) from error
+
+
+def _first_videos(case: SampleCase, variant: Variant, cache: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    build(case, variant)()
+
+
+def _load_only(case: SampleCase, variant: Variant) -> int:
+    build(case, variant)
+    return _peak_bytes()
+
+
+def _sample_once(case: SampleCase, variant: Variant, steps: int) -> int:
+    build(SampleCase(**{**asdict(case), "steps": steps}), variant)()
+    return _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    """The most this process has held: on an accelerator there, else of ordinary memory."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
@@ -26,18 +27,6 @@ _OTHER_FAMILIES = (
     ("transformer_in", "ModelScope or ZeroScope"),
     ("add_embedding", "Stable Diffusion XL"),
 )
-
-
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
-}
-"""Options of a UNet's `config.json` that change its result but not its tensors' names."""
 
 
 def rename_original(name: str) -> str:
@@ -126,66 +115,28 @@ def unet_config(
     Raises:
       InputError: tensors are missing, or a config value is missing or odd.
     """
-    for key, supported in _ONLY.items():
-        if unet_json.get(key, supported[0]) not in supported:
-            raise InputError(
-                f"{where}: {key} = {unet_json[key]!r} is not supported; it must be "
-                f"{' or '.join(map(repr, supported))}"
-            )
-
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors or len(tensors[name].shape) != 4:
-            raise InputError(f"{where}: the convolution {name} is missing")
-        return tensors[name].shape
-
-    def count(pattern: str) -> int:
-        return len({m[1] for name in tensors if (m := re.match(pattern, name))})
-
-    levels = count(r"down_blocks\.(\d+)\.resnets\.")
-    motion_levels = count(r"down_blocks\.(\d+)\.motion_modules\.")
+    fields = keys.unet_fields(tensors, unet_json, where)
+    levels = len(fields["block_channels"])
+    motion_levels = keys.count(tensors, r"down_blocks\.(\d+)\.motion_modules\.")
     if motion_levels != levels:
         raise InputError(
             f"{where}: the UNet has {levels} levels, its motion modules have {motion_levels}; "
             f"were they made for another base model, such as Stable Diffusion XL?"
         )
-    attention = tuple(count(rf"down_blocks\.{i}\.attentions\.(\d+)\.") > 0 for i in range(levels))
-    context = next(
-        (
-            t.shape[1]
-            for name, t in tensors.items()
-            if name.endswith("attn2.to_k.weight") and ".attentions." in name
-        ),
-        None,
-    )
-    if context is None or not levels:
-        raise InputError(f"{where}: there is no attention to a text")
     # Stable Diffusion 1.5 calls the number of heads attention_head_dim.
     heads = unet_json.get("num_attention_heads") or unet_json.get("attention_head_dim")
     generation = version(tensors)
-    epsilon = _number(unet_json.get("norm_eps", 1e-5), f"{where}: norm_eps")
-    fields = {
-        "in_channels": shape("conv_in.weight")[1],
-        "out_channels": shape("conv_out.weight")[0],
-        "block_channels": [
-            shape(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
-        ],
-        "layers_per_block": count(r"down_blocks\.0\.resnets\.(\d+)\."),
-        "attention_levels": attention,
-        "num_heads": _per_level(heads, levels, f"{where}: attention_head_dim"),
-        "context_dim": context,
-        "norm_groups": unet_json.get("norm_num_groups", 32),
-        "down_eps": [epsilon] * levels,
-        "mid_eps": epsilon,
-        "up_eps": [epsilon] * levels,
+    fields |= {
+        "num_heads": keys.per_level(heads, levels, f"{where}: attention_head_dim"),
         "resnet_norm_scope": "joint" if original_norms and generation == "v1" else "frame",
         "temporal_norm_scope": "frame" if original_norms else "joint",
-        "temporal_heads": _per_level(
+        "temporal_heads": keys.per_level(
             motion_json.get("motion_num_attention_heads", 8),
             levels,
             f"{where}: motion_num_attention_heads",
         ),
         "max_frames": positions(tensors)
-        or _per_level(
+        or keys.per_level(
             motion_json.get("motion_max_seq_length", 32), 1, f"{where}: motion_max_seq_length"
         )[0],
         "temporal_mid_block": generation == "v2",
@@ -199,17 +150,3 @@ def _describe(tensors: Tensors) -> str | None:
         if any(mark in name for name in tensors):
             return family
     return None
-
-
-def _number(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise InputError(f"{where}: a positive number is needed, got {value!r}")
-    return float(value)
-
-
-def _per_level(value: Any, levels: int, where: str) -> tuple[int, ...]:
-    values = list(value) if isinstance(value, list | tuple) else [value] * levels
-    good = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
-    if not good or len(values) != levels:
-        raise InputError(f"{where}: one positive integer, or {levels}, are needed, got {value!r}")
-    return tuple(values)

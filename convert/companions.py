@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
@@ -43,15 +44,18 @@ def vae_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> VAEConf
     """
     if any("time_mix_conv" in name or "temporal_res_block" in name for name in tensors):
         raise InputError(f"{where} is Stable Video Diffusion's; an image VAE is expected")
-    shape = _shapes(tensors, where, "AutoencoderKL")
-    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+
+    def shape(name: str) -> tuple[int, ...]:
+        return keys.require(tensors, name, f"{where} is no AutoencoderKL")
+
+    levels = keys.count(tensors, r"encoder\.down_blocks\.(\d+)\.")
     fields = {
         "channels": shape("encoder.conv_in.weight")[1],
         "latent_channels": shape("decoder.conv_in.weight")[1],
         "block_channels": [
             shape(f"encoder.down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
         ],
-        "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "layers_per_block": keys.count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "norm_groups": json.get("norm_num_groups", 32),
         "scaling_factor": json.get("scaling_factor", 0.18215),
     }
@@ -64,28 +68,18 @@ def text_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> CLIPTe
     Raises:
       InputError: the tensors are no CLIP text tower.
     """
-    shape = _shapes(tensors, where, "CLIP text encoder")
+
+    def shape(name: str) -> tuple[int, ...]:
+        return keys.require(tensors, name, f"{where} is no CLIP text encoder")
+
     vocabulary, hidden = shape("embeddings.token_embedding.weight")
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": shape("encoder.layers.0.mlp.fc1.weight")[0],
-        "num_layers": _count(tensors, r"encoder\.layers\.(\d+)\."),
+        "num_layers": keys.count(tensors, r"encoder\.layers\.(\d+)\."),
         "num_heads": json.get("num_attention_heads", 12),
         "max_length": shape("embeddings.position_embedding.weight")[0],
         "activation": json.get("hidden_act", "quick_gelu"),
     }
     return from_dict(CLIPTextConfig, fields, where)
-
-
-def _shapes(tensors: Tensors, where: str, kind: str) -> Any:
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in tensors:
-            raise InputError(f"{where} is no {kind}: the tensor {name} is missing")
-        return tensors[name].shape
-
-    return shape
-
-
-def _count(tensors: Tensors, pattern: str) -> int:
-    return len({match[1] for name in tensors if (match := re.match(pattern, name))})

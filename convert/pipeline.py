@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, names
+from convert import animatediff, companions, modelscope, names
 from convert.lora import merge_lora
 from convert.names import Names
 from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
@@ -40,6 +40,7 @@ class Source:
       tokenizer: the tokenizer's folder.
       scheduler: noise schedule and solver.
       defaults: of a video.
+      family: "animatediff" or "modelscope".
       description: one line on what it is.
       notes: what the user should know, such as a config that the tensors contradict.
     """
@@ -49,6 +50,7 @@ class Source:
     tokenizer: Path
     scheduler: schedules.SchedulerConfig
     defaults: VideoDefaults
+    family: str
     description: str
     notes: tuple[str, ...]
 
@@ -67,6 +69,7 @@ class Progress(NamedTuple):
     total: int
 
 
+_TITLES = {"animatediff": "AnimateDiff", "modelscope": "ModelScope"}
 _NAMES: dict[str, Names] = {
     "unet": names.UNET,
     "vae": names.VAE,
@@ -77,7 +80,7 @@ _NAMES: dict[str, Names] = {
 def open_source(
     source: Path, motion: Path | None = None, loras: Sequence[tuple[Path, float]] = ()
 ) -> Source:
-    """Opens a diffusers folder: an AnimateDiff pipeline, or Stable Diffusion 1.5 and motion.
+    """Opens a diffusers folder: AnimateDiff, ModelScope, or Stable Diffusion 1.5 and motion.
 
     Args:
       source: the folder.
@@ -94,12 +97,13 @@ def open_source(
     if missing:
         raise InputError(
             f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image or "
-            f"AnimateDiff pipeline"
+            f"text-to-video pipeline"
         )
     checkpoint.check_tokenizer(source / "tokenizer")
-    unet, config, notes = _open_unet(source, motion)
+    unet = _open_unet(source, motion)
+    tensors, notes = unet.tensors, [*unet.notes]
     for path, scale in loras:
-        unet = merge_lora(unet, path, scale, animatediff.rename_original)
+        tensors = merge_lora(tensors, path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")
 
     vae_folder, text_folder = source / "vae", source / "text_encoder"
@@ -108,23 +112,22 @@ def open_source(
     )
     text = companions.rename_text(open_folder(text_folder, "model", "pytorch_model"))
     configs = ComponentConfigs(
-        unet=config,
+        unet=unet.config,
         vae=companions.vae_config(vae, read_json(vae_folder / "config.json"), str(vae_folder)),
         text_encoder=companions.text_config(
             text, read_json(text_folder / "config.json"), str(text_folder)
         ),
     )
     _check_widths(configs, source)
-    scheduler, scheduler_note = _open_scheduler(source, has_own_motion=motion is None)
-    version = f"AnimateDiff {_version(config)}"
-    norms = "original" if config.temporal_norm_scope == "frame" else "diffusers"
+    scheduler, scheduler_note = _open_scheduler(source, unet)
     return Source(
         configs=configs,
-        tensors={"unet": unet, "vae": vae, "text_encoder": text},
+        tensors={"unet": tensors, "vae": vae, "text_encoder": text},
         tokenizer=source / "tokenizer",
         scheduler=scheduler,
-        defaults=_defaults(configs, read_json(source / "unet" / "config.json")),
-        description=f"{version}, GroupNorm scopes of {norms} AnimateDiff",
+        defaults=_defaults(unet, configs, read_json(source / "unet" / "config.json")),
+        family=unet.family,
+        description=unet.description,
         notes=(*notes, *scheduler_note),
     )
 
@@ -172,35 +175,73 @@ def write_checkpoint(
             source.configs,
             source.scheduler,
             source.defaults,
-            family="animatediff",
+            family=source.family,
             description=source.description,
         )
         checkpoint.write_manifest(folder, manifest)
 
 
-def _open_unet(source: Path, motion: Path | None) -> tuple[Tensors, UNet3DConfig, list[str]]:
+class _UNet(NamedTuple):
+    """An opened UNet, and what its family brings along; fields as in `Source`.
+
+    Attributes:
+      scheduler: the one it was trained for.
+      has_own_scheduler: whether the folder's scheduler is the UNet's.
+    """
+
+    family: str
+    tensors: Tensors
+    config: UNet3DConfig
+    scheduler: schedules.SchedulerConfig
+    has_own_scheduler: bool
+    defaults: VideoDefaults
+    description: str
+    notes: tuple[str, ...] = ()
+
+
+def _open_unet(source: Path, motion: Path | None) -> _UNet:
     folder = source / "unet"
     tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
-    unet_json = motion_json = read_json(folder / "config.json")
-    animatediff.check_family(tensors, str(folder))
+    unet_json = read_json(folder / "config.json")
+    if not modelscope.is_modelscope(tensors):
+        return _open_animatediff(source, tensors, unet_json, motion)
+    if motion is not None:
+        raise InputError(f"{folder} is ModelScope or ZeroScope, which has no use for --motion")
+    return _UNet(
+        "modelscope",
+        tensors,
+        modelscope.unet_config(tensors, unet_json, str(folder)),
+        schedules.MODELSCOPE,
+        True,
+        modelscope.DEFAULTS,
+        "ModelScope",
+    )
+
+
+def _open_animatediff(
+    source: Path, tensors: Tensors, unet_json: dict[str, Any], motion: Path | None
+) -> _UNet:
+    folder = source / "unet"
+    where = str(folder)
+    animatediff.check_family(tensors, where)
     has_motion = any(".motion_modules." in name for name in tensors)
     if has_motion and motion is not None:
         raise InputError(f"{folder} has motion modules of its own; leave --motion out")
     original = False
-    where = str(folder)
+    motion_json = unet_json
     if not has_motion:
         if motion is not None and not motion.exists():
             raise InputError(f"{motion} does not exist; --motion names an adapter or a checkpoint")
-        motion = motion or source / "motion_adapter"
-        if not motion.exists():
+        adapter_folder = motion or source / "motion_adapter"
+        if not adapter_folder.exists():
             raise InputError(
                 f"{folder} has no motion modules; name a motion adapter folder or an original "
                 f"mm_*.ckpt with --motion"
             )
-        adapter, motion_json = _open_motion(motion)
+        adapter, motion_json = _open_motion(adapter_folder)
         original = animatediff.is_original(adapter)
-        tensors = {**tensors, **animatediff.motion_tensors(adapter, str(motion))}
-        where = f"{folder} with {motion}"
+        tensors = {**tensors, **animatediff.motion_tensors(adapter, str(adapter_folder))}
+        where = f"{folder} with {adapter_folder}"
     config = animatediff.unet_config(
         tensors, unet_json, motion_json, original_norms=original, where=where
     )
@@ -212,7 +253,17 @@ def _open_unet(source: Path, motion: Path | None) -> tuple[Tensors, UNet3DConfig
             f"{'have' if config.temporal_mid_block else 'lack'} a mid-block motion module; the "
             f"weights decide: {_version(config)}"
         )
-    return animatediff.without_positions(tensors), config, notes
+    norms = "original" if original else "diffusers"
+    return _UNet(
+        "animatediff",
+        animatediff.without_positions(tensors),
+        config,
+        schedules.ANIMATEDIFF,
+        motion is None,
+        VideoDefaults(),
+        f"AnimateDiff {_version(config)}, GroupNorm scopes of {norms} AnimateDiff",
+        tuple(notes),
+    )
 
 
 def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -224,19 +275,17 @@ def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
     return open_file(motion), {}
 
 
-def _open_scheduler(
-    source: Path, *, has_own_motion: bool
-) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
+def _open_scheduler(source: Path, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
     path = source / "scheduler" / "scheduler_config.json"
     data = read_json(path)
-    if has_own_motion and data.get("_class_name") in schedules.SOLVERS:
+    if unet.has_own_scheduler and data.get("_class_name") in schedules.SOLVERS:
         return schedules.from_diffusers(data, str(path)), ()
     reason = (
         f"{data.get('_class_name')} is not supported"
-        if has_own_motion
+        if unet.has_own_scheduler
         else "motion modules were trained with linear betas, Stable Diffusion's are scaled"
     )
-    return schedules.ANIMATEDIFF, (f"scheduler set to AnimateDiff's DDIM: {reason}",)
+    return unet.scheduler, (f"scheduler set to {_TITLES[unet.family]}'s DDIM: {reason}",)
 
 
 def _version(config: UNet3DConfig) -> str:
@@ -245,13 +294,13 @@ def _version(config: UNet3DConfig) -> str:
     return "v1" if config.max_frames == 24 else "v3"
 
 
-def _defaults(configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:
+def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:
     size = unet_json.get("sample_size")
-    size = size if isinstance(size, int) and size > 0 else 64
+    size = size if isinstance(size, int) and size > 0 else unet.defaults.height // 8
     stride = configs.unet.stride
     pixels = math.ceil(size / stride) * stride * configs.vae.stride
-    frames = min(VideoDefaults().frames, configs.unet.max_frames or VideoDefaults().frames)
-    return replace(VideoDefaults(), frames=frames, height=pixels, width=pixels)
+    frames = min(unet.defaults.frames, configs.unet.max_frames or unet.defaults.frames)
+    return replace(unet.defaults, frames=frames, height=pixels, width=pixels)
 
 
 def _check_widths(configs: ComponentConfigs, source: Path) -> None:

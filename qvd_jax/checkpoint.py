@@ -44,7 +44,7 @@ class Manifest:
     """What a checkpoint holds, apart from arrays and the tokenizer.
 
     Attributes:
-      family: "animatediff".
+      family: which kind of model it is, such as "animatediff".
       components: the config of each component, by component name.
       scheduler: the config of the sampler.
       defaults: frames, size, steps and so on of a video nobody asked otherwise of.

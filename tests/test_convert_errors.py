@@ -19,7 +19,6 @@ from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
     SparseControlNetModel,
-    UNet3DConditionModel,
     UNetSpatioTemporalConditionModel,
 )
 from pytorch_sources import (
@@ -212,7 +211,7 @@ FILES = [
     case(lambda source: shutil.rmtree(source), "source is no folder", id="source"),
     case(
         lambda source: [shutil.rmtree(source / name) for name in ("vae", "tokenizer")] and None,
-        "source lacks the folders vae, tokenizer of a diffusers text-to-image or AnimateDiff",
+        "source lacks the folders vae, tokenizer of a diffusers text-to-image or text-to-video",
         id="components",
     ),
     case(
@@ -492,18 +491,6 @@ def stable_video_diffusion() -> torch.nn.Module:
     )
 
 
-def model_scope() -> torch.nn.Module:
-    return UNet3DConditionModel(
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=8,
-        layers_per_block=1,
-    )
-
-
 def control_net() -> torch.nn.Module:
     return ControlNetModel(
         block_out_channels=(32, 64),
@@ -520,7 +507,6 @@ def control_net() -> torch.nn.Module:
     ("make", "family"),
     [
         (stable_video_diffusion, "Stable Video Diffusion"),
-        (model_scope, "ModelScope or ZeroScope"),
         (control_net, "a ControlNet or SparseCtrl"),
     ],
 )

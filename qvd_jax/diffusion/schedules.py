@@ -81,6 +81,9 @@ class SchedulerConfig:
 ANIMATEDIFF = SchedulerConfig()
 """DDIM with linear betas, as the original AnimateDiff samples."""
 
+MODELSCOPE = SchedulerConfig(beta_schedule="scaled_linear", set_alpha_to_one=False)
+"""DDIM with scaled betas, as published with ModelScope."""
+
 _CLASS_DEFAULTS: dict[Solver, dict[str, Any]] = {
     "ddim": {"clip_sample": True, "timestep_spacing": "leading", "steps_offset": 0},
     "euler": {"timestep_spacing": "linspace", "steps_offset": 0},

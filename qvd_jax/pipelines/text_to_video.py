@@ -31,6 +31,9 @@ from qvd_jax.quant.policy import Quantization
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
+FAMILIES = ("animatediff", "modelscope")
+"""Of the checkpoints this pipeline samples."""
+
 GAINS = "unet_gains"
 
 StepCallback = Callable[[int, Array], None]
@@ -132,7 +135,7 @@ class TextToVideoPipeline:
       tokenizer: of transformers.
       scheduler: noise schedule and solver.
       defaults: what a call leaves open.
-      family: "animatediff".
+      family: which kind of model it is, such as "animatediff".
       description: one line on where the weights came from.
       quantization: how the UNet is quantized; None is float.
     """
@@ -405,8 +408,10 @@ def load(
     """
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
-    if manifest.family != "animatediff":
-        raise InputError(f"{path}: unknown family {manifest.family!r}; known: animatediff")
+    if manifest.family not in FAMILIES:
+        raise InputError(
+            f"{path}: unknown family {manifest.family!r}; known: {', '.join(FAMILIES)}"
+        )
     where = path / checkpoint.MANIFEST
     configs = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
     scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")

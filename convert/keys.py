@@ -1,0 +1,108 @@
+"""What tensors' names and shapes tell of the network they belong to."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from convert.tensors import Tensors
+from qvd_jax.errors import InputError
+
+
+def require(tensors: Tensors, name: str, problem: str, rank: int | None = None) -> tuple[int, ...]:
+    """The shape of a tensor.
+
+    Raises:
+      InputError: `problem` and the name, if it is missing or has another rank.
+    """
+    if name not in tensors or rank not in (None, len(tensors[name].shape)):
+        raise InputError(f"{problem}: the tensor {name} is missing")
+    return tensors[name].shape
+
+
+def count(tensors: Tensors, pattern: str) -> int:
+    """How many different numbers the pattern's group has among the names."""
+    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+
+
+def unet_fields(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields of a `UNet3DConfig` that are read in the same way in every family.
+
+    Args:
+      tensors: the UNet's, by diffusers' names.
+      unet_json: its `config.json`.
+      where: how messages name the checkpoint.
+
+    Raises:
+      InputError: tensors are missing, or a config value changes what they compute.
+    """
+    for key, supported in _ONLY.items():
+        if unet_json.get(key, supported[0]) not in supported:
+            raise InputError(
+                f"{where}: {key} = {unet_json[key]!r} is not supported; it must be "
+                f"{' or '.join(map(repr, supported))}"
+            )
+
+    def conv(name: str) -> tuple[int, ...]:
+        if name not in tensors or len(tensors[name].shape) != 4:
+            raise InputError(f"{where}: the convolution {name} is missing")
+        return tensors[name].shape
+
+    levels = count(tensors, r"down_blocks\.(\d+)\.resnets\.")
+    context = next(
+        (
+            t.shape[1]
+            for name, t in tensors.items()
+            if name.endswith("attn2.to_k.weight") and ".attentions." in name
+        ),
+        None,
+    )
+    if context is None or not levels:
+        raise InputError(f"{where}: there is no attention to a text")
+    epsilon = _positive(unet_json.get("norm_eps", 1e-5), f"{where}: norm_eps")
+    return {
+        "in_channels": conv("conv_in.weight")[1],
+        "out_channels": conv("conv_out.weight")[0],
+        "block_channels": [
+            conv(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+        ],
+        "layers_per_block": count(tensors, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "attention_levels": [
+            count(tensors, rf"down_blocks\.{i}\.attentions\.(\d+)\.") > 0 for i in range(levels)
+        ],
+        "context_dim": context,
+        "norm_groups": unet_json.get("norm_num_groups", 32),
+        "down_eps": [epsilon] * levels,
+        "mid_eps": epsilon,
+        "up_eps": [epsilon] * levels,
+    }
+
+
+def per_level(value: Any, levels: int, where: str) -> tuple[int, ...]:
+    """A positive integer for each level, from one for all or from one for each.
+
+    Raises:
+      InputError: it is neither.
+    """
+    values = list(value) if isinstance(value, list | tuple) else [value] * levels
+    good = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in values)
+    if not good or len(values) != levels:
+        raise InputError(f"{where}: one positive integer, or {levels}, are needed, got {value!r}")
+    return tuple(values)
+
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "act_fn": ("silu", "swish"),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "downsample_padding": (1,),
+    "mid_block_scale_factor": (1,),
+    "resnet_time_scale_shift": ("default",),
+    "time_cond_proj_dim": (None,),
+}
+"""Options of a UNet's `config.json` that change its result but not its tensors' names."""
+
+
+def _positive(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        raise InputError(f"{where}: a positive number is needed, got {value!r}")
+    return float(value)

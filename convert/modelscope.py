@@ -1,0 +1,53 @@
+"""ModelScope's and ZeroScope's UNet: its config read from the keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from convert import keys
+from convert.tensors import Tensors
+from qvd_jax.config import from_dict
+from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import MODELSCOPE, UNet3DConfig
+from qvd_jax.pipelines.text_to_video import VideoDefaults
+
+DEFAULTS = VideoDefaults(frames=16, height=256, width=256, steps=50, guidance_scale=9.0)
+
+
+def is_modelscope(tensors: Tensors) -> bool:
+    """Whether a UNet has ModelScope's temporal convolutions."""
+    return any(".temp_convs." in name for name in tensors)
+
+
+def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> UNet3DConfig:
+    """Reads the UNet's shape from its tensors; only the width of a head is the config's.
+
+    Args:
+      tensors: by diffusers' names.
+      unet_json: the UNet's `config.json`.
+      where: how messages name the checkpoint.
+
+    Raises:
+      InputError: tensors are missing, or a config value is missing or odd.
+    """
+    fields = keys.unet_fields(tensors, unet_json, where)
+    widths = fields["block_channels"]
+    # Other than in Stable Diffusion 1.5 this is a head's width, not the number of heads.
+    head = keys.per_level(
+        unet_json.get("attention_head_dim", 64), 1, f"{where}: attention_head_dim"
+    )[0]
+    if any(width % head for width in widths):
+        raise InputError(f"{where}: attention_head_dim = {head} does not divide {widths} channels")
+    heads = [width // head for width in widths]
+    inner = keys.require(tensors, "transformer_in.proj_in.weight", where)[0]
+    return from_dict(
+        UNet3DConfig,
+        {
+            **fields,
+            "num_heads": heads,
+            "temporal_heads": heads,
+            "temporal_op": MODELSCOPE.temporal_op,
+            "max_frames": MODELSCOPE.max_frames,
+            "input_transformer_channels": inner,
+        },
+        where,
+    )

@@ -1,0 +1,125 @@
+"""ModelScope from a folder that diffusers saved to the same latents."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import random_animatediff
+import torch
+from conftest import relative_error
+from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+
+import qvd_jax
+from convert import names
+from convert.__main__ import main as convert
+from qvd_jax.models.clip import OPENCLIP_H
+from qvd_jax.models.unet3d import MODELSCOPE
+from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines.text_to_video import ComponentConfigs
+
+Tiny = tuple[Path, TextToVideoSDPipeline]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("modelscope") / "tiny"
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=random_animatediff.CHANNELS,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+    )
+    modules = unet, random_animatediff.make_vae(), random_animatediff.make_text_encoder()
+    for module in modules:
+        random_animatediff.randomize(module)
+    unet, vae, text_encoder = (module.eval() for module in modules)
+    pipe = TextToVideoSDPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=random_animatediff.make_tokenizer(folder / "tokenizer"),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return folder, pipe
+
+
+def test_latents_equal_diffusers_pipeline(tiny: Tiny, tmp_path, capsys):
+    """Same folder, same noise, 4 steps, guidance, negative prompt."""
+    assert convert([str(tiny[0]), "--out", str(tmp_path / "tiny")]) == 0
+    assert "ModelScope" in capsys.readouterr().out
+    pipe = qvd_jax.load(tmp_path / "tiny")
+    assert pipe.family == "modelscope"
+    assert pipe.defaults.guidance_scale == 9.0
+    assert pipe.unet.config.num_heads == (4, 8)
+    latents = np.random.default_rng(0).standard_normal((1, 3, 8, 12, 4), dtype=np.float32)
+    expected = tiny[1](
+        "a red circle",
+        negative_prompt="bad",
+        num_frames=3,
+        height=16,
+        width=24,
+        num_inference_steps=4,
+        guidance_scale=9.0,
+        latents=torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+        output_type="latent",
+    ).frames.permute(0, 2, 3, 4, 1)
+    found = pipe(
+        "a red circle", "bad", frames=3, height=16, width=24, steps=4, latents=latents,
+        output_type="latents",
+    )  # fmt: skip
+    assert relative_error(found, expected) <= 1e-3
+
+
+def test_names_are_those_of_the_real_model():
+    """A bijection at full size, from shapes alone."""
+    with torch.device("meta"):
+        unet = UNet3DConditionModel(cross_attention_dim=1024, attention_head_dim=64)
+    shapes = ComponentConfigs(MODELSCOPE, VAEConfig(), OPENCLIP_H).param_shapes("float32")["unet"]
+    paths = ["/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(shapes)]
+    found = [name for path in paths for name in names.UNET(path)]
+    assert len(found) == len(set(found))
+    assert set(found) == set(unet.state_dict())
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert parameters == sum(p.numel() for p in unet.parameters()) == 1_411_233_860
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, ["--motion", "x.ckpt"], "is ModelScope or ZeroScope, which has no use for --motion"),
+        ({"attention_head_dim": 7}, [], r"attention_head_dim = 7 does not divide"),
+        ({"attention_head_dim": [8, 8]}, [], "attention_head_dim: one positive integer"),
+        ({"act_fn": "gelu"}, [], "act_fn = 'gelu' is not supported"),
+    ],
+)
+def test_bad_folders_end_with_one_message(tiny: Tiny, tmp_path, capsys, change, arguments, message):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for part in tiny[0].iterdir():
+        (folder / part.name).symlink_to(part)
+    (folder / "unet").unlink()
+    (folder / "unet").mkdir()
+    for file in (tiny[0] / "unet").iterdir():
+        (folder / "unet" / file.name).symlink_to(file)
+    config = json.loads((tiny[0] / "unet" / "config.json").read_text()) | change
+    (folder / "unet" / "config.json").unlink()
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    assert convert([str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -67,7 +67,10 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "a", "--against", "{tmp}"], "is no qvd_jax checkpoint"),
+        (
+            ["--prompt", "a", "--against", "{tmp}", "--out", "{tmp}/a.gif"],
+            "is no qvd_jax checkpoint",
+        ),
         ([], "there are no prompts; pass --prompt TEXT or --prompts-file FILE"),
         (["--prompts-file", "{tmp}/none.txt"], "none.txt does not exist"),
         (["--prompts-file", "{tmp}/empty.txt"], "empty.txt has no prompts"),

@@ -44,8 +44,9 @@ class TextToVideoConfig:
       prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
         arXiv 2207.12598).
       word_dropout: share of the words that are replaced by the unknown one.
-      min_snr_gamma: gamma of the loss weight min(SNR, gamma) / SNR (Hang et al.,
-        arXiv 2303.09556, section 3.4).
+      snr_range: the squared error of the clean latents a prediction implies is weighted by the
+        SNR, kept within this range: its upper end is gamma of Hang et al., arXiv 2303.09556,
+        section 3.4; its lower end gives weight to what is decided under much noise.
       timestep_density: mean and standard deviation of the logit of the timesteps, as shares of
         the schedule (Esser et al., arXiv 2403.03206, section 3.1); without it they are uniform.
       dtype: in which the result is stored.
@@ -60,7 +61,7 @@ class TextToVideoConfig:
     bank_videos: int = 16384
     prompt_dropout: float = 0.1
     word_dropout: float = 0.02
-    min_snr_gamma: float = 5.0
+    snr_range: tuple[float, float] = (0.0, 5.0)
     timestep_density: tuple[float, float] | None = None
     dtype: str = "float32"
 
@@ -148,7 +149,8 @@ class TextToVideo:
         )
         error = jnp.square(predicted - noise).mean((1, 2, 3, 4))
         snr = (alpha / (1 - alpha)).reshape(len(clean))
-        return (error * jnp.minimum(snr, self.config.min_snr_gamma) / snr).mean()
+        # An error of the noise is one of the clean latents times the SNR.
+        return (error * jnp.clip(snr, *self.config.snr_range) / snr).mean()
 
     def pipeline(self, params: Params) -> TextToVideoPipeline:
         """The model with these parameters, ready to sample."""

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             overwrite=args.overwrite,
             on_progress=on_progress,
         )
-    size = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    size = checkpoint.disk_bytes(args.out)
     print(f"{args.out}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
 
 

@@ -8,13 +8,13 @@ from convert.tensors import Tensors
 from qvd_jax.errors import InputError
 
 
-def require(tensors: Tensors, name: str, problem: str, rank: int | None = None) -> tuple[int, ...]:
+def require(tensors: Tensors, name: str, problem: str) -> tuple[int, ...]:
     """The shape of a tensor.
 
     Raises:
-      InputError: `problem` and the name, if it is missing or has another rank.
+      InputError: `problem` and the name, if it is missing.
     """
-    if name not in tensors or rank not in (None, len(tensors[name].shape)):
+    if name not in tensors:
         raise InputError(f"{problem}: the tensor {name} is missing")
     return tensors[name].shape
 

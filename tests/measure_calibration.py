@@ -6,16 +6,14 @@ Random weights (1.31 G parameters), 16x16 latents, 8 frames, 2 prompts, 4 steps,
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from timed import timed_python
+from timed import timed_python, write_record
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks.rounds import environment
 
 PROMPTS = "a red circle moving left\na blue square growing\n"
 RESTORE = """
@@ -65,9 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work) as work:
         results = measure(Path(work))
     command = f"python tests/measure_calibration.py --out {args.out}"
-    record = {"command": command, **environment(), "results": results}
-    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+    write_record(args.out, command, results)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,14 @@ python tests/measure_conversion.py --out docs/results/conversion_cpu.json [--dty
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from timed import timed_python
+from timed import timed_python, write_record
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks.rounds import environment
 
 
 def measure(dtype: str, work: Path) -> dict[str, object]:
@@ -44,9 +42,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as work:
             results.append(measure(dtype, Path(work)))
     command = f"python tests/measure_conversion.py --out {args.out} --dtype {' '.join(args.dtype)}"
-    record = {"command": command, **environment(), "results": results}
-    args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+    write_record(args.out, command, results)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ALLOWED = {
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "models", "diffusion", "quant"},
     "report": GROUND | {"data", "quant"},
-    "benchmarks": GROUND | {"kernels", "models", "pipelines", "quant"},
+    "benchmarks": GROUND | {"cli", "kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}

@@ -1,9 +1,13 @@
 """Wall-clock seconds and peak memory of a command."""
 
+import json
 import re
 import subprocess
 import sys
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qvd_jax.benchmarks.rounds import environment
 
 
 class Cost(NamedTuple):
@@ -28,3 +32,10 @@ def timed_python(*arguments: str) -> Cost:
     hours, minutes, seconds = clock.groups()
     elapsed = int(hours or 0) * 3600 + int(minutes) * 60 + float(seconds)
     return Cost(elapsed, 1024 * int(peak[1]), done.stdout)
+
+
+def write_record(out: Path, command: str, results: Any) -> None:
+    """Writes and prints results, with the command, versions and hardware they come from."""
+    record = {"command": command, **environment(), "results": results}
+    out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(results, indent=2))

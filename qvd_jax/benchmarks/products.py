@@ -91,8 +91,10 @@ def formulations(product: Product) -> dict[str, Formulation]:
         return {
             "float32": Formulation(_float_dot, jnp.float32, transposed),
             "bfloat16": Formulation(_float_dot, jnp.bfloat16, transposed),
-            "int8, [O, K]": Formulation(lambda x, w, sums: _int8_dot(x, w)),
-            "int8, [K, O]": Formulation(lambda x, w, sums: _int8_dot(x, w.T), prepare=transposed),
+            "int8, [O, K]": Formulation(lambda x, w, sums: int8.signed_dot(x, w)),
+            "int8, [K, O]": Formulation(
+                lambda x, w, sums: int8.signed_dot(x, w.T), prepare=transposed
+            ),
             DISPATCHED: Formulation(int8.dot),
         }
     where = product.strides, product.padding
@@ -216,11 +218,6 @@ def _float_dot(x: Array, w: Array, sums: Array) -> Array:
     return lax.dot_general(x, w, last, preferred_element_type=jnp.float32)
 
 
-def _int8_dot(x: Array, w: Array) -> Array:
-    last = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, w, last, preferred_element_type=jnp.int32)
-
-
 def _float_conv(product: Product, x: Array, w: Array, sums: Array) -> Array:
     del sums
     spatial = "DHW"[-len(product.strides) :]
@@ -237,7 +234,7 @@ def _int8_gathered(product: Product, x: Array, w: Array, sums: Array, *, parts: 
     count = len(seen) // parts
     weights = w.reshape(len(w), parts, -1)
     rows = [
-        _int8_dot(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), weights[:, i])
+        int8.signed_dot(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), weights[:, i])
         for i in range(parts)
     ]
     return functools.reduce(jnp.add, rows)

@@ -1,6 +1,7 @@
 """Whole videos from checkpoints: start-up without and with a cache, time, peak memory."""
 
 import multiprocessing
+import os
 import resource
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import jax
 import tqdm
 
 from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.cli import enable_compilation_cache
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.text_to_video import DTYPES, load
 
@@ -126,8 +128,8 @@ def _in_fresh_process(function: Any, *arguments: Any) -> Any:
 
 
 def _first_videos(case: SampleCase, variant: Variant, cache: str) -> None:
-    jax.config.update("jax_compilation_cache_dir", cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+    enable_compilation_cache()
     build(case, variant)()
 
 

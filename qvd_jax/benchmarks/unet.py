@@ -60,18 +60,17 @@ class Case:
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Latents `[B, F, H, W, C]` and text `[B, L, C]`, the same for every variant."""
         rng = np.random.default_rng(0)
-        shape = (self.batch, self.frames, self.height, self.width, self.config.in_channels)
-        text = (self.batch, _TEXT_LENGTH, self.config.context_dim)
+        latents, _, text = self.shapes()
         return (
-            rng.standard_normal(shape, dtype=np.float32),
-            rng.standard_normal(text, dtype=np.float32),
+            rng.standard_normal(latents.shape, dtype=np.float32),
+            rng.standard_normal(text.shape, dtype=np.float32),
         )
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What the UNet is called with: latents, timestep, text."""
-        latents, text = self.inputs()
-        timestep = np.zeros(1, np.float32)
-        return tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (latents, timestep, text))
+        latents = (self.batch, self.frames, self.height, self.width, self.config.in_channels)
+        text = (self.batch, _TEXT_LENGTH, self.config.context_dim)
+        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, (1,), text))
 
 
 def build(case: Case, variant: Variant) -> Run:

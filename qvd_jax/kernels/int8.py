@@ -66,12 +66,12 @@ def conv(
 
     def on_cpu(codes: Array, weights: Array, sums: Array) -> Array:
         if not _has_vnni():
-            return _signed_dot(patches(codes), matrix(weights))
+            return signed_dot(patches(codes), matrix(weights))
         return _mixed_dot(patches(_unsigned(codes), fill=_ZERO), matrix(weights), sums)
 
     def on_cuda(codes: Array, weights: Array, sums: Array) -> Array:
         del sums
-        return _signed_dot(patches(codes), matrix(weights))
+        return signed_dot(patches(codes), matrix(weights))
 
     def elsewhere(codes: Array, weights: Array, sums: Array) -> Array:
         del sums
@@ -88,7 +88,8 @@ def conv(
     )
 
 
-def _signed_dot(codes: Array, weights: Array) -> Array:
+def signed_dot(codes: Array, weights: Array) -> Array:
+    """`dot` as XLA's own product of two int8 operands."""
     return lax.dot_general(
         codes,
         weights,
@@ -99,12 +100,12 @@ def _signed_dot(codes: Array, weights: Array) -> Array:
 
 def _dot_elsewhere(codes: Array, weights: Array, sums: Array) -> Array:
     del sums
-    return _signed_dot(codes, weights)
+    return signed_dot(codes, weights)
 
 
 def _dot_on_cpu(codes: Array, weights: Array, sums: Array) -> Array:
     if not _has_vnni():
-        return _signed_dot(codes, weights)
+        return signed_dot(codes, weights)
     return _mixed_dot(_unsigned(codes), weights, sums)
 
 
@@ -167,7 +168,7 @@ def _mixed_dot_on_cpu(context: Any, codes: Any, weights: Any) -> list[Any]:
 
 def _mixed_dot_elsewhere(codes: Array, weights: Array) -> Array:
     signed = lax.bitcast_convert_type(codes ^ np.uint8(_ZERO), jnp.int8)
-    return _signed_dot(signed, weights) + _ZERO * weights.sum(1, dtype=jnp.int32)[None]
+    return signed_dot(signed, weights) + _ZERO * weights.sum(1, dtype=jnp.int32)[None]
 
 
 def _batch_mixed_dot(arguments: Any, axes: Any) -> tuple[Array, int]:

@@ -19,7 +19,7 @@ from qvd_jax.metrics import frechet
 from qvd_jax.train import RunConfig, make_task
 from qvd_jax.train import main as train_command
 from qvd_jax.training import loop
-from qvd_jax.training.text_to_video import sample_timesteps
+from qvd_jax.training.text_to_video import clean_error, sample_timesteps
 from qvd_jax.training.tokenizer import make_tokenizer
 from qvd_jax.training.vae import load_vae
 
@@ -214,6 +214,22 @@ def test_timesteps_have_the_asked_for_density(density):
     assert (drawn >= edges[:-1] - 2e-5).all()
     assert (drawn <= edges[1:] + 2e-5).all()
     assert drawn.max() < 1
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_error_is_that_of_the_clean_latents_the_solvers_derive(prediction_type):
+    rng = np.random.default_rng(0)
+    clean, noise, predicted = rng.normal(size=(3, 4, 2, 3, 3, 2))
+    alpha = np.array([0.999, 0.5, 0.01, 4e-5])
+    share = alpha[:, None, None, None, None]
+    noisy = np.sqrt(share) * clean + np.sqrt(1 - share) * noise
+    if prediction_type == "epsilon":
+        derived = (noisy - np.sqrt(1 - share) * predicted) / np.sqrt(share)
+    else:
+        derived = np.sqrt(share) * noisy - np.sqrt(1 - share) * predicted
+    expected = np.square(derived - clean).mean((1, 2, 3, 4))
+    error = clean_error(*map(jnp.float32, (predicted, clean, noise, alpha)), prediction_type)
+    np.testing.assert_allclose(error, expected, rtol=1e-4)
 
 
 def test_word_tokenizer_marks_unknown_words():

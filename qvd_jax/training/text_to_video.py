@@ -67,7 +67,7 @@ class TextToVideoConfig:
 
 
 class TextToVideo:
-    """The task: noise prediction on a bank of latents.
+    """The task: denoising latents of a bank.
 
     Attributes:
       config: what is trained.
@@ -132,25 +132,25 @@ class TextToVideo:
         return "" if rng.random() < self.config.prompt_dropout else text
 
     def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
-        """Weighted squared error of the predicted noise (Ho et al., arXiv 2006.11239, eq. 14)."""
+        """`clean_error` of noised latents at random timesteps."""
         clean = batch["latents"].astype(jnp.float32)
         noise_key, step_key = jax.random.split(key)
         noise = jax.random.normal(noise_key, clean.shape)
         timesteps = sample_timesteps(
             step_key, len(clean), len(self._alphas), self.config.timestep_density
         )
-        alpha = self._alphas[timesteps][:, None, None, None, None]
-        noisy = jnp.sqrt(alpha) * clean + jnp.sqrt(1 - alpha) * noise
+        alpha = self._alphas[timesteps]
+        per_video = alpha[:, None, None, None, None]
+        noisy = jnp.sqrt(per_video) * clean + jnp.sqrt(1 - per_video) * noise
         context = self._modules["text_encoder"].apply(
             {"params": params["text_encoder"]}, batch["token_ids"]
         )
         predicted = self._modules["unet"].apply(
             {"params": params["unet"]}, noisy, timesteps.astype(jnp.float32), context
         )
-        error = jnp.square(predicted - noise).mean((1, 2, 3, 4))
-        snr = (alpha / (1 - alpha)).reshape(len(clean))
-        # An error of the noise is one of the clean latents times the SNR.
-        return (error * jnp.clip(snr, *self.config.snr_range) / snr).mean()
+        prediction_type = self.config.scheduler.prediction_type
+        error = clean_error(predicted, clean, noise, alpha, prediction_type)
+        return (error * jnp.clip(alpha / (1 - alpha), *self.config.snr_range)).mean()
 
     def pipeline(self, params: Params) -> TextToVideoPipeline:
         """The model with these parameters, ready to sample."""
@@ -175,6 +175,32 @@ class TextToVideo:
         pipe = self.pipeline(params)
         stored = jax.tree.map(lambda leaf: leaf.astype(dtype), pipe.params)
         text_to_video.save(replace(pipe, params=stored), folder, overwrite=True)
+
+
+def clean_error(
+    predicted: Array, clean: Array, noise: Array, alpha: Array, prediction_type: str
+) -> Array:
+    """Squared error of the clean latents that a prediction implies.
+
+    For `epsilon`, times the SNR, it is the simple loss of Ho et al., arXiv 2006.11239, eq. 14.
+
+    Args:
+      predicted: `[B, F, h, w, C]`, the noise (`epsilon`) or v (`v_prediction`; Salimans and Ho,
+        arXiv 2202.00512, appendix D).
+      clean: latents `[B, F, h, w, C]`.
+      noise: like `clean`.
+      alpha: cumulative product of alphas `[B]`, the share of the clean latents' variance.
+      prediction_type: as in the scheduler.
+
+    Returns:
+      Mean of each video, `[B]`.
+    """
+    if prediction_type == "epsilon":
+        target, implied = noise, (1 - alpha) / alpha
+    else:
+        share = alpha[:, None, None, None, None]
+        target, implied = jnp.sqrt(share) * noise - jnp.sqrt(1 - share) * clean, 1 - alpha
+    return implied * jnp.square(predicted - target).mean((1, 2, 3, 4))
 
 
 def sample_timesteps(

@@ -13,7 +13,7 @@ from convert.lora import parse_lora
 from convert.pipeline import Progress, open_source, write_checkpoint
 from qvd_jax import checkpoint
 from qvd_jax.cli import command
-from qvd_jax.pipelines.text_to_video import DTYPES
+from qvd_jax.pipelines.components import DTYPES
 
 
 @command

@@ -37,7 +37,8 @@ from convert.tensors import LazyTensor, Tensors, open_file, open_folder
 from qvd_jax import checkpoint
 from qvd_jax.diffusion.schedules import ANIMATEDIFF
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 Tiny = tuple[Path, AnimateDiffPipeline]
 COMPONENTS = ("unet", "vae", "text_encoder")
@@ -195,8 +196,8 @@ def test_stable_diffusion_with_an_adapter_folder_equals_the_animatediff_folder(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "AnimateDiff v2, GroupNorm scopes of diffusers AnimateDiff"
     assert [line for line in printed if line.startswith("note: ")] == [
-        "note: scheduler set to AnimateDiff's DDIM: motion modules were trained with linear betas, "
-        "Stable Diffusion's are scaled"
+        "note: scheduler set to AnimateDiff's DDIMScheduler: motion modules were trained with "
+        "linear betas, Stable Diffusion's are scaled"
     ]
     prompts = ["a red panda", "", "Surfing!"]
     assert pipe.tokenizer(prompts)["input_ids"] == reference.tokenizer(prompts)["input_ids"]

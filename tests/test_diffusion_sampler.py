@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvd_jax.diffusion.sampler import (
+    Conditions,
     SamplerState,
     initial_noise,
     prepare,
@@ -96,8 +97,8 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         params,
         state,
         jax.tree.map(jnp.asarray, table),
-        prepare(UNET, params, jnp.asarray(table.timestep), jnp.asarray(context)),
-        jnp.float32(given["guidance_scale"]),
+        prepare(UNET, params, jnp.asarray(table.timestep), Conditions(jnp.asarray(context))),
+        jnp.full(state.latents.shape[1], given["guidance_scale"], jnp.float32),
         video_keys(given["seed"], VIDEOS),
         jnp.int32(start),
         count=stop - start,

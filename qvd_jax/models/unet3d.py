@@ -254,7 +254,7 @@ class Layer(nn.Module):
         return self.resnet.temporal_features(activated_embedding)
 
     def context_features(self, context: Array) -> Any:
-        """The spatial transformer's keys and values of the text, or None."""
+        """What the transformer needs of the context, or None without one."""
         return self.attention.context_features(context) if self.has_attention else None
 
     def __call__(self, x: Array, temporal: Any, context: Any) -> Array:
@@ -313,7 +313,7 @@ class Stage(nn.Module):
         return tuple(block.temporal_features(activated_embedding) for block in self.blocks)
 
     def context_features(self, context: Array) -> tuple[Any, ...]:
-        """Each layer's keys and values of the text."""
+        """What each layer needs of the context."""
         return tuple(block.context_features(context) for block in self.blocks)
 
     def __call__(
@@ -445,13 +445,14 @@ class UNet3D(nn.Module):
         )
 
     def context_features(self, context: Array) -> Features:
-        """Keys and values of the text for every spatial transformer.
+        """What every transformer needs of the context, which is the same at all steps.
 
         Args:
-          context: text embedding `[B, L, C]`.
+          context: text embedding `[B, L, C]`, or SVD's image embedding `[B, 1, C]`.
 
         Returns:
-          A pair `[B, L, heads, D]` for each layer, None where it has no transformer.
+          For each layer the keys and values, `[B, L, heads, D]` each; in SVD what spatial and
+          temporal block add, `[B, 1, C]` each; None where there is no transformer.
         """
         context = context.astype(self.layers.dtype)
         return Features(
@@ -506,7 +507,7 @@ class UNet3D(nn.Module):
         Args:
           latents: `[B, F, H, W, C]`.
           timesteps: `[N]`, N = B or 1.
-          context: text embedding `[B, L, C]`, one for each video (not for each frame).
+          context: as in `context_features`, one for each video (not for each frame).
           added_ids: as in `temporal_features`.
 
         Returns:

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     started = time.perf_counter()
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
-    source = open_source(args.source, args.motion, [parse_lora(lora) for lora in args.lora])
+    source = open_source(
+        args.source, args.motion, [parse_lora(lora) for lora in args.lora], args.controlnet
+    )
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
@@ -66,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH[:SCALE]",
         help="motion LoRA or domain adapter to merge; may be given again",
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=Path,
+        metavar="PATH",
+        help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

@@ -8,7 +8,7 @@ from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
 
 _ORIGINAL_MOTION = (
     (r"\.temporal_transformer\.", "."),

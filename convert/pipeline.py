@@ -11,13 +11,14 @@ import jax
 from jax.typing import DTypeLike
 
 from convert import animatediff, companions, modelscope, names, svd
+from convert.controlnet import open_controlnet
 from convert.lora import merge_lora
 from convert.names import Names
 from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
 from qvd_jax import checkpoint
 from qvd_jax.diffusion import schedules
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.loading import make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -85,7 +86,10 @@ _NAMES: dict[str, Names] = {
 
 
 def open_source(
-    source: Path, motion: Path | None = None, loras: Sequence[tuple[Path, float]] = ()
+    source: Path,
+    motion: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    controlnet: Path | None = None,
 ) -> Source:
     """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
@@ -93,6 +97,7 @@ def open_source(
       source: the folder.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of motion LoRAs and domain adapters, merged in this order.
+      controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
@@ -115,6 +120,13 @@ def open_source(
     for path, scale in loras:
         tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")
+    if controlnet is not None:
+        if unet.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --controlnet")
+        found, config = open_controlnet(controlnet)
+        tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
+        unet = unet._replace(config=replace(unet.config, controlnet=config))
+        notes.append(f"added {controlnet.name}")
 
     folder = source / "vae"
     tensors["vae"] = companions.rename_vae(

@@ -8,7 +8,7 @@ from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import STABLE_VIDEO_DIFFUSION, UNet3DConfig
+from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION, UNet3DConfig
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 
 # The attention to one token is one whatever these hold.

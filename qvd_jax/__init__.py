@@ -8,8 +8,9 @@ from qvd_jax.models.clip import (
     CLIPVisionConfig,
     CLIPVisionEncoder,
 )
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT, LayerSet
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
 from qvd_jax.pipelines.loading import load, save

@@ -17,6 +17,7 @@ from qvd_jax.cli import (
     enable_compilation_cache,
     passed,
     positive_int,
+    read_conditions,
     read_inputs,
 )
 from qvd_jax.config import from_dict, read_yaml
@@ -41,11 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = checkpoint.find(args.checkpoint)
     if checkpoint.read_manifest(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    inputs = read_inputs(args, source)
+    inputs, conditions = read_inputs(args, source), read_conditions(args, source)
     enable_compilation_cache()
     pipe = load(source)
-    size = passed(args, "frames", "height", "width")
-    layers = list_layers(pipe, size)
+    options = {**passed(args, "frames", "height", "width"), **conditions}
+    layers = list_layers(pipe, options)
     match(policy, layers)
     print(match_table(policy, layers))
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             policy,
             inputs.values,
             CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware),
-            size,
+            options,
             progress,
         )
     save(quantized, args.out, overwrite=args.overwrite, reports=reports)

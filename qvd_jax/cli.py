@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts-file and --image."""
+    """Adds --prompts-file, --image and --condition."""
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument(
         "--image",
@@ -94,6 +94,37 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="one video each, of a model that makes videos from images",
     )
+    parser.add_argument(
+        "--condition",
+        nargs="+",
+        default=[],
+        metavar="IMAGE@FRAME",
+        help="what a frame is to look like (0 is the first), of a model with SparseCtrl",
+    )
+
+
+def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """What --condition says, as arguments of the pipeline's call.
+
+    Raises:
+      InputError: the checkpoint takes none, needs some, or one cannot be read.
+    """
+    if checkpoint.has_controlnet(path) != bool(args.condition):
+        raise InputError(
+            f"{path} has no ControlNet; leave --condition out"
+            if args.condition
+            else f"{path} has a ControlNet; pass --condition IMAGE@FRAME"
+        )
+    if not args.condition:
+        return {}
+    images, indices = [], []
+    for text in args.condition:
+        name, _, frame = text.rpartition("@")
+        if not name or not frame.isdecimal():
+            raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
+        images.append(video_io.read_image(Path(name)))
+        indices.append(int(frame))
+    return {"conditioning_frames": images, "controlnet_frame_indices": indices}
 
 
 def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:

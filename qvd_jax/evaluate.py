@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from qvd_jax.cli import (
     enable_compilation_cache,
     passed,
     positive_int,
+    read_conditions,
     read_inputs,
 )
 from qvd_jax.data import moving_shapes, video_io
@@ -93,16 +94,19 @@ class Cases:
     Attributes:
       inputs: prompts or images.
       scenes: what they ask for, `[N, 5]`; None where nobody can tell.
+      options: of the pipelines' calls, the same for all.
     """
 
     inputs: Inputs
     scenes: np.ndarray | None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def own_cases(args: argparse.Namespace) -> Cases:
     """Prompts from a file or images, the first `--videos` of them."""
-    inputs = read_inputs(args, checkpoint.find(args.reference))
-    return Cases(Inputs(*(part[: args.videos] for part in inputs)), None)
+    path = checkpoint.find(args.reference)
+    inputs = Inputs(*(part[: args.videos] for part in read_inputs(args, path)))
+    return Cases(inputs, None, read_conditions(args, path))
 
 
 def held_out_cases(args: argparse.Namespace) -> Cases:
@@ -156,6 +160,7 @@ def sample(
             began = time.perf_counter()
             latents = pipe(
                 batch,
+                **cases.options,
                 # Noise is numbered within a call.
                 seed=seed * len(inputs) + start,
                 output_type="latents",

@@ -22,6 +22,7 @@ from qvd_jax.cli import (
     enable_compilation_cache,
     passed,
     positive_int,
+    read_conditions,
     read_inputs,
 )
 from qvd_jax.config import to_dict
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
     inputs = read_inputs(args, checkpoint.find(args.checkpoint))
+    conditions = read_conditions(args, checkpoint.find(args.checkpoint))
     outputs = plan_outputs(
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if unknown := own.unknown_words(prompt):
                 words = ", ".join(map(repr, unknown))
                 print(f"note: the model does not know {words} in {prompt!r}")
-    options = call_options(own, args)
+    options = {**call_options(own, args), **conditions}
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
     for name, (pipe, seconds) in zip(names, loaded, strict=True):

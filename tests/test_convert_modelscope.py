@@ -15,7 +15,7 @@ import qvd_jax
 from convert import names
 from convert.__main__ import main as convert
 from qvd_jax.models.clip import OPENCLIP_H
-from qvd_jax.models.unet3d import MODELSCOPE
+from qvd_jax.models.configs import MODELSCOPE
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 

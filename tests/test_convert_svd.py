@@ -24,7 +24,7 @@ import qvd_jax
 from convert import names, svd
 from convert.__main__ import main as convert
 from qvd_jax import calibrate, sample
-from qvd_jax.models.unet3d import STABLE_VIDEO_DIFFUSION
+from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.image_to_video import resize_antialiased
@@ -180,6 +180,7 @@ def test_names_are_those_of_the_real_model():
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
 
 
+@pytest.mark.slow
 def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     imageio.imwrite(tmp_path / "cat.png", picture(8, 12))

@@ -20,7 +20,8 @@ from qvd_jax.diffusion.sampler import (
     window_starts,
 )
 from qvd_jax.diffusion.solvers import StepTable
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.models.unet3d import UNet3D
 
 TOLERANCE = 1e-5
 VIDEOS, STEPS, SEED = 2, 3, 5

@@ -40,15 +40,10 @@ from convert.tensors import LazyTensor, Tensors
 from qvd_jax.models.attention import SpatialTransformer, TemporalTransformer, dot_product_attention
 from qvd_jax.models.blocks import ResnetBlock
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
+from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
-from qvd_jax.models.unet3d import (
-    MODELSCOPE,
-    STABLE_VIDEO_DIFFUSION,
-    Stage,
-    UNet3D,
-    UNet3DConfig,
-    animatediff,
-)
+from qvd_jax.models.stages import Stage
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
 
 TOLERANCE = 1e-4

@@ -59,11 +59,13 @@ class Conditions(NamedTuple):
       image: latents behind the noisy ones' channels, the same for all frames, `[2B, 1, h, w, C]`
         or `[B, 1, h, w, C]`; None where the UNet takes none.
       added_ids: of `UNet3D.temporal_features`, `[1, added_ids]`; None where it takes none.
+      control: of `UNet3D.control_features`, `[1, F, H, W, C]`; None without a ControlNet.
     """
 
     context: Array
     image: Array | None = None
     added_ids: Array | None = None
+    control: Array | None = None
 
 
 class Conditioning(NamedTuple):
@@ -73,12 +75,14 @@ class Conditioning(NamedTuple):
       temporal: of `UNet3D.temporal_features` for all steps, `[S, C]` each.
       context: of `UNet3D.context_features`.
       image: of `Conditions`.
+      control: of `UNet3D.control_features`, `[1, F, h, w, C]`; None without a ControlNet.
       gains: the UNet's collection "quant" for all steps, `[S]` each; None where it has none.
     """
 
     temporal: Any
     context: Any
     image: Array | None = None
+    control: Array | None = None
     gains: Any = None
 
 
@@ -96,10 +100,12 @@ def prepare(
       gains: of a UNet with step-aware scales.
     """
     variables = {"params": params}
+    control = conditions.control
     return Conditioning(
         unet.apply(variables, timesteps, conditions.added_ids, method="temporal_features"),
         unet.apply(variables, conditions.context, method="context_features"),
         conditions.image,
+        None if control is None else unet.apply(variables, control, method="control_features"),
         gains,
     )
 
@@ -210,19 +216,23 @@ def _predict_windows(
     unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, window: int
 ) -> Array:
     """The UNet's prediction, averaged over the windows that see each frame."""
-    temporal, context, image, gains = conditioning
+    temporal, context, image, control, gains = conditioning
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
-    def denoise(part: Array) -> Array:
-        return unet.apply(variables, add_image(part, image), temporal, context, method="denoise")
+    def denoise(part: Array, control: Array | None) -> Array:
+        part = add_image(part, image)
+        return unet.apply(variables, part, temporal, context, control, method="denoise")
 
     frames = latents.shape[1]
     starts = window_starts(frames, window)
     if len(starts) == 1:
-        return denoise(latents)
+        return denoise(latents, control)
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
-        part = denoise(lax.dynamic_slice_in_dim(latents, start, window, axis=1))
+        part, seen_control = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, window, axis=1), (latents, control)
+        )
+        part = denoise(part, seen_control)
         seen = lax.dynamic_slice_in_dim(total, start, window, axis=1)
         return lax.dynamic_update_slice_in_dim(total, seen + part, start, axis=1), None
 

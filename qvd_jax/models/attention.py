@@ -263,25 +263,28 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Two self-attentions over time and a feed-forward; positions enter behind each norm.
+    """Self-attentions over time and a feed-forward; positions enter behind each norm.
 
     Attributes:
       channels: C.
       heads: number of heads.
       max_frames: length of the positional table; None leaves positions out.
       layers: the layer classes.
+      attentions: how many self-attentions, 1 (SparseCtrl) or 2.
     """
 
     channels: int
     heads: int
     max_frames: int | None
     layers: LayerSet
+    attentions: int
 
     def setup(self) -> None:
         self.norm1 = self.layers.layer_norm()
         self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
-        self.norm2 = self.layers.layer_norm()
-        self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
+        if self.attentions == 2:
+            self.norm2 = self.layers.layer_norm()
+            self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
         self.norm3 = self.layers.layer_norm()
         self.ff = FeedForward(self.channels, self.layers)
 
@@ -289,7 +292,8 @@ class TemporalBlock(nn.Module):
         """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
         positions = self._positions(x.shape[-2]).astype(x.dtype)
         x = x + self.attn1(self.norm1(x) + positions)
-        x = x + self.attn2(self.norm2(x) + positions)
+        if self.attentions == 2:
+            x = x + self.attn2(self.norm2(x) + positions)
         return x + self.ff(self.norm3(x))
 
     def _positions(self, frames: int) -> Array:
@@ -316,6 +320,7 @@ class TemporalTransformer(nn.Module):
       norm_groups: groups of the norm, whose epsilon is 1e-6.
       norm_scope: scope of the norm.
       layers: the layer classes.
+      attentions: how many self-attentions, 1 (SparseCtrl) or 2.
     """
 
     channels: int
@@ -325,11 +330,14 @@ class TemporalTransformer(nn.Module):
     norm_groups: int
     norm_scope: NormScope
     layers: LayerSet
+    attentions: int = 2
 
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6, self.norm_scope)
         self.proj_in = self.layers.dense(self.inner_channels)
-        self.block = TemporalBlock(self.inner_channels, self.heads, self.max_frames, self.layers)
+        self.block = TemporalBlock(
+            self.inner_channels, self.heads, self.max_frames, self.layers, self.attentions
+        )
         self.proj_out = self.layers.dense(self.channels)
 
     def __call__(self, x: Array) -> Array:

@@ -14,8 +14,9 @@ from qvd_jax.models.clip import (
     CLIPVisionConfig,
     CLIPVisionEncoder,
 )
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import Quantization
@@ -58,14 +59,17 @@ class ComponentConfigs:
             modules["image_encoder"] = CLIPVisionEncoder(self.image_encoder, layers)
         return modules
 
-    def example_inputs(self) -> dict[str, tuple[Array, ...]]:
+    def example_inputs(self) -> dict[str, tuple[Array | None, ...]]:
         """The smallest inputs that initialize the networks, by name."""
         side, pixels = self.unet.stride, self.vae.stride
         latents = jnp.zeros((1, 1, side, side, self.unet.in_channels))
         context = jnp.zeros((1, 1, self.unet.context_dim))
         added_ids = (jnp.zeros((1, self.unet.added_ids)),) if self.unet.added_ids else ()
-        inputs: dict[str, tuple[Array, ...]] = {
-            "unet": (latents, jnp.zeros(1), context, *added_ids),
+        control: tuple[Array | None, ...] = ()
+        if self.unet.controlnet is not None:
+            control = (None, jnp.zeros(self.control_shape(1, side, side)))
+        inputs: dict[str, tuple[Array | None, ...]] = {
+            "unet": (latents, jnp.zeros(1), context, *added_ids, *control),
             "vae": (jnp.zeros((1, 1, pixels, pixels, self.vae.channels)),),
         }
         if self.text_encoder is not None:
@@ -74,6 +78,13 @@ class ComponentConfigs:
             size = self.image_encoder.image_size
             inputs["image_encoder"] = (jnp.zeros((1, size, size, 3)),)
         return inputs
+
+    def control_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape `[1, F, H, W, C]` of the ControlNet's condition for latents of a size."""
+        assert self.unet.controlnet is not None
+        scale = 2 ** max(len(self.unet.controlnet.embedding_channels) - 1, 0)
+        channels = self.unet.controlnet.condition_channels
+        return 1, frames, height * scale, width * scale, channels
 
     def param_shapes(
         self, dtype: DTypeLike, quantization: Quantization | None = None

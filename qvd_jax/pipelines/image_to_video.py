@@ -13,9 +13,14 @@ from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPVisionEncoder
-from qvd_jax.models.vae import AutoencoderKL
 from qvd_jax.pipelines.components import ComponentConfigs
-from qvd_jax.pipelines.pipeline import OutputType, StepCallback, VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.pipeline import (
+    OutputType,
+    StepCallback,
+    VideoDefaults,
+    VideoPipeline,
+    check_image,
+)
 
 # Of the images CLIP was trained on.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -132,7 +137,6 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
     ) -> Conditions:
         """Embedding and latents of the images, behind zeros where guided; and the added ids."""
         keys = sampler.video_keys(seed, len(inputs))
-        strength = jnp.float32(want.noise_aug_strength)
         embeddings, latents = [], []
         for image, key in zip(inputs, keys, strict=True):
             pixels = jnp.asarray(image, jnp.float32) / 127.5 - 1
@@ -142,7 +146,11 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             embeddings.append(
                 _embed(self.image_encoder, self.params["image_encoder"], np.float32(normal))
             )
-            latents.append(_encode(self.vae, self.params["vae"], pixels, key, strength))
+            # Stream 0 of the video's key: the sampler's steps draw from stream 1 on.
+            noise = jax.random.normal(jax.random.fold_in(key, 0), pixels.shape)
+            mean, _ = self.encode((pixels + want.noise_aug_strength * noise)[None])
+            # Other than the noisy latents these are not scaled.
+            latents.append(mean[0])
         context, image_latents = jnp.stack(embeddings)[:, None], jnp.stack(latents)[:, None]
         if want.guided:
             context, image_latents = (
@@ -168,20 +176,6 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         """Of UNet, VAE and image encoder."""
         return ComponentConfigs(
             self.unet.config, self.vae.config, image_encoder=self.image_encoder.config
-        )
-
-
-def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
-    """Raises `InputError` if an image is not uint8 `[height, width, 3]`."""
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise InputError(
-            f"{where}: RGB of 8 bits, uint8 [H, W, 3], is needed, got {image.dtype} "
-            f"{list(image.shape)}"
-        )
-    if image.shape[:2] != (height, width):
-        raise InputError(
-            f"{where} has {image.shape[0]}x{image.shape[1]} pixels (height x width), the video "
-            f"{height}x{width}: resize or crop the image, or ask for its size"
         )
 
 
@@ -232,16 +226,3 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames="encoder")
 def _embed(encoder: CLIPVisionEncoder, params: Params, pixels: Array) -> Array:
     return encoder.apply({"params": params}, pixels[None])[0].astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="vae")
-def _encode(
-    vae: AutoencoderKL, params: Params, pixels: Array, key: Array, strength: Array
-) -> Array:
-    """Latents `[h, w, C]` of an image with noise added; they are not scaled, as in SVD."""
-    # Stream 0 of the video's key: the sampler's steps draw from stream 1 on.
-    noise = jax.random.normal(jax.random.fold_in(key, 0), pixels.shape)
-    mean, _ = vae.apply(
-        {"params": params}, (pixels + strength * noise)[None, None], method="encode"
-    )
-    return mean[0, 0]

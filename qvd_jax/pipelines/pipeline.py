@@ -172,6 +172,17 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         result = np.concatenate(decoded)
         return result.reshape(videos, frames, *result.shape[1:])
 
+    def encode(self, images: np.ndarray | Array) -> tuple[Array, Array]:
+        """Posterior of the latents of images.
+
+        Args:
+          images: `[N, H, W, 3]` in [-1, 1].
+
+        Returns:
+          Mean and log-variance, each `[N, h, w, C]`, not yet multiplied by the scaling factor.
+        """
+        return _encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
+
     def _replace_defaults(self, **asked: Any) -> Defaults:
         """The defaults with what was asked for."""
         return replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
@@ -261,6 +272,26 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             if callback is not None:
                 callback(start + count, state.latents)
         return state.latents
+
+
+def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
+    """Raises `InputError` if an image is not uint8 `[height, width, 3]`."""
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise InputError(
+            f"{where}: RGB of 8 bits, uint8 [H, W, 3], is needed, got {image.dtype} "
+            f"{list(image.shape)}"
+        )
+    if image.shape[:2] != (height, width):
+        raise InputError(
+            f"{where} has {image.shape[0]}x{image.shape[1]} pixels (height x width), the video "
+            f"{height}x{width}: resize or crop the image, or ask for its size"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="vae")
+def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
+    mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")
+    return mean[:, 0], log_variance[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames="vae")

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import flax
@@ -15,7 +15,8 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3D, shortcut_splits
+from qvd_jax.models.stages import shortcut_splits
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.components import GAINS
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant import observers
@@ -49,7 +50,7 @@ def quantize(
     policy: str | Policy = "qvd-w8a8",
     prompts: Sequence[Any] | None = None,
     config: CalibrationConfig = CalibrationConfig(),
-    size: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> tuple[VideoPipeline, list[LayerReport]]:
     """Quantizes the UNet of a float pipeline.
@@ -60,7 +61,8 @@ def quantize(
       prompts: to sample with; images for a pipeline that takes them; None takes the pipeline's
         own prompts.
       config: how much to sample.
-      size: frames, height and width of the sampled videos where not the pipeline's defaults.
+      options: of the pipeline's calls: frames, height and width where not its defaults, and
+        what a ControlNet is told.
       progress: called with what is done, how many parts are done and of how many.
 
     Returns:
@@ -78,8 +80,8 @@ def quantize(
     policy = named_policy(policy) if isinstance(policy, str) else policy
     inputs = list(pipe.defaults.prompts if prompts is None else prompts)
     report_progress = progress or (lambda *_: None)
-    specs = match(policy, list_layers(pipe, size))
-    observed = collect(pipe, inputs, config, dict(size or {}), report_progress)
+    specs = match(policy, list_layers(pipe, options))
+    observed = collect(pipe, inputs, config, dict(options or {}), report_progress)
     if config.step_aware:
         specs = {
             path: replace(spec, step_aware=path in observed.by_step and spec.activation_bits < 16)
@@ -118,21 +120,28 @@ def quantize(
     return quantized_pipe, reports
 
 
-def list_layers(pipe: VideoPipeline, size: Mapping[str, Any] | None = None) -> list[Layer]:
+def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -> list[Layer]:
     """The UNet's Dense and conv layers with the operations of one video's forward."""
-    want = replace(pipe.defaults, **(size or {}))
+    want, _ = _split(pipe, options or {})
     config = pipe.unet.config
     frames, height, width, _ = _latents_shape(pipe, want)
-    shapes = [
+    shapes: tuple[tuple[int, ...] | None, ...] = (
         (1, frames, height, width, config.in_channels),
         (1,),
         (1, pipe.context_length, config.context_dim),
-    ]
-    if config.added_ids:
-        shapes.append((1, config.added_ids))
-    return observers.list_layers(
-        UNet3D(config), *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        (1, config.added_ids) if config.added_ids else None,
+        pipe.configs.control_shape(frames, height, width) if config.controlnet else None,
     )
+    examples = [None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    return observers.list_layers(UNet3D(config), *examples)
+
+
+def _split(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Defaults with what the options say of the video, and the options about something else."""
+    known = {field.name for field in fields(pipe.defaults)}
+    video = {name: value for name, value in options.items() if name in known}
+    more = {name: value for name, value in options.items() if name not in known}
+    return replace(pipe.defaults, **video), more
 
 
 class Observed(NamedTuple):
@@ -152,7 +161,7 @@ def collect(
     pipe: VideoPipeline,
     inputs: Sequence[Any],
     config: CalibrationConfig,
-    size: dict[str, Any],
+    options: dict[str, Any],
     progress: Progress,
 ) -> Observed:
     """Samples the inputs and observes every layer's input at every step.
@@ -162,7 +171,7 @@ def collect(
     """
     if not inputs:
         raise InputError("there is nothing to calibrate with; one prompt or image is needed")
-    want = replace(pipe.defaults, **size)
+    want, more = _split(pipe, options)
     steps = config.steps or want.steps
     schedule = make_schedule(pipe.scheduler, steps)
     noise = sampler.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
@@ -174,7 +183,7 @@ def collect(
 
     pipe(
         inputs,
-        **size,
+        **options,
         steps=steps,
         seed=config.seed,
         latents=noise,
@@ -190,18 +199,25 @@ def collect(
     in_loop: set[str] = set()
     window = min(want.frames, unet.config.max_frames or want.frames)
     for number, given in enumerate(inputs):
-        conditions = pipe.conditions([given], want, config.seed)
+        conditions = pipe.conditions([given], want, config.seed, **more)
         if temporal is None:
             # They are the same for all inputs.
-            arguments = (timesteps, conditions.added_ids)
+            told = (timesteps, conditions.added_ids)
             temporal, found = _observe(
-                unet, params, arguments, key, method="temporal_features", rows=None
+                unet, params, told, key, method="temporal_features", rows=None
             )
             _add(parts, found, "the time embedding")
         context, found = _observe(
             unet, params, (conditions.context,), key, method="context_features", rows=rows * steps
         )
         _add(parts, found, f"input {number + 1}")
+        control = None
+        if conditions.control is not None:
+            seen = conditions.control[:, :window]
+            control, found = _observe(
+                unet, params, (seen,), key, method="control_features", rows=rows * steps
+            )
+            _add(parts, found, f"input {number + 1}")
         for step in range(steps):
             progress("observing", number * steps + step, len(inputs) * steps)
             scaled = schedule.table.model_in[step] * before[step][number, None, :window]
@@ -209,9 +225,8 @@ def collect(
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
             place = jax.random.fold_in(key, number * steps + step)
-            _, found = _observe(
-                unet, params, (latents, feature, context), place, method="denoise", rows=rows
-            )
+            inside = (latents, feature, context, control)
+            _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
     by_step = {path: _by_step(parts[path], steps) for path in in_loop}

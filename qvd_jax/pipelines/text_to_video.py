@@ -14,7 +14,13 @@ from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPTextEncoder
 from qvd_jax.pipelines.components import ComponentConfigs
-from qvd_jax.pipelines.pipeline import OutputType, StepCallback, VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.pipeline import (
+    OutputType,
+    StepCallback,
+    VideoDefaults,
+    VideoPipeline,
+    check_image,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +41,8 @@ class TextToVideoPipeline(VideoPipeline[VideoDefaults]):
         self,
         prompts: str | Sequence[str],
         negative_prompts: str | Sequence[str] | None = None,
+        conditioning_frames: Sequence[np.ndarray] = (),
+        controlnet_frame_indices: Sequence[int] = (),
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -54,6 +62,8 @@ class TextToVideoPipeline(VideoPipeline[VideoDefaults]):
         Args:
           prompts: one or more.
           negative_prompts: none, one for all, or one for each prompt.
+          conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`.
+          controlnet_frame_indices: which frame each of them is about.
           frames: F; more than the motion modules' positions run in overlapping windows.
           height: H in pixels, divisible by the strides of VAE and UNet.
           width: W in pixels, likewise.
@@ -82,9 +92,12 @@ class TextToVideoPipeline(VideoPipeline[VideoDefaults]):
             steps=steps,
             guidance_scale=guidance_scale,
         )
+        self._check_control(conditioning_frames, controlnet_frame_indices, want)
         return self._generate(
             prompts,
-            lambda: self.conditions(prompts, want, seed, negatives),
+            lambda: self.conditions(
+                prompts, want, seed, negatives, conditioning_frames, controlnet_frame_indices
+            ),
             want,
             seed,
             latents,
@@ -98,10 +111,16 @@ class TextToVideoPipeline(VideoPipeline[VideoDefaults]):
         want: VideoDefaults,
         seed: int,
         negatives: Sequence[str] | None = None,
+        conditioning_frames: Sequence[np.ndarray] = (),
+        controlnet_frame_indices: Sequence[int] = (),
     ) -> Conditions:
         """The text embedding of the prompts, behind that of the negative ones where guided."""
         negatives = [""] * len(inputs) if negatives is None else negatives
-        return Conditions(self.encode_text([*negatives, *inputs] if want.guided else inputs))
+        text = self.encode_text([*negatives, *inputs] if want.guided else inputs)
+        if self.unet.config.controlnet is None:
+            return Conditions(text)
+        control = self._control(conditioning_frames, controlnet_frame_indices, want, seed)
+        return Conditions(text, control=control)
 
     @property
     def context_length(self) -> int:
@@ -114,6 +133,49 @@ class TextToVideoPipeline(VideoPipeline[VideoDefaults]):
         return ComponentConfigs(
             self.unet.config, self.vae.config, text_encoder=self.text_encoder.config
         )
+
+    def _check_control(
+        self, images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
+    ) -> None:
+        """Raises `InputError` if the conditions do not fit the model or the video."""
+        if (self.unet.config.controlnet is not None) != bool(images):
+            raise InputError(
+                "the model has a ControlNet, whose conditioning_frames are missing"
+                if not images
+                else "conditioning_frames were given, the model has no ControlNet"
+            )
+        if len(images) != len(indices) or len(set(indices)) != len(indices):
+            raise InputError(
+                f"controlnet_frame_indices = {list(indices)}: a frame of its own is needed for "
+                f"each of the {len(images)} conditioning_frames"
+            )
+        for image, index in zip(images, indices, strict=True):
+            if not 0 <= index < want.frames:
+                raise InputError(f"there is no frame {index} of {want.frames} (0 is the first)")
+            check_image(image, want.height, want.width, f"the condition of frame {index}")
+
+    def _control(
+        self,
+        images: Sequence[np.ndarray],
+        indices: Sequence[int],
+        want: VideoDefaults,
+        seed: int,
+    ) -> Array:
+        """The ControlNet's input `[1, F, H, W, C]`: images, zeros between them, and a mask."""
+        pixels = np.stack(images).astype(np.float32) / 255
+        latents = self.latents_shape(want.frames, want.height, want.width)
+        shape = self.configs.control_shape(*latents[:3])
+        # With the size of the latents it is latents that are asked for.
+        if shape[2:4] != latents[1:3]:
+            content = jnp.asarray(pixels)
+        else:
+            mean, log_variance = self.encode(2 * pixels - 1)
+            # No video's stream: they share the images.
+            key = jax.random.fold_in(jax.random.key(seed), np.iinfo(np.uint32).max)
+            noise = jax.random.normal(key, mean.shape)
+            content = (mean + jnp.exp(log_variance / 2) * noise) * self.vae.config.scaling_factor
+        content = jnp.concatenate([content, jnp.ones_like(content[..., :1])], axis=-1)
+        return jnp.zeros(shape).at[0, jnp.asarray(indices)].set(content)
 
     def encode_text(self, prompts: Sequence[str]) -> Array:
         """Text embedding `[B, L, C]` of the prompts, padded and cut to the tower's length.

@@ -17,7 +17,7 @@ from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPTextConfig
-from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load, save

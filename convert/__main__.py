@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import tqdm
 
+from convert.animatediff import PRESETS
 from convert.lora import parse_lora
 from convert.pipeline import Progress, open_source, write_checkpoint
 from qvd_jax import checkpoint
@@ -23,9 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     started = time.perf_counter()
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
-    source = open_source(
-        args.source, args.motion, [parse_lora(lora) for lora in args.lora], args.controlnet
-    )
+    loras = [parse_lora(lora) for lora in args.lora]
+    source = open_source(args.source, args.motion, loras, args.controlnet, args.preset)
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
@@ -74,6 +74,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="scheduler, steps and guidance of motion modules distilled to few steps",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

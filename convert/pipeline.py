@@ -90,6 +90,7 @@ def open_source(
     motion: Path | None = None,
     loras: Sequence[tuple[Path, float]] = (),
     controlnet: Path | None = None,
+    preset: str | None = None,
 ) -> Source:
     """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
@@ -98,6 +99,7 @@ def open_source(
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of motion LoRAs and domain adapters, merged in this order.
       controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff.
+      preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
@@ -149,12 +151,19 @@ def open_source(
     tensors[companion[0]] = encoder
     _check_widths(configs, source)
     scheduler, scheduler_note = _open_scheduler(source, unet)
+    defaults = _defaults(unet, configs, read_json(source / "unet" / "config.json"))
+    if preset is not None:
+        if unet.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --preset")
+        scheduler, changes = animatediff.PRESETS[preset]
+        scheduler_note = (f"scheduler, steps and guidance set to those of {preset}",)
+        defaults = replace(defaults, **changes)
     return Source(
         configs=configs,
         tensors=tensors,
         tokenizer=None if of_images else source / "tokenizer",
         scheduler=scheduler,
-        defaults=_defaults(unet, configs, read_json(source / "unet" / "config.json")),
+        defaults=defaults,
         family=unet.family,
         description=unet.description,
         notes=(*notes, *scheduler_note),

@@ -203,6 +203,17 @@ def test_stable_diffusion_with_an_adapter_folder_equals_the_animatediff_folder(
     assert pipe.tokenizer(prompts)["input_ids"] == reference.tokenizer(prompts)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("preset", "solver", "steps", "guidance"),
+    [("animatelcm", "lcm", 6, 2.0), ("lightning", "euler", 4, 1.0)],
+)
+def test_presets_set_scheduler_steps_and_guidance(tiny, tmp_path, preset, solver, steps, guidance):
+    pipe = run(tiny[0], tmp_path / "out", "--preset", preset)
+    assert pipe.scheduler.solver == solver
+    assert pipe.scheduler.beta_schedule == "linear"
+    assert (pipe.defaults.steps, pipe.defaults.guidance_scale) == (steps, guidance)
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "training output"])
 def test_original_motion_checkpoint_gives_the_weights_of_the_adapter_with_its_own_norms(
     sd15, tiny, reference, tmp_path, wrapped

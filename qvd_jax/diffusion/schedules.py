@@ -81,6 +81,12 @@ class SchedulerConfig:
 ANIMATEDIFF = SchedulerConfig()
 """DDIM with linear betas, as the original AnimateDiff samples."""
 
+ANIMATELCM = SchedulerConfig(solver="lcm")
+"""As published with AnimateLCM."""
+
+LIGHTNING = SchedulerConfig(solver="euler", timestep_spacing="trailing")
+"""As published with AnimateDiff-Lightning."""
+
 MODELSCOPE = SchedulerConfig(beta_schedule="scaled_linear", set_alpha_to_one=False)
 """DDIM with scaled betas, as published with ModelScope."""
 

@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import tqdm
 
+from convert.animatediff import PRESETS
 from convert.lora import parse_lora
 from convert.pipeline import Progress, open_source, write_checkpoint
 from qvd_jax import checkpoint
 from qvd_jax.cli import command
-from qvd_jax.pipelines.text_to_video import DTYPES
+from qvd_jax.pipelines.components import DTYPES
 
 
 @command
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     started = time.perf_counter()
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
-    source = open_source(args.source, args.motion, [parse_lora(lora) for lora in args.lora])
+    loras = [parse_lora(lora) for lora in args.lora]
+    source = open_source(args.source, args.motion, loras, args.controlnet, args.preset)
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
@@ -66,6 +68,17 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATH[:SCALE]",
         help="motion LoRA or domain adapter to merge; may be given again",
+    )
+    parser.add_argument(
+        "--controlnet",
+        type=Path,
+        metavar="PATH",
+        help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt",
+    )
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="scheduler, steps and guidance of motion modules distilled to few steps",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

@@ -7,8 +7,16 @@ from typing import Any
 from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
+from qvd_jax.diffusion import schedules
+from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
+
+PRESETS: dict[str, tuple[SchedulerConfig, dict[str, Any]]] = {
+    "animatelcm": (schedules.ANIMATELCM, {"steps": 6, "guidance_scale": 2.0}),
+    "lightning": (schedules.LIGHTNING, {"steps": 4, "guidance_scale": 1.0}),
+}
+"""Scheduler and defaults of motion modules distilled to few steps, which no tensor tells."""
 
 _ORIGINAL_MOTION = (
     (r"\.temporal_transformer\.", "."),

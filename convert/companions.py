@@ -1,4 +1,4 @@
-"""VAE and CLIP text encoder: configs read from the keys, and older names."""
+"""VAE and CLIP towers: configs read from the keys, and older names."""
 
 import re
 from collections.abc import Mapping
@@ -7,8 +7,7 @@ from typing import Any
 from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
-from qvd_jax.errors import InputError
-from qvd_jax.models.clip import CLIPTextConfig
+from qvd_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from qvd_jax.models.vae import VAEConfig
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -31,6 +30,14 @@ def rename_text(tensors: Tensors) -> Tensors:
     """Names with or without the `text_model.` prefix, less the table of position ids."""
     return {
         name.removeprefix("text_model."): tensor
+        for name, tensor in without_position_ids(tensors).items()
+    }
+
+
+def without_position_ids(tensors: Tensors) -> Tensors:
+    """The tensors of a CLIP tower less the table of position ids, which some files have."""
+    return {
+        name: tensor
         for name, tensor in tensors.items()
         if not name.endswith("embeddings.position_ids")
     }
@@ -42,8 +49,6 @@ def vae_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> VAEConf
     Raises:
       InputError: the tensors are of another kind of VAE.
     """
-    if any("time_mix_conv" in name or "temporal_res_block" in name for name in tensors):
-        raise InputError(f"{where} is Stable Video Diffusion's; an image VAE is expected")
 
     def shape(name: str) -> tuple[int, ...]:
         return keys.require(tensors, name, f"{where} is no AutoencoderKL")
@@ -58,6 +63,7 @@ def vae_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> VAEConf
         "layers_per_block": keys.count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
         "norm_groups": json.get("norm_num_groups", 32),
         "scaling_factor": json.get("scaling_factor", 0.18215),
+        "temporal_decoder": any(".temporal_res_block." in name for name in tensors),
     }
     return from_dict(VAEConfig, fields, where)
 
@@ -83,3 +89,27 @@ def text_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> CLIPTe
         "activation": json.get("hidden_act", "quick_gelu"),
     }
     return from_dict(CLIPTextConfig, fields, where)
+
+
+def vision_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> CLIPVisionConfig:
+    """Reads the image tower's shape from its tensors, the rest from its `config.json`.
+
+    Raises:
+      InputError: the tensors are no CLIP image tower with a projection.
+    """
+
+    def shape(name: str) -> tuple[int, ...]:
+        return keys.require(tensors, name, f"{where} is no CLIP image encoder with a projection")
+
+    patches = shape("vision_model.embeddings.patch_embedding.weight")
+    fields = {
+        "image_size": json.get("image_size", 224),
+        "patch_size": patches[-1],
+        "hidden_size": patches[0],
+        "intermediate_size": shape("vision_model.encoder.layers.0.mlp.fc1.weight")[0],
+        "num_layers": keys.count(tensors, r"vision_model\.encoder\.layers\.(\d+)\."),
+        "num_heads": json.get("num_attention_heads", 16),
+        "projection_size": shape("visual_projection.weight")[0],
+        "activation": json.get("hidden_act", "gelu"),
+    }
+    return from_dict(CLIPVisionConfig, fields, where)

@@ -24,13 +24,16 @@ def count(tensors: Tensors, pattern: str) -> int:
     return len({match[1] for name in tensors if (match := re.match(pattern, name))})
 
 
-def unet_fields(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> dict[str, Any]:
+def unet_fields(
+    tensors: Tensors, unet_json: Mapping[str, Any], where: str, resnet: str = ""
+) -> dict[str, Any]:
     """Fields of a `UNet3DConfig` that are read in the same way in every family.
 
     Args:
       tensors: the UNet's, by diffusers' names.
       unet_json: its `config.json`.
       where: how messages name the checkpoint.
+      resnet: prefix of the convolutions within a resnet.
 
     Raises:
       InputError: tensors are missing, or a config value changes what they compute.
@@ -52,7 +55,7 @@ def unet_fields(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> d
         (
             t.shape[1]
             for name, t in tensors.items()
-            if name.endswith("attn2.to_k.weight") and ".attentions." in name
+            if name.endswith("attn2.to_v.weight") and ".attentions." in name
         ),
         None,
     )
@@ -63,7 +66,7 @@ def unet_fields(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> d
         "in_channels": conv("conv_in.weight")[1],
         "out_channels": conv("conv_out.weight")[0],
         "block_channels": [
-            conv(f"down_blocks.{i}.resnets.0.conv1.weight")[0] for i in range(levels)
+            conv(f"down_blocks.{i}.resnets.0.{resnet}conv1.weight")[0] for i in range(levels)
         ],
         "layers_per_block": count(tensors, r"down_blocks\.0\.resnets\.(\d+)\."),
         "attention_levels": [

@@ -7,8 +7,8 @@ from convert import keys
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import MODELSCOPE, UNet3DConfig
-from qvd_jax.pipelines.text_to_video import VideoDefaults
+from qvd_jax.models.configs import MODELSCOPE, UNet3DConfig
+from qvd_jax.pipelines.pipeline import VideoDefaults
 
 DEFAULTS = VideoDefaults(frames=16, height=256, width=256, steps=50, guidance_scale=9.0)
 

@@ -5,7 +5,7 @@ of, so a checkpoint fits exactly if these names are its names.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax
 import jax
@@ -28,6 +28,7 @@ _LEAVES = {
     "embedding": "weight",
     "bias": "bias",
     "mix_factor": "mix_factor",
+    "class_embedding": "class_embedding",
 }
 
 _UNET: Rules = (
@@ -48,19 +49,32 @@ _UNET: Rules = (
     (r"/(down|up)sample/", r"/\1samplers_0/"),
 )
 _VAE: Rules = (
+    (r"/(spatial|temporal)/", r"/\1_res_block/"),
     (r"/mid_block/attention/(?:attn/)?", "/mid_block/attentions_0/"),
     (r"/to_out/", "/to_out_0/"),
     (r"/(down|up)sample/", r"/\1samplers_0/"),
 )
-_CLIP_TEXT: Rules = (
-    (r"^(token|position)_embedding/", r"embeddings/\1_embedding/"),
-    (r"^encoder_(\d+)/", r"encoder/layers_\1/"),
+_CLIP_LAYER: Rules = (
     (r"/fc([12])/", r"/mlp/fc\1/"),
     (r"/to_(qkv|out)/", r"/\1_proj/"),
 )
+_CLIP_TEXT: Rules = (
+    (r"^(token|position)_embedding/", r"embeddings/\1_embedding/"),
+    (r"^encoder_(\d+)/", r"encoder/layers_\1/"),
+    *_CLIP_LAYER,
+)
+_CLIP_VISION: Rules = (
+    (r"^(patch|position)_embedding/", r"embeddings/\1_embedding/"),
+    (r"^class_embedding$", "embeddings/class_embedding"),
+    (r"^encoder_(\d+)/", r"encoder/layers_\1/"),
+    (r"^pre_layer_norm/", "pre_layrnorm/"),
+    (r"^post_layer_norm/", "post_layernorm/"),
+    (r"^(?!visual_projection/)", "vision_model/"),
+    *_CLIP_LAYER,
+)
 
 
-def _names(rules: Rules, fused: dict[str, tuple[str, ...]]) -> Names:
+def _names(rules: Rules, fused: Mapping[str, tuple[str, ...]]) -> Names:
     def names(path: str) -> tuple[str, ...]:
         for pattern, replacement in rules:
             path = re.sub(pattern, replacement, path)
@@ -81,7 +95,9 @@ _ATTENTION = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 
 UNET: Names = _names(_UNET, _ATTENTION)
 VAE: Names = _names(_VAE, _ATTENTION)
-CLIP_TEXT: Names = _names(_CLIP_TEXT, {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
+_CLIP_ATTENTION = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+CLIP_TEXT: Names = _names(_CLIP_TEXT, _CLIP_ATTENTION)
+CLIP_VISION: Names = _names(_CLIP_VISION, _CLIP_ATTENTION)
 
 
 def build_params(

@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, modelscope, names
+from convert import animatediff, companions, modelscope, names, svd
+from convert.controlnet import open_controlnet
 from convert.lora import merge_lora
 from convert.names import Names
 from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
 from qvd_jax import checkpoint
 from qvd_jax.diffusion import schedules
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3DConfig
-from qvd_jax.pipelines.text_to_video import ComponentConfigs, VideoDefaults, make_manifest
+from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.loading import make_manifest
+from qvd_jax.pipelines.pipeline import VideoDefaults
 
 TOKENIZER_FILES = (
     "vocab.json",
@@ -37,17 +40,17 @@ class Source:
     Attributes:
       configs: the components' configs.
       tensors: the components' tensors, by component name.
-      tokenizer: the tokenizer's folder.
+      tokenizer: the tokenizer's folder; None for a model without text.
       scheduler: noise schedule and solver.
       defaults: of a video.
-      family: "animatediff" or "modelscope".
+      family: "animatediff", "modelscope" or "svd".
       description: one line on what it is.
       notes: what the user should know, such as a config that the tensors contradict.
     """
 
     configs: ComponentConfigs
     tensors: dict[str, Tensors]
-    tokenizer: Path
+    tokenizer: Path | None
     scheduler: schedules.SchedulerConfig
     defaults: VideoDefaults
     family: str
@@ -69,63 +72,98 @@ class Progress(NamedTuple):
     total: int
 
 
-_TITLES = {"animatediff": "AnimateDiff", "modelscope": "ModelScope"}
+_TITLES = {
+    "animatediff": "AnimateDiff",
+    "modelscope": "ModelScope",
+    "svd": "Stable Video Diffusion",
+}
 _NAMES: dict[str, Names] = {
     "unet": names.UNET,
     "vae": names.VAE,
     "text_encoder": names.CLIP_TEXT,
+    "image_encoder": names.CLIP_VISION,
 }
 
 
 def open_source(
-    source: Path, motion: Path | None = None, loras: Sequence[tuple[Path, float]] = ()
+    source: Path,
+    motion: Path | None = None,
+    loras: Sequence[tuple[Path, float]] = (),
+    controlnet: Path | None = None,
+    preset: str | None = None,
 ) -> Source:
-    """Opens a diffusers folder: AnimateDiff, ModelScope, or Stable Diffusion 1.5 and motion.
+    """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
     Args:
       source: the folder.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of motion LoRAs and domain adapters, merged in this order.
+      controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff.
+      preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
     """
     if not source.is_dir():
         raise InputError(f"{source} is no folder; a diffusers pipeline folder is expected")
-    parts = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    of_images = (source / "image_encoder").is_dir() and not (source / "text_encoder").is_dir()
+    companion = ("image_encoder",) if of_images else ("text_encoder", "tokenizer")
+    parts = ("unet", "vae", *companion, "scheduler")
     missing = [part for part in parts if not (source / part).is_dir()]
     if missing:
         raise InputError(
-            f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image or "
-            f"text-to-video pipeline"
+            f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image, "
+            f"text-to-video or image-to-video pipeline"
         )
-    checkpoint.check_tokenizer(source / "tokenizer")
+    if not of_images:
+        checkpoint.check_tokenizer(source / "tokenizer")
     unet = _open_unet(source, motion)
-    tensors, notes = unet.tensors, [*unet.notes]
+    tensors, notes = {"unet": unet.tensors}, [*unet.notes]
     for path, scale in loras:
-        tensors = merge_lora(tensors, path, scale, animatediff.rename_original)
+        tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")
+    if controlnet is not None:
+        if unet.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --controlnet")
+        found, config = open_controlnet(controlnet)
+        tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
+        unet = unet._replace(config=replace(unet.config, controlnet=config))
+        notes.append(f"added {controlnet.name}")
 
-    vae_folder, text_folder = source / "vae", source / "text_encoder"
-    vae = companions.rename_vae(
-        open_folder(vae_folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
+    folder = source / "vae"
+    tensors["vae"] = companions.rename_vae(
+        open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
     )
-    text = companions.rename_text(open_folder(text_folder, "model", "pytorch_model"))
-    configs = ComponentConfigs(
-        unet=unet.config,
-        vae=companions.vae_config(vae, read_json(vae_folder / "config.json"), str(vae_folder)),
-        text_encoder=companions.text_config(
-            text, read_json(text_folder / "config.json"), str(text_folder)
-        ),
+    vae = companions.vae_config(tensors["vae"], read_json(folder / "config.json"), str(folder))
+    folder = source / companion[0]
+    encoder, encoder_json = (
+        open_folder(folder, "model", "pytorch_model"),
+        read_json(folder / "config.json"),
     )
+    if of_images:
+        encoder = companions.without_position_ids(encoder)
+        image_encoder = companions.vision_config(encoder, encoder_json, str(folder))
+        configs = ComponentConfigs(unet.config, vae, image_encoder=image_encoder)
+    else:
+        encoder = companions.rename_text(encoder)
+        text_encoder = companions.text_config(encoder, encoder_json, str(folder))
+        configs = ComponentConfigs(unet.config, vae, text_encoder=text_encoder)
+    tensors[companion[0]] = encoder
     _check_widths(configs, source)
     scheduler, scheduler_note = _open_scheduler(source, unet)
+    defaults = _defaults(unet, configs, read_json(source / "unet" / "config.json"))
+    if preset is not None:
+        if unet.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --preset")
+        scheduler, changes = animatediff.PRESETS[preset]
+        scheduler_note = (f"scheduler, steps and guidance set to those of {preset}",)
+        defaults = replace(defaults, **changes)
     return Source(
         configs=configs,
-        tensors={"unet": tensors, "vae": vae, "text_encoder": text},
-        tokenizer=source / "tokenizer",
+        tensors=tensors,
+        tokenizer=None if of_images else source / "tokenizer",
         scheduler=scheduler,
-        defaults=_defaults(unet, configs, read_json(source / "unet" / "config.json")),
+        defaults=defaults,
         family=unet.family,
         description=unet.description,
         notes=(*notes, *scheduler_note),
@@ -170,7 +208,8 @@ def write_checkpoint(
             checkpoint.save_params(folder, name, params)
             # Freed before the next component is read.
             jax.tree.map(lambda array: array.delete(), params)
-        _copy_tokenizer(source.tokenizer, folder / checkpoint.TOKENIZER)
+        if source.tokenizer is not None:
+            _copy_tokenizer(source.tokenizer, folder / checkpoint.TOKENIZER)
         manifest = make_manifest(
             source.configs,
             source.scheduler,
@@ -203,18 +242,30 @@ def _open_unet(source: Path, motion: Path | None) -> _UNet:
     folder = source / "unet"
     tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
     unet_json = read_json(folder / "config.json")
-    if not modelscope.is_modelscope(tensors):
+    families = {"modelscope": modelscope.is_modelscope, "svd": svd.is_svd}
+    family = next((name for name, is_it in families.items() if is_it(tensors)), None)
+    if family is None:
         return _open_animatediff(source, tensors, unet_json, motion)
     if motion is not None:
-        raise InputError(f"{folder} is ModelScope or ZeroScope, which has no use for --motion")
+        raise InputError(f"{folder} is {_TITLES[family]}, which has no use for --motion")
+    if family == "svd":
+        return _UNet(
+            family,
+            svd.without_dead(tensors),
+            svd.unet_config(tensors, unet_json, str(folder)),
+            schedules.STABLE_VIDEO_DIFFUSION,
+            True,
+            svd.defaults(unet_json, str(folder)),
+            _TITLES[family],
+        )
     return _UNet(
-        "modelscope",
+        family,
         tensors,
         modelscope.unet_config(tensors, unet_json, str(folder)),
         schedules.MODELSCOPE,
         True,
         modelscope.DEFAULTS,
-        "ModelScope",
+        _TITLES[family],
     )
 
 
@@ -285,7 +336,9 @@ def _open_scheduler(source: Path, unet: _UNet) -> tuple[schedules.SchedulerConfi
         if unet.has_own_scheduler
         else "motion modules were trained with linear betas, Stable Diffusion's are scaled"
     )
-    return unet.scheduler, (f"scheduler set to {_TITLES[unet.family]}'s DDIM: {reason}",)
+    solver = unet.scheduler.solver
+    name = next(name for name, ours in schedules.SOLVERS.items() if ours == solver)
+    return unet.scheduler, (f"scheduler set to {_TITLES[unet.family]}'s {name}: {reason}",)
 
 
 def _version(config: UNet3DConfig) -> str:
@@ -295,6 +348,9 @@ def _version(config: UNet3DConfig) -> str:
 
 
 def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:
+    if unet.family == "svd":
+        # Its sample_size is neither the height nor the width it was trained at.
+        return unet.defaults
     size = unet_json.get("sample_size")
     size = size if isinstance(size, int) and size > 0 else unet.defaults.height // 8
     stride = configs.unet.stride
@@ -304,10 +360,17 @@ def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any])
 
 
 def _check_widths(configs: ComponentConfigs, source: Path) -> None:
+    latents, unet = configs.vae.latent_channels, configs.unet
+    has_image = configs.image_encoder is not None
+    encoder = (
+        configs.image_encoder.projection_size
+        if configs.image_encoder
+        else (configs.text_encoder.hidden_size if configs.text_encoder else 0)
+    )
     for what, have, want in (
-        ("text", configs.text_encoder.hidden_size, configs.unet.context_dim),
-        ("latents", configs.vae.latent_channels, configs.unet.in_channels),
-        ("prediction", configs.unet.out_channels, configs.vae.latent_channels),
+        ("image" if has_image else "text", encoder, unet.context_dim),
+        ("latents", latents * (1 + has_image), unet.in_channels),
+        ("prediction", unet.out_channels, latents),
     ):
         if have != want:
             raise InputError(

@@ -160,8 +160,9 @@ def _open_pickle(path: Path) -> Tensors:
         raise InputError(
             f"{path} is truncated or no pickle of tensors: {first_line(error)}"
         ) from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for wrapper in ("state_dict", "controlnet"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
 

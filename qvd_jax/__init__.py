@@ -2,18 +2,31 @@
 
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
-from qvd_jax.models.clip import CLIPTextConfig, CLIPTextEncoder
+from qvd_jax.models.clip import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    CLIPVisionConfig,
+    CLIPVisionEncoder,
+)
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT, LayerSet
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
+from qvd_jax.pipelines.loading import load, save
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.quantization import quantize
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, VideoDefaults, load, save
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 __all__ = [
     "FLOAT",
     "AutoencoderKL",
     "CLIPTextConfig",
     "CLIPTextEncoder",
+    "CLIPVisionConfig",
+    "CLIPVisionEncoder",
+    "ImageToVideoDefaults",
+    "ImageToVideoPipeline",
     "InputError",
     "LayerSet",
     "SchedulerConfig",
@@ -22,6 +35,7 @@ __all__ = [
     "UNet3DConfig",
     "VAEConfig",
     "VideoDefaults",
+    "VideoPipeline",
     "load",
     "quantize",
     "save",

@@ -15,7 +15,7 @@ from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import DTYPES
+from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.quant.policy import named_policy
 
 OURS = "qvd_jax"

@@ -11,18 +11,20 @@ import tqdm
 
 from qvd_jax import checkpoint, report
 from qvd_jax.cli import (
+    add_input_arguments,
     add_size_arguments,
     command,
     enable_compilation_cache,
     passed,
     positive_int,
-    read_prompts,
+    read_conditions,
+    read_inputs,
 )
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
+from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
-from qvd_jax.pipelines.text_to_video import load, save
 from qvd_jax.quant.policy import Policy, match, match_table, named_policy
 
 
@@ -40,15 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = checkpoint.find(args.checkpoint)
     if checkpoint.read_manifest(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    prompts = (
-        read_prompts(args.prompts_file) if args.prompts_file else checkpoint.example_prompts(source)
-    )
-    if not prompts:
-        raise InputError(f"{source} has no prompts of its own; pass --prompts-file FILE")
+    inputs, conditions = read_inputs(args, source), read_conditions(args, source)
     enable_compilation_cache()
     pipe = load(source)
-    size = passed(args, "frames", "height", "width")
-    layers = list_layers(pipe, size)
+    options = {**passed(args, "frames", "height", "width"), **conditions}
+    layers = list_layers(pipe, options)
     match(policy, layers)
     print(match_table(policy, layers))
 
@@ -57,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         quantized, reports = quantize(
             pipe,
             policy,
-            prompts,
+            inputs.values,
             CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware),
-            size,
+            options,
             progress,
         )
     save(quantized, args.out, overwrite=args.overwrite, reports=reports)
@@ -116,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--policy", default="qvd-w8a8", metavar="NAME|FILE.yaml", help="(%(default)s)"
     )
-    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    add_input_arguments(parser)
     parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument(

@@ -304,6 +304,25 @@ def example_prompts(path: Path) -> list[str]:
     return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
 
 
+def takes_images(path: Path) -> bool:
+    """Whether a checkpoint makes videos from images, not from prompts.
+
+    Raises:
+      InputError: the folder is no checkpoint.
+    """
+    return read_manifest(path).components.get("image_encoder") is not None
+
+
+def has_controlnet(path: Path) -> bool:
+    """Whether the UNet of a checkpoint has a ControlNet.
+
+    Raises:
+      InputError: the folder is no checkpoint.
+    """
+    unet = read_manifest(path).components.get("unet")
+    return isinstance(unet, dict) and unet.get("controlnet") is not None
+
+
 def stored_dtype(folder: Path, name: str) -> np.dtype:
     """The dtype of a component's parameters on disk.
 

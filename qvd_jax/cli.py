@@ -1,4 +1,4 @@
-"""What all commands share: exit codes for errors, arguments, prompts, the compilation cache."""
+"""What all commands share: exit codes for errors, arguments, inputs, the compilation cache."""
 
 import argparse
 import functools
@@ -6,10 +6,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from qvd_jax import checkpoint
+from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
 
 
@@ -67,6 +69,95 @@ def read_prompts(path: Path) -> list[str]:
     if not prompts:
         raise InputError(f"{path} has no prompts; one a line is expected")
     return prompts
+
+
+class Inputs(NamedTuple):
+    """What videos are made from.
+
+    Attributes:
+      values: prompts, or images uint8 `[H, W, 3]`.
+      names: the prompts, or the names of the images' files.
+    """
+
+    values: list[Any]
+    names: list[str]
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --prompts-file, --image and --condition."""
+    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="one video each, of a model that makes videos from images",
+    )
+    parser.add_argument(
+        "--condition",
+        nargs="+",
+        default=[],
+        metavar="IMAGE@FRAME",
+        help="what a frame is to look like (0 is the first), of a model with SparseCtrl",
+    )
+
+
+def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """What --condition says, as arguments of the pipeline's call.
+
+    Raises:
+      InputError: the checkpoint takes none, needs some, or one cannot be read.
+    """
+    if checkpoint.has_controlnet(path) != bool(args.condition):
+        raise InputError(
+            f"{path} has no ControlNet; leave --condition out"
+            if args.condition
+            else f"{path} has a ControlNet; pass --condition IMAGE@FRAME"
+        )
+    if not args.condition:
+        return {}
+    images, indices = [], []
+    for text in args.condition:
+        name, _, frame = text.rpartition("@")
+        if not name or not frame.isdecimal():
+            raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
+        images.append(video_io.read_image(Path(name)))
+        indices.append(int(frame))
+    return {"conditioning_frames": images, "controlnet_frame_indices": indices}
+
+
+def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
+    """What the command line gives to a checkpoint, else the checkpoint's own prompts.
+
+    Args:
+      args: with `add_input_arguments`, perhaps with --prompt.
+      path: the checkpoint's folder.
+
+    Raises:
+      InputError: it is none, needs the other kind of input, there is none, or one cannot be read.
+    """
+    prompts = [*getattr(args, "prompt", []), *_prompts_of(args.prompts_file)]
+    if checkpoint.takes_images(path):
+        if prompts:
+            raise InputError(f"{path} makes videos from images; pass --image FILE, not prompts")
+        if not args.image:
+            raise InputError(f"there are no images; {path} needs --image FILE")
+        return Inputs(
+            [video_io.read_image(file) for file in args.image], [file.stem for file in args.image]
+        )
+    if args.image:
+        raise InputError(f"{path} makes videos from prompts; leave --image out")
+    prompts = prompts or checkpoint.example_prompts(path)
+    if not prompts:
+        raise InputError(
+            f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"
+        )
+    return Inputs(prompts, prompts)
+
+
+def _prompts_of(path: Path | None) -> list[str]:
+    return [] if path is None else read_prompts(path)
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

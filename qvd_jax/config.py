@@ -50,6 +50,12 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
         raise InputError(f"{where}: {error}") from error
 
 
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises `InputError` if an argument is none of its choices."""
+    if value not in choices:
+        raise InputError(f"{name} = {value!r}: it must be one of {', '.join(choices)}")
+
+
 def read_yaml(path: Path) -> Any:
     """Parses a YAML file.
 

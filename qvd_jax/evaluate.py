@@ -1,6 +1,6 @@
 """`python -m qvd_jax.evaluate --reference DIR [--candidate DIR ...] --out DIR`: side by side.
 
-Every model samples the same prompts from the same noise. Without a prompts file the prompts are
+Every model samples the same prompts or images from the same noise. Without any the prompts are
 held-out scenes of the moving shapes, and what they asked for is counted in the pixels.
 """
 
@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +22,22 @@ import tqdm
 from qvd_jax import checkpoint, report
 from qvd_jax.axes import Array
 from qvd_jax.cli import (
+    Inputs,
+    add_input_arguments,
     add_size_arguments,
     command,
     enable_compilation_cache,
     passed,
     positive_int,
-    read_prompts,
+    read_conditions,
+    read_inputs,
 )
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline, load
+from qvd_jax.pipelines.loading import load
+from qvd_jax.pipelines.pipeline import VideoPipeline
 
 _FILES = ("results.json", "results.md", "report.html")
 _SHEET_VIDEOS = 12
@@ -51,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [args.reference, *args.candidate]
     for name in names:
         checkpoint.read_manifest(checkpoint.find(name))
-    cases = own_cases(args) if args.prompts_file else held_out_cases(args.videos, args.seed)
-    if len(cases.prompts) < 2:
-        raise InputError("intervals and distances need at least 2 prompts")
+    cases = own_cases(args) if args.prompts_file or args.image else held_out_cases(args)
+    if len(cases.inputs.values) < 2:
+        raise InputError("intervals and distances need at least 2 prompts or images")
     enable_compilation_cache()
 
     models = {name: with_size(load(name), args) for name in dict.fromkeys(names)}
@@ -62,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
         "versions": checkpoint.package_versions(),
         "backend": jax.default_backend(),
-        "prompts": len(cases.prompts),
+        "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
         "models": measure(models, sampled, cases, args.seed),
     }
@@ -70,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "results.md").write_text(report.markdown(results))
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
-    (args.out / "report.html").write_text(report.html(results, shown, cases.prompts))
+    (args.out / "report.html").write_text(report.html(results, shown, cases.inputs.names))
     for name, videos in shown.items():
         sheet = args.out / f"{Path(name).name}.png"
         video_io.write_contact_sheet(sheet, videos)
     print(report.markdown(results))
 
 
-def with_size(pipe: TextToVideoPipeline, args: argparse.Namespace) -> TextToVideoPipeline:
+def with_size(pipe: VideoPipeline, args: argparse.Namespace) -> VideoPipeline:
     """The pipeline with what the command line says of steps, frames and size as its defaults."""
     given = passed(args, "steps", "frames", "height", "width")
     return replace(pipe, defaults=replace(pipe.defaults, **given))
@@ -88,26 +92,38 @@ class Cases:
     """What is sampled.
 
     Attributes:
-      prompts: the prompts.
+      inputs: prompts or images.
       scenes: what they ask for, `[N, 5]`; None where nobody can tell.
+      options: of the pipelines' calls, the same for all.
     """
 
-    prompts: list[str]
+    inputs: Inputs
     scenes: np.ndarray | None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def own_cases(args: argparse.Namespace) -> Cases:
-    """Prompts from a file, the first `--videos` of them."""
-    return Cases(read_prompts(args.prompts_file)[: args.videos], None)
+    """Prompts from a file or images, the first `--videos` of them."""
+    path = checkpoint.find(args.reference)
+    inputs = Inputs(*(part[: args.videos] for part in read_inputs(args, path)))
+    return Cases(inputs, None, read_conditions(args, path))
 
 
-def held_out_cases(count: int, seed: int) -> Cases:
-    """Scenes no model was trained on, each once before any twice, in random phrasings."""
-    rng = np.random.default_rng([seed, count])
+def held_out_cases(args: argparse.Namespace) -> Cases:
+    """Scenes no model was trained on, each once before any twice, in random phrasings.
+
+    Raises:
+      InputError: the model makes videos from images.
+    """
+    if checkpoint.takes_images(checkpoint.find(args.reference)):
+        raise InputError(f"{args.reference} makes videos from images; pass --image FILE FILE")
+    count = args.videos
+    rng = np.random.default_rng([args.seed, count])
     held_out = moving_shapes.scenes("held_out")
     rounds = [held_out[rng.permutation(len(held_out))] for _ in range(-(-count // len(held_out)))]
     scenes = np.concatenate(rounds)[:count]
-    return Cases([moving_shapes.prompt(scene, rng) for scene in scenes], scenes)
+    prompts = [moving_shapes.prompt(scene, rng) for scene in scenes]
+    return Cases(Inputs(prompts, prompts), scenes)
 
 
 @dataclass
@@ -128,27 +144,29 @@ class Sampled:
 
 
 def sample(
-    models: dict[str, TextToVideoPipeline], cases: Cases, seeds: Sequence[int]
+    models: dict[str, VideoPipeline], cases: Cases, seeds: Sequence[int]
 ) -> dict[str, Sampled]:
-    """Samples all prompts with every model; the first model is the reference."""
+    """Samples all inputs with every model; the first model is the reference."""
+    inputs = cases.inputs.values
     videos: dict[str, list[np.ndarray]] = {name: [] for name in models}
     totals = {name: np.zeros((2, pipe.defaults.steps)) for name, pipe in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    groups = [(seed, start) for seed in seeds for start in range(0, len(cases.prompts), _BATCH)]
+    groups = [(seed, start) for seed in seeds for start in range(0, len(inputs), _BATCH)]
     for seed, start in tqdm.tqdm(groups, desc="sampling", unit="batch"):
-        prompts = cases.prompts[start : start + _BATCH]
+        batch = inputs[start : start + _BATCH]
         reference: list[np.ndarray] = []
         for name, pipe in models.items():
             path: list[np.ndarray] = []
             began = time.perf_counter()
             latents = pipe(
-                prompts,
+                batch,
+                **cases.options,
                 # Noise is numbered within a call.
-                seed=seed * len(cases.prompts) + start,
+                seed=seed * len(inputs) + start,
                 output_type="latents",
                 callback_on_step_end=functools.partial(_keep, path),
             )
-            seconds[name].append((time.perf_counter() - began) / len(prompts))
+            seconds[name].append((time.perf_counter() - began) / len(batch))
             videos[name].append(pipe.decode(latents))
             reference = reference or path
             for step, (found, exact) in enumerate(zip(path, reference, strict=True)):
@@ -170,7 +188,7 @@ def _keep(path: list[np.ndarray], _: int, latents: Array) -> None:
 
 
 def measure(
-    models: dict[str, TextToVideoPipeline],
+    models: dict[str, VideoPipeline],
     sampled: dict[str, Sampled],
     cases: Cases,
     seed: int,
@@ -260,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.evaluate", description=__doc__)
     parser.add_argument("--reference", required=True, metavar="DIR|NAME")
     parser.add_argument("--candidate", nargs="+", default=[], metavar="DIR|NAME")
-    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    add_input_arguments(parser)
     parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")

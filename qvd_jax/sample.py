@@ -1,13 +1,14 @@
-"""`python -m qvd_jax.sample --checkpoint DIR --prompt TEXT`: prompts in, videos out."""
+"""`python -m qvd_jax.sample --checkpoint DIR --prompt TEXT`: prompts or images in, videos out."""
 
 import argparse
+import inspect
 import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,30 +16,46 @@ import tqdm
 
 from qvd_jax import checkpoint
 from qvd_jax.cli import (
+    add_input_arguments,
     add_size_arguments,
     command,
     enable_compilation_cache,
     passed,
     positive_int,
-    read_prompts,
+    read_conditions,
+    read_inputs,
 )
+from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import DTYPES, TextToVideoPipeline, VideoDefaults, load
+from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.loading import load
+from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+
+_OPTIONS = (
+    "negative_prompts",
+    "frames",
+    "height",
+    "width",
+    "steps",
+    "guidance_scale",
+    "min_guidance_scale",
+    "fps",
+    "motion_bucket_id",
+    "noise_aug_strength",
+)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
-    prompts = [*args.prompt, *(read_prompts(args.prompts_file) if args.prompts_file else ())]
-    # The checkpoint's own examples, for who asks for nothing.
-    prompts = prompts or checkpoint.example_prompts(checkpoint.find(args.checkpoint))
-    if not prompts:
-        raise InputError("there are no prompts; pass --prompt TEXT or --prompts-file FILE")
+    inputs = read_inputs(args, checkpoint.find(args.checkpoint))
+    conditions = read_conditions(args, checkpoint.find(args.checkpoint))
     outputs = plan_outputs(
-        args.out, prompts, contact_sheet=args.contact_sheet, overwrite=args.overwrite
+        args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
     for name in names:
@@ -48,24 +65,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = [timed_load(name, args) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
-    for prompt in prompts:
-        if unknown := own.unknown_words(prompt):
-            print(f"note: the model does not know {', '.join(map(repr, unknown))} in {prompt!r}")
-    want = replace(
-        own.defaults,
-        **passed(args, "frames", "height", "width", "steps", "guidance_scale", "fps"),
-    )
+    if isinstance(own, TextToVideoPipeline):
+        for prompt in inputs.values:
+            if unknown := own.unknown_words(prompt):
+                words = ", ".join(map(repr, unknown))
+                print(f"note: the model does not know {words} in {prompt!r}")
+    options = {**call_options(own, args), **conditions}
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
     for name, (pipe, seconds) in zip(names, loaded, strict=True):
-        video, times = sample(pipe, prompts, want, args, compile_seconds)
+        video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
         videos.append(video)
         rows.append(cost(name, pipe, {"load": seconds, **times}))
-    write(np.stack(videos), outputs, want.fps)
+    write(np.stack(videos), outputs, args.fps or own.defaults.fps)
     print(cost_table(rows))
 
 
-def timed_load(name: str, args: argparse.Namespace) -> tuple[TextToVideoPipeline, float]:
+def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, float]:
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
     pipe = load(name, dtype=DTYPES.get(args.dtype))
@@ -74,25 +90,37 @@ def timed_load(name: str, args: argparse.Namespace) -> tuple[TextToVideoPipeline
     return pipe, time.perf_counter() - started
 
 
+def call_options(pipe: VideoPipeline, args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks of a call of the pipeline, beside its inputs and the seed.
+
+    What is not asked for is the first checkpoint's default, for both of two.
+
+    Raises:
+      InputError: the model does not take an option.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    given = passed(args, *_OPTIONS)
+    for name in given.keys() - known.keys() - {"fps"}:
+        option = name.removesuffix("s").replace("_", "-")
+        raise InputError(f"--{option} has no meaning for a model of the family {pipe.family!r}")
+    values = {**to_dict(pipe.defaults), **given}
+    return {name: values[name] for name in _OPTIONS if name in known and name in values}
+
+
 def sample(
-    pipe: TextToVideoPipeline,
-    prompts: Sequence[str],
-    want: VideoDefaults,
-    args: argparse.Namespace,
+    pipe: VideoPipeline,
+    inputs: Sequence[Any],
+    options: dict[str, Any],
+    seed: int,
     compile_seconds: Callable[[], float],
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Videos uint8 `[B, F, H, W, 3]` of the prompts, and where the seconds went."""
+    """Videos uint8 `[B, F, H, W, 3]` of the inputs, and where the seconds went."""
     started, before = time.perf_counter(), compile_seconds()
-    with tqdm.tqdm(total=want.steps, desc="sampling", unit="step") as bar:
+    with tqdm.tqdm(total=options["steps"], desc="sampling", unit="step") as bar:
         latents = pipe(
-            prompts,
-            args.negative_prompt,
-            frames=want.frames,
-            height=want.height,
-            width=want.width,
-            steps=want.steps,
-            guidance_scale=want.guidance_scale,
-            seed=args.seed,
+            inputs,
+            **options,
+            seed=seed,
             output_type="latents",
             callback_on_step_end=lambda done, _: _set(bar, done),
         )
@@ -110,7 +138,7 @@ def _set(bar: tqdm.tqdm, done: int) -> None:
     bar.update(done - bar.n)
 
 
-def cost(name: str, pipe: TextToVideoPipeline, seconds: dict[str, float]) -> dict[str, str]:
+def cost(name: str, pipe: VideoPipeline, seconds: dict[str, float]) -> dict[str, str]:
     """What a model takes, by column of the table."""
     on_disk = checkpoint.disk_bytes(checkpoint.find(name) / "unet")
     in_memory = checkpoint.tree_bytes(pipe.params["unet"])
@@ -237,11 +265,22 @@ def _parser() -> argparse.ArgumentParser:
         help="another checkpoint to sample from the same noise, shown above or left of this one",
     )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
-    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
-    parser.add_argument("--negative-prompt", metavar="T", help="for all prompts")
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--negative-prompt", dest="negative_prompts", metavar="T", help="for all prompts"
+    )
     parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
+    parser.add_argument(
+        "--min-guidance-scale", type=float, metavar="G", help="of the first frame, from images"
+    )
+    parser.add_argument(
+        "--motion-bucket-id", type=int, metavar="N", help="how much motion, from images"
+    )
+    parser.add_argument(
+        "--noise-aug-strength", type=float, metavar="X", help="noise on the image, from images"
+    )
     parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
     parser.add_argument("--fps", type=positive_int, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")

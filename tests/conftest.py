@@ -12,7 +12,7 @@ import torch
 from diffusers import AnimateDiffPipeline
 
 from convert.__main__ import main as convert
-from qvd_jax.pipelines.text_to_video import ComponentConfigs
+from qvd_jax.pipelines.components import ComponentConfigs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

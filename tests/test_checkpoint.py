@@ -20,7 +20,8 @@ import qvd_jax
 from qvd_jax import checkpoint
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 COMPONENTS = {"unet", "vae", "text_encoder"}
 

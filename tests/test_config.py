@@ -8,7 +8,7 @@ import pytest
 
 from qvd_jax.config import did_you_mean, from_dict, to_dict
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3DConfig, animatediff
+from qvd_jax.models.configs import UNet3DConfig, animatediff
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import qvd_jax
 from convert import names
 from convert.__main__ import main as convert
 from qvd_jax.models.clip import OPENCLIP_H
-from qvd_jax.models.unet3d import MODELSCOPE
+from qvd_jax.models.configs import MODELSCOPE
 from qvd_jax.models.vae import VAEConfig
-from qvd_jax.pipelines.text_to_video import ComponentConfigs
+from qvd_jax.pipelines.components import ComponentConfigs
 
 Tiny = tuple[Path, TextToVideoSDPipeline]
 
@@ -102,7 +102,7 @@ def test_names_are_those_of_the_real_model():
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--motion", "x.ckpt"], "is ModelScope or ZeroScope, which has no use for --motion"),
+        ({}, ["--motion", "x.ckpt"], "is ModelScope, which has no use for --motion"),
         ({"attention_head_dim": 7}, [], r"attention_head_dim = 7 does not divide"),
         ({"attention_head_dim": [8, 8]}, [], "attention_head_dim: one positive integer"),
         ({"act_fn": "gelu"}, [], "act_fn = 'gelu' is not supported"),

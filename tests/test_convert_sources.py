@@ -37,7 +37,8 @@ from convert.tensors import LazyTensor, Tensors, open_file, open_folder
 from qvd_jax import checkpoint
 from qvd_jax.diffusion.schedules import ANIMATEDIFF
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 Tiny = tuple[Path, AnimateDiffPipeline]
 COMPONENTS = ("unet", "vae", "text_encoder")
@@ -195,11 +196,22 @@ def test_stable_diffusion_with_an_adapter_folder_equals_the_animatediff_folder(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "AnimateDiff v2, GroupNorm scopes of diffusers AnimateDiff"
     assert [line for line in printed if line.startswith("note: ")] == [
-        "note: scheduler set to AnimateDiff's DDIM: motion modules were trained with linear betas, "
-        "Stable Diffusion's are scaled"
+        "note: scheduler set to AnimateDiff's DDIMScheduler: motion modules were trained with "
+        "linear betas, Stable Diffusion's are scaled"
     ]
     prompts = ["a red panda", "", "Surfing!"]
     assert pipe.tokenizer(prompts)["input_ids"] == reference.tokenizer(prompts)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "solver", "steps", "guidance"),
+    [("animatelcm", "lcm", 6, 2.0), ("lightning", "euler", 4, 1.0)],
+)
+def test_presets_set_scheduler_steps_and_guidance(tiny, tmp_path, preset, solver, steps, guidance):
+    pipe = run(tiny[0], tmp_path / "out", "--preset", preset)
+    assert pipe.scheduler.solver == solver
+    assert pipe.scheduler.beta_schedule == "linear"
+    assert (pipe.defaults.steps, pipe.defaults.guidance_scale) == (steps, guidance)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "training output"])

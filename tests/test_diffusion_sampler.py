@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvd_jax.diffusion.sampler import (
+    Conditions,
     SamplerState,
     initial_noise,
     prepare,
@@ -19,7 +20,8 @@ from qvd_jax.diffusion.sampler import (
     window_starts,
 )
 from qvd_jax.diffusion.solvers import StepTable
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.models.unet3d import UNet3D
 
 TOLERANCE = 1e-5
 VIDEOS, STEPS, SEED = 2, 3, 5
@@ -96,8 +98,8 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         params,
         state,
         jax.tree.map(jnp.asarray, table),
-        prepare(UNET, params, jnp.asarray(table.timestep), jnp.asarray(context)),
-        jnp.float32(given["guidance_scale"]),
+        prepare(UNET, params, jnp.asarray(table.timestep), Conditions(jnp.asarray(context))),
+        jnp.full(state.latents.shape[1], given["guidance_scale"], jnp.float32),
         video_keys(given["seed"], VIDEOS),
         jnp.int32(start),
         count=stop - start,

@@ -204,11 +204,10 @@ def test_timesteps_and_noise_levels_are_the_published_ones():
     table = solvers.make_schedule(ANIMATEDIFF, 25).table
     np.testing.assert_array_equal(table.timestep, np.arange(961, 0, -40))
 
-    table = solvers.make_schedule(SchedulerConfig(solver="lcm"), 4).table
-    np.testing.assert_array_equal(table.timestep, [999, 759, 499, 259])
+    table = solvers.make_schedule(schedules.ANIMATELCM, 6).table
+    np.testing.assert_array_equal(table.timestep, [999, 839, 679, 499, 339, 179])
 
-    lightning = SchedulerConfig(solver="euler", timestep_spacing="trailing")
-    schedule = solvers.make_schedule(lightning, 4)
+    schedule = solvers.make_schedule(schedules.LIGHTNING, 4)
     np.testing.assert_array_equal(schedule.table.timestep, [999, 749, 499, 249])
     sigmas = np.sqrt(1 / schedule.table.model_in.astype(np.float64) ** 2 - 1)
     np.testing.assert_allclose(sigmas, [25.1461, 6.5572, 2.276, 0.867], rtol=1e-4)

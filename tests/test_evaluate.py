@@ -9,8 +9,8 @@ import pytest
 import qvd_jax
 from qvd_jax import evaluate, report
 from qvd_jax.data import moving_shapes
+from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
-from qvd_jax.pipelines.text_to_video import save
 
 SIZE = ["--frames", "11", "--height", "16", "--width", "16", "--steps", "2"]
 

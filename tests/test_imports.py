@@ -13,7 +13,7 @@ ALLOWED = {
     "axes": set(),
     "errors": set(),
     "config": {"errors"},
-    "cli": {"errors"},
+    "cli": {"checkpoint", "data", "errors"},
     "checkpoint": GROUND,
     "kernels": {"axes"},
     "models": GROUND | {"kernels"},

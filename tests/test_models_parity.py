@@ -12,6 +12,7 @@ import torch
 from conftest import relative_error
 from diffusers import AutoencoderKL as TorchVAE
 from diffusers import (
+    AutoencoderKLTemporalDecoder,
     UNet3DConditionModel,
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
@@ -29,24 +30,20 @@ from diffusers.models.unets.unet_motion_model import (
 )
 from random_animatediff import randomize
 from transformers import CLIPTextConfig as TorchCLIPConfig
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig as TorchCLIPVisionConfig
 
-from convert import names
+from convert import names, svd
 from convert.animatediff import unet_config, without_positions
-from convert.companions import rename_text, text_config, vae_config
+from convert.companions import rename_text, text_config, vae_config, vision_config
 from convert.tensors import LazyTensor, Tensors
 from qvd_jax.models.attention import SpatialTransformer, TemporalTransformer, dot_product_attention
 from qvd_jax.models.blocks import ResnetBlock
-from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder
+from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
+from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
-from qvd_jax.models.unet3d import (
-    MODELSCOPE,
-    STABLE_VIDEO_DIFFUSION,
-    Stage,
-    UNet3D,
-    UNet3DConfig,
-    animatediff,
-)
+from qvd_jax.models.stages import Stage
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
 
 TOLERANCE = 1e-4
@@ -68,7 +65,7 @@ def transfer(torch_module: torch.nn.Module, module: nn.Module, *inputs: Any) -> 
         return tuple(name.removeprefix("x.") for name in names.UNET(f"x/{path}"))
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    tensors = without_positions(tensors_of(torch_module))
+    tensors = svd.without_dead(without_positions(tensors_of(torch_module)))
     names.check_names(shapes, block_names, tensors, "block")
     params = names.build_params(shapes, block_names, tensors, jnp.float32, lambda count: None)
     return {"params": params}
@@ -458,6 +455,52 @@ def test_vae_encodes_and_decodes(size):
     latents = video(BATCH, FRAMES, size[0] // 4, size[1] // 4, 4)
     decoded = jax.jit(lambda v, x: module.apply(v, x, method="decode"))(variables, latents)
     assert relative_error(decoded, from_torch(vae.decode(to_torch(latents)).sample)) <= TOLERANCE
+
+
+def test_temporal_vae_decodes():
+    """SVD's decoder: blended resnets, other epsilons, a convolution over the frames at the end."""
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        layers_per_block=2,
+    ).eval()
+    randomize(vae)
+    tensors = tensors_of(vae)
+    module = AutoencoderKL(vae_config(tensors, vae.config, "vae"))
+    pixels, latents = video(1, 1, 8, 12, 3), video(BATCH, FRAMES, 4, 6, 4)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    names.check_names(shapes, names.VAE, tensors, "vae")
+    params = names.build_params(shapes, names.VAE, tensors, jnp.float32, lambda count: None)
+    mean, _ = module.apply({"params": params}, pixels, method="encode")
+    posterior = vae.encode(to_torch(pixels)).latent_dist
+    assert relative_error(mean, from_torch(posterior.mode(), 1)) <= TOLERANCE
+    decoded = jax.jit(lambda v, x: module.apply(v, x, method="decode"))({"params": params}, latents)
+    expected = vae.decode(to_torch(latents), num_frames=FRAMES).sample
+    assert relative_error(decoded, from_torch(expected)) <= TOLERANCE
+
+
+def test_clip_vision():
+    tower = CLIPVisionModelWithProjection(
+        TorchCLIPVisionConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=16,
+            image_size=28,
+            patch_size=14,
+            projection_dim=24,
+            hidden_act="gelu",
+        )
+    ).eval()
+    randomize(tower)
+    tensors = tensors_of(tower)
+    module = CLIPVisionEncoder(vision_config(tensors, tower.config.to_dict(), "tower"))
+    pixels = video(BATCH, 28, 28, 3)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
+    names.check_names(shapes, names.CLIP_VISION, tensors, "tower")
+    params = names.build_params(shapes, names.CLIP_VISION, tensors, jnp.float32, lambda count: None)
+    expected = tower(torch.from_numpy(pixels).permute(0, 3, 1, 2)).image_embeds
+    assert relative_error(module.apply({"params": params}, pixels), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("published", [CLIPTextConfig(), OPENCLIP_H], ids=["vit-l", "openclip-h"])

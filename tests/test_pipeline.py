@@ -102,7 +102,7 @@ def test_bfloat16_stays_near_float32(pipe, tiny_checkpoint):
 def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     latents = noise(2, 5, 4, 6, 4)
     whole = pipe.decode(latents)
-    monkeypatch.setattr("qvd_jax.pipelines.text_to_video._DECODE_PIXELS", 2 * 8 * 12)
+    monkeypatch.setattr("qvd_jax.pipelines.pipeline._DECODE_PIXELS", 2 * 8 * 12)
     np.testing.assert_array_equal(pipe.decode(latents), whole)
 
 

@@ -17,8 +17,8 @@ import qvd_jax
 from qvd_jax import calibrate, checkpoint
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
+from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
-from qvd_jax.pipelines.text_to_video import save
 
 PROMPTS = ["a red circle", "a blue square"]
 SIZE = {"frames": 3, "height": 8, "width": 12}

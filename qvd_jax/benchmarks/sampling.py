@@ -18,7 +18,8 @@ import tqdm
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.cli import enable_compilation_cache
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.text_to_video import DTYPES, load
+from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.loading import load
 
 _MEMORY_STEPS = (2, 8)
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
-from qvd_jax.models.unet3d import UNet3D, UNet3DConfig, animatediff
+from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import match, named_policy

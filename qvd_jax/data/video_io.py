@@ -1,4 +1,4 @@
-"""Writing videos and contact sheets; nothing half-written is left behind."""
+"""Reading images, writing videos and contact sheets; nothing half-written is left behind."""
 
 import functools
 import os
@@ -27,6 +27,26 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path} is a folder; name a file")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; pass --overwrite to replace it")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """Pixels uint8 `[H, W, 3]` of an image file.
+
+    Raises:
+      InputError: the file is missing, no image, or not RGB with 8 bits.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; an image is expected")
+    try:
+        pixels = imageio.imread(path, plugin="pillow")
+    except Exception as error:  # Pillow has many, and damaged files raise yet others.
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise InputError(
+            f"{path}: one RGB image with 8 bits is needed, it holds {pixels.dtype} "
+            f"{list(pixels.shape)}; convert it first"
+        )
+    return pixels
 
 
 def write_video(path: Path, video: np.ndarray, fps: int) -> None:

@@ -49,23 +49,46 @@ def window_starts(frames: int, window: int) -> tuple[int, ...]:
     return (*range(0, frames - window, stride), frames - window)
 
 
+class Conditions(NamedTuple):
+    """What a pipeline makes of its inputs for the UNet.
+
+    With guidance the first B rows are the negatives', the other B the inputs' own.
+
+    Attributes:
+      context: text or image embedding, `[2B, L, C]`; `[B, L, C]` without guidance.
+      image: latents behind the noisy ones' channels, the same for all frames, `[2B, 1, h, w, C]`
+        or `[B, 1, h, w, C]`; None where the UNet takes none.
+      added_ids: of `UNet3D.temporal_features`, `[1, added_ids]`; None where it takes none.
+      control: of `UNet3D.control_features`, `[1, F, H, W, C]`; None without a ControlNet.
+    """
+
+    context: Array
+    image: Array | None = None
+    added_ids: Array | None = None
+    control: Array | None = None
+
+
 class Conditioning(NamedTuple):
-    """What the UNet is told beside the latents, computed once before the loop.
+    """What the UNet needs of the conditions and the steps, computed once before the loop.
 
     Attributes:
       temporal: of `UNet3D.temporal_features` for all steps, `[S, C]` each.
-      text: of `UNet3D.context_features`, negative prompts first where there is guidance.
+      context: of `UNet3D.context_features`.
+      image: of `Conditions`.
+      control: of `UNet3D.control_features`, `[1, F, h, w, C]`; None without a ControlNet.
       gains: the UNet's collection "quant" for all steps, `[S]` each; None where it has none.
     """
 
     temporal: Any
-    text: Any
+    context: Any
+    image: Array | None = None
+    control: Array | None = None
     gains: Any = None
 
 
 @functools.partial(jax.jit, static_argnames="unet")
 def prepare(
-    unet: nn.Module, params: Params, timesteps: Array, context: Array, gains: Any = None
+    unet: nn.Module, params: Params, timesteps: Array, conditions: Conditions, gains: Any = None
 ) -> Conditioning:
     """Computes all that does not depend on the latents.
 
@@ -73,15 +96,26 @@ def prepare(
       unet: a `UNet3D`.
       params: its parameters.
       timesteps: of all steps, `[S]`.
-      context: text embedding `[2B, L, C]`, negative prompts first; `[B, L, C]` if not guided.
+      conditions: of all videos.
       gains: of a UNet with step-aware scales.
     """
     variables = {"params": params}
+    control = conditions.control
     return Conditioning(
-        unet.apply(variables, timesteps, method="temporal_features"),
-        unet.apply(variables, context, method="context_features"),
+        unet.apply(variables, timesteps, conditions.added_ids, method="temporal_features"),
+        unet.apply(variables, conditions.context, method="context_features"),
+        conditions.image,
+        None if control is None else unet.apply(variables, control, method="control_features"),
         gains,
     )
+
+
+def add_image(latents: Array, image: Array | None) -> Array:
+    """The UNet's input: noisy latents `[B, F, h, w, C]`, and behind their channels an image's."""
+    if image is None:
+        return latents
+    image = jnp.broadcast_to(image, (*latents.shape[:-1], image.shape[-1]))
+    return jnp.concatenate([latents, image.astype(latents.dtype)], axis=-1)
 
 
 # The state is donated: the loop then needs no second copy of the latents.
@@ -115,14 +149,14 @@ def sample_steps(
       state: latents and last predicted sample; donated.
       table: the whole schedule's, `[S]`.
       conditioning: of `prepare`, for the whole schedule.
-      guidance_scale: scalar of classifier-free guidance (Ho and Salimans, arXiv 2207.12598).
+      guidance_scale: of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), `[F]`.
       keys: one random key for each video, `[B]`.
       start: number of the first step to run.
       count: how many steps to run.
       window: frames the UNet sees at once; longer videos run in overlapping windows, whose
         predictions are averaged.
-      guided: whether negative and positive prompts run as one batch and are combined.
-      one_by_one: whether the UNet sees one video (with both its prompts) after the other, which
+      guided: whether negatives and inputs run as one batch and are combined.
+      one_by_one: whether the UNet sees one video (with its negative) after the other, which
         makes a video's rounding independent of the batch, instead of all at once.
       noisy: whether the table takes fresh noise.
       clip: magnitude to which predicted samples are clipped.
@@ -138,25 +172,27 @@ def sample_steps(
         if not guided:
             return prediction
         negative, positive = jnp.split(prediction, 2)
-        return negative + guidance_scale * (positive - negative)
+        return negative + guidance_scale[None, :, None, None, None] * (positive - negative)
 
     def predict_one_by_one(latents: Array, conditioning: Conditioning) -> Array:
-        # [2B, ...], negative prompts first, as [B, 2, ...].
-        by_video = jax.tree.map(
+        # [2B, ...], negatives first, as [B, 2, ...].
+        context, image = jax.tree.map(
             lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]).swapaxes(0, 1),
-            conditioning.text,
+            (conditioning.context, conditioning.image),
         )
-        return lax.map(
-            lambda video: predict(video[0][None], conditioning._replace(text=video[1]))[0],
-            (latents, by_video),
-        )
+
+        def one(video: tuple[Array, Any, Array | None]) -> Array:
+            latents, context, image = video
+            told = conditioning._replace(context=context, image=image)
+            return predict(latents[None], told)[0]
+
+        return lax.map(one, (latents, context, image))
 
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
-        told = Conditioning(
-            jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
-            conditioning.text,
-            jax.tree.map(lambda gain: gain[index], conditioning.gains),
+        told = conditioning._replace(
+            temporal=jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
+            gains=jax.tree.map(lambda gain: gain[index], conditioning.gains),
         )
         prediction = (predict_one_by_one if one_by_one else predict)(
             row.model_in * state.latents, told
@@ -180,19 +216,23 @@ def _predict_windows(
     unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, window: int
 ) -> Array:
     """The UNet's prediction, averaged over the windows that see each frame."""
-    temporal, text, gains = conditioning
+    temporal, context, image, control, gains = conditioning
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
-    def denoise(part: Array) -> Array:
-        return unet.apply(variables, part, temporal, text, method="denoise")
+    def denoise(part: Array, control: Array | None) -> Array:
+        part = add_image(part, image)
+        return unet.apply(variables, part, temporal, context, control, method="denoise")
 
     frames = latents.shape[1]
     starts = window_starts(frames, window)
     if len(starts) == 1:
-        return denoise(latents)
+        return denoise(latents, control)
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
-        part = denoise(lax.dynamic_slice_in_dim(latents, start, window, axis=1))
+        part, seen_control = jax.tree.map(
+            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, window, axis=1), (latents, control)
+        )
+        part = denoise(part, seen_control)
         seen = lax.dynamic_slice_in_dim(total, start, window, axis=1)
         return lax.dynamic_update_slice_in_dim(total, seen + part, start, axis=1), None
 

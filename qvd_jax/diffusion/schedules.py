@@ -81,8 +81,25 @@ class SchedulerConfig:
 ANIMATEDIFF = SchedulerConfig()
 """DDIM with linear betas, as the original AnimateDiff samples."""
 
+ANIMATELCM = SchedulerConfig(solver="lcm")
+"""As published with AnimateLCM."""
+
+LIGHTNING = SchedulerConfig(solver="euler", timestep_spacing="trailing")
+"""As published with AnimateDiff-Lightning."""
+
 MODELSCOPE = SchedulerConfig(beta_schedule="scaled_linear", set_alpha_to_one=False)
 """DDIM with scaled betas, as published with ModelScope."""
+
+STABLE_VIDEO_DIFFUSION = SchedulerConfig(
+    solver="euler",
+    beta_schedule="scaled_linear",
+    prediction_type="v_prediction",
+    use_karras_sigmas=True,
+    sigma_min=0.002,
+    sigma_max=700.0,
+    timestep_type="continuous",
+)
+"""Euler over Karras' noise levels, as published with Stable Video Diffusion."""
 
 _CLASS_DEFAULTS: dict[Solver, dict[str, Any]] = {
     "ddim": {"clip_sample": True, "timestep_spacing": "leading", "steps_offset": 0},

@@ -1,6 +1,7 @@
 """Attention: spatial, to the text, and over time."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -153,6 +154,31 @@ class CrossAttention(nn.Module):
         return self.to_out(out.reshape(x.shape))
 
 
+class SingleTokenAttention(nn.Module):
+    """Attention to a context of one token, which all queries take whole.
+
+    Its weight is one whatever queries and keys are, so neither is computed: what is left is the
+    same for all tokens, and nothing but the context decides it.
+
+    Attributes:
+      channels: C.
+      layers: the layer classes.
+    """
+
+    channels: int
+    layers: LayerSet
+
+    def setup(self) -> None:
+        self.to_v = self.layers.dense(self.channels, use_bias=False)
+        self.to_out = self.layers.dense(self.channels)
+
+    def context_features(self, context: Array) -> Array:
+        """The result `[B, 1, C]` for a context `[B, 1, C]`."""
+        if context.shape[-2] != 1:
+            raise ValueError(f"a context of one token is needed, got {context.shape[-2]}")
+        return self.to_out(self.to_v(context))
+
+
 class TransformerBlock(nn.Module):
     """Self-attention, attention to a context, feed-forward.
 
@@ -164,12 +190,14 @@ class TransformerBlock(nn.Module):
       heads: number of heads.
       layers: the layer classes.
       has_input_ff: whether a feed-forward comes first too (SVD's temporal half).
+      single_token_context: whether the context is one token (SVD's image embedding).
     """
 
     channels: int
     heads: int
     layers: LayerSet
     has_input_ff: bool = False
+    single_token_context: bool = False
 
     def setup(self) -> None:
         if self.has_input_ff:
@@ -177,17 +205,28 @@ class TransformerBlock(nn.Module):
             self.ff_in = FeedForward(self.channels, self.layers)
         self.norm1 = self.layers.layer_norm()
         self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
-        self.norm2 = self.layers.layer_norm()
-        self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
+        if self.single_token_context:
+            self.attn2 = SingleTokenAttention(self.channels, self.layers)
+        else:
+            self.norm2 = self.layers.layer_norm()
+            self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
         self.norm3 = self.layers.layer_norm()
         self.ff = FeedForward(self.channels, self.layers)
 
-    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
-        """Maps `[B, F, L, C]` (or `[B, L, F, C]` over frames) to the same shape."""
+    def __call__(self, x: Array, context: Any) -> Array:
+        """Maps `[B, F, L, C]` (or `[B, L, F, C]` over frames) to the same shape.
+
+        Args:
+          x: the tokens.
+          context: of `attn2.context_features`.
+        """
         if self.has_input_ff:
             x = x + self.ff_in(self.norm_in(x))
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), keys_values)
+        if self.single_token_context:
+            x = x + context[:, None]
+        else:
+            x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -212,7 +251,7 @@ class SpatialTransformer(nn.Module):
         self.block = TransformerBlock(self.channels, self.heads, self.layers)
         self.proj_out = self.layers.dense(self.channels)
 
-    def context_features(self, context: Array) -> KeysValues:
+    def context_features(self, context: Array) -> Any:
         """Keys and values of the text `[B, L, C]`."""
         return self.block.attn2.context_features(context)
 
@@ -224,25 +263,28 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """Two self-attentions over time and a feed-forward; positions enter behind each norm.
+    """Self-attentions over time and a feed-forward; positions enter behind each norm.
 
     Attributes:
       channels: C.
       heads: number of heads.
       max_frames: length of the positional table; None leaves positions out.
       layers: the layer classes.
+      attentions: how many self-attentions, 1 (SparseCtrl) or 2.
     """
 
     channels: int
     heads: int
     max_frames: int | None
     layers: LayerSet
+    attentions: int
 
     def setup(self) -> None:
         self.norm1 = self.layers.layer_norm()
         self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
-        self.norm2 = self.layers.layer_norm()
-        self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
+        if self.attentions == 2:
+            self.norm2 = self.layers.layer_norm()
+            self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
         self.norm3 = self.layers.layer_norm()
         self.ff = FeedForward(self.channels, self.layers)
 
@@ -250,7 +292,8 @@ class TemporalBlock(nn.Module):
         """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
         positions = self._positions(x.shape[-2]).astype(x.dtype)
         x = x + self.attn1(self.norm1(x) + positions)
-        x = x + self.attn2(self.norm2(x) + positions)
+        if self.attentions == 2:
+            x = x + self.attn2(self.norm2(x) + positions)
         return x + self.ff(self.norm3(x))
 
     def _positions(self, frames: int) -> Array:
@@ -277,6 +320,7 @@ class TemporalTransformer(nn.Module):
       norm_groups: groups of the norm, whose epsilon is 1e-6.
       norm_scope: scope of the norm.
       layers: the layer classes.
+      attentions: how many self-attentions, 1 (SparseCtrl) or 2.
     """
 
     channels: int
@@ -286,11 +330,14 @@ class TemporalTransformer(nn.Module):
     norm_groups: int
     norm_scope: NormScope
     layers: LayerSet
+    attentions: int = 2
 
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6, self.norm_scope)
         self.proj_in = self.layers.dense(self.inner_channels)
-        self.block = TemporalBlock(self.inner_channels, self.heads, self.max_frames, self.layers)
+        self.block = TemporalBlock(
+            self.inner_channels, self.heads, self.max_frames, self.layers, self.attentions
+        )
         self.proj_out = self.layers.dense(self.channels)
 
     def __call__(self, x: Array) -> Array:
@@ -319,25 +366,31 @@ class SpatioTemporalTransformer(nn.Module):
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6)
         self.proj_in = self.layers.dense(self.channels)
-        self.block = TransformerBlock(self.channels, self.heads, self.layers)
+        self.block = TransformerBlock(
+            self.channels, self.heads, self.layers, single_token_context=True
+        )
         self.time_pos_embed = TimestepEmbedding(4 * self.channels, self.channels, self.layers)
         self.temporal_block = TransformerBlock(
-            self.channels, self.heads, self.layers, has_input_ff=True
+            self.channels,
+            self.heads,
+            self.layers,
+            has_input_ff=True,
+            single_token_context=True,
         )
         self.time_mixer = AlphaBlender(self.layers)
         self.proj_out = self.layers.dense(self.channels)
 
-    def context_features(self, context: Array) -> tuple[KeysValues, KeysValues]:
-        """Keys and values of the context `[B, L, C]` for the spatial and the temporal block."""
+    def context_features(self, context: Array) -> tuple[Any, Any]:
+        """What the context `[B, 1, C]` adds in the spatial and in the temporal block."""
         return (
             self.block.attn2.context_features(context),
             self.temporal_block.attn2.context_features(context),
         )
 
-    def __call__(self, x: Array, keys_values: tuple[KeysValues, KeysValues]) -> Array:
+    def __call__(self, x: Array, context: tuple[Array, Array]) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
         batch, frames, height, width, channels = x.shape
-        spatial_context, temporal_context = keys_values
+        spatial_context, temporal_context = context
         tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
         spatial = self.block(tokens, spatial_context)
         sinusoid = sinusoidal_embedding(jnp.arange(frames), channels).astype(x.dtype)

@@ -62,9 +62,12 @@ class SpatioTemporalResnet(nn.Module):
       in_channels: C of the input.
       out_channels: C of the output.
       norm_groups: groups of every norm.
-      epsilon: epsilon of every norm; the temporal ones take all frames jointly.
-      norm_scope: scope of the spatial norms.
+      epsilon: epsilon of the spatial norms.
+      norm_scope: scope of the spatial norms; the temporal ones take all frames jointly.
       layers: the layer classes.
+      temporal_epsilon: epsilon of the temporal norms; None takes the spatial one's.
+      has_temporal_feature: whether the resnets take projections of the time embedding.
+      switched_blend: of the `AlphaBlender`.
     """
 
     in_channels: int
@@ -73,13 +76,25 @@ class SpatioTemporalResnet(nn.Module):
     epsilon: float
     norm_scope: NormScope
     layers: LayerSet
+    temporal_epsilon: float | None = None
+    has_temporal_feature: bool = True
+    switched_blend: bool = False
 
     def setup(self) -> None:
         groups, epsilon, layers = self.norm_groups, self.epsilon, self.layers
-        out = self.out_channels
-        self.spatial = ResnetBlock(self.in_channels, out, groups, epsilon, self.norm_scope, layers)
-        self.temporal = ResnetBlock(out, out, groups, epsilon, "joint", layers, (3, 1, 1))
-        self.time_mixer = AlphaBlender(layers)
+        out, feature = self.out_channels, self.has_temporal_feature
+        self.spatial = ResnetBlock(
+            self.in_channels,
+            out,
+            groups,
+            epsilon,
+            self.norm_scope,
+            layers,
+            has_temporal_feature=feature,
+        )
+        epsilon = self.temporal_epsilon or epsilon
+        self.temporal = ResnetBlock(out, out, groups, epsilon, "joint", layers, (3, 1, 1), feature)
+        self.time_mixer = AlphaBlender(layers, self.switched_blend)
 
     def temporal_features(self, activated_embedding: Array) -> tuple[Array, Array]:
         """Projects the time embedding for both resnets."""
@@ -88,7 +103,9 @@ class SpatioTemporalResnet(nn.Module):
             self.temporal.temporal_features(activated_embedding),
         )
 
-    def __call__(self, x: Array, temporal_features: tuple[Array, Array]) -> Array:
+    def __call__(
+        self, x: Array, temporal_features: tuple[Array | None, Array | None] = (None, None)
+    ) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, out_channels]`."""
         spatial = self.spatial(x, temporal_features[0])
         return self.time_mixer(spatial, self.temporal(spatial, temporal_features[1]))

@@ -1,4 +1,4 @@
-"""CLIP's text tower (Radford et al., arXiv 2103.00020)."""
+"""CLIP's text and image towers (Radford et al., arXiv 2103.00020)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -47,22 +47,61 @@ OPENCLIP_H = CLIPTextConfig(
 """ModelScope's text tower: OpenCLIP ViT-H without its last layer."""
 
 
+@dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Shape of the image tower; the defaults are ViT-H/14's, as in Stable Video Diffusion.
+
+    Attributes:
+      image_size: height and width of the image in pixels.
+      patch_size: height and width of what becomes a token; divides `image_size`.
+      hidden_size: C of the tokens.
+      intermediate_size: hidden width of the feed-forward.
+      num_layers: number of transformer layers.
+      num_heads: heads of the attention.
+      projection_size: C of the result.
+      activation: as in `CLIPTextConfig`.
+    """
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    num_layers: int = 32
+    num_heads: int = 16
+    projection_size: int = 1024
+    activation: Literal["quick_gelu", "gelu"] = "gelu"
+
+    def __post_init__(self) -> None:
+        for name, divisor, size in (
+            ("num_heads", self.num_heads, self.hidden_size),
+            ("patch_size", self.patch_size, self.image_size),
+        ):
+            if divisor < 1 or size % divisor:
+                raise ValueError(f"CLIPVisionConfig.{name} = {divisor} does not divide {size}")
+
+
 class CLIPLayer(nn.Module):
-    """Causal self-attention and feed-forward, normalized before each.
+    """Self-attention and feed-forward, normalized before each.
 
     Attributes:
       config: the tower's.
+      is_causal: whether a token sees only those before it.
       layers: the layer classes.
     """
 
-    config: CLIPTextConfig
+    config: CLIPTextConfig | CLIPVisionConfig
+    is_causal: bool
     layers: LayerSet
 
     def setup(self) -> None:
         config, layers = self.config, self.layers
         self.layer_norm1 = layers.layer_norm()
         self.self_attn = SelfAttention(
-            config.hidden_size, config.num_heads, layers, use_bias=True, is_causal=True
+            config.hidden_size,
+            config.num_heads,
+            layers,
+            use_bias=True,
+            is_causal=self.is_causal,
         )
         self.layer_norm2 = layers.layer_norm()
         self.fc1 = layers.dense(config.intermediate_size)
@@ -95,7 +134,7 @@ class CLIPTextEncoder(nn.Module):
         dtypes = {"dtype": layers.dtype, "param_dtype": layers.param_dtype}
         self.token_embedding = nn.Embed(config.vocab_size, config.hidden_size, **dtypes)
         self.position_embedding = nn.Embed(config.max_length, config.hidden_size, **dtypes)
-        self.encoder = [CLIPLayer(config, layers) for _ in range(config.num_layers)]
+        self.encoder = [CLIPLayer(config, True, layers) for _ in range(config.num_layers)]
         self.final_layer_norm = layers.layer_norm()
 
     def __call__(self, token_ids: Array) -> Array:
@@ -105,3 +144,49 @@ class CLIPTextEncoder(nn.Module):
         for layer in self.encoder:
             x = layer(x)
         return self.final_layer_norm(x)
+
+
+class CLIPVisionEncoder(nn.Module):
+    """An image to its projected embedding (transformers' `CLIPVisionModelWithProjection`).
+
+    Attributes:
+      config: the tower's shape.
+      layers: the layer classes and dtypes.
+    """
+
+    config: CLIPVisionConfig
+    layers: LayerSet = FLOAT
+
+    def setup(self) -> None:
+        config, layers = self.config, self.layers
+        patch, tokens = config.patch_size, (config.image_size // config.patch_size) ** 2 + 1
+        normal = nn.initializers.normal(0.02)
+        self.patch_embedding = layers.conv(
+            config.hidden_size,
+            (patch, patch),
+            strides=(patch, patch),
+            padding=((0, 0), (0, 0)),
+            use_bias=False,
+        )
+        self.class_embedding = self.param(
+            "class_embedding", normal, (config.hidden_size,), layers.param_dtype
+        )
+        self.position_embedding = nn.Embed(
+            tokens, config.hidden_size, dtype=layers.dtype, param_dtype=layers.param_dtype
+        )
+        self.pre_layer_norm = layers.layer_norm()
+        self.encoder = [CLIPLayer(config, False, layers) for _ in range(config.num_layers)]
+        self.post_layer_norm = layers.layer_norm()
+        self.visual_projection = layers.dense(config.projection_size, use_bias=False)
+
+    def __call__(self, image: Array) -> Array:
+        """Maps normalized pixels `[B, H, W, 3]` of `image_size` to `[B, projection_size]`."""
+        patches = self.patch_embedding(image.astype(self.layers.dtype))
+        patches = patches.reshape(len(image), -1, patches.shape[-1])
+        first = jnp.broadcast_to(self.class_embedding, (len(image), 1, patches.shape[-1]))
+        x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
+        x = x + self.position_embedding(jnp.arange(x.shape[1]))[None]
+        x = self.pre_layer_norm(x)
+        for layer in self.encoder:
+            x = layer(x)
+        return self.visual_projection(self.post_layer_norm(x[:, 0]))

@@ -49,6 +49,7 @@ class LayerSet:
         *,
         strides: tuple[int, ...] | None = None,
         padding: tuple[tuple[int, int], ...] | None = None,
+        use_bias: bool = True,
     ) -> ModuleDef:
         """A convolution over the axes before the last; padding defaults to half the kernel."""
         return self.conv_cls(
@@ -56,6 +57,7 @@ class LayerSet:
             kernel_size,
             strides=strides or (1,) * len(kernel_size),
             padding=padding or tuple((k // 2, k // 2) for k in kernel_size),
+            use_bias=use_bias,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -169,18 +171,22 @@ class AlphaBlender(nn.Module):
 
     Attributes:
       layers: for the dtypes.
+      switched: whether sigmoid(mix_factor) weighs the temporal branch, as in SVD's VAE, and not
+        the spatial one, as in its UNet.
     """
 
     layers: LayerSet
+    switched: bool = False
 
     @nn.compact
     def __call__(self, spatial: Array, temporal: Array) -> Array:
-        """The spatial branch by sigmoid(mix_factor), the temporal one by the rest."""
+        """One branch by sigmoid(mix_factor), the other by the rest."""
         factor = self.param(
             "mix_factor", nn.initializers.constant(0.5), (1,), self.layers.param_dtype
         )
         weight = nn.sigmoid(factor[0].astype(jnp.float32)).astype(spatial.dtype)
-        return weight * spatial + (1 - weight) * temporal
+        first, second = (temporal, spatial) if self.switched else (spatial, temporal)
+        return weight * first + (1 - weight) * second
 
 
 class FeedForward(nn.Module):

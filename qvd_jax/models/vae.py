@@ -1,4 +1,8 @@
-"""The VAE between pixels and latents (diffusers' `AutoencoderKL`); every frame stands alone."""
+"""The VAE between pixels and latents.
+
+As diffusers' `AutoencoderKL` it takes every frame alone; Stable Video Diffusion's, diffusers'
+`AutoencoderKLTemporalDecoder`, decodes them together.
+"""
 
 from dataclasses import dataclass
 
@@ -7,10 +11,11 @@ import jax.numpy as jnp
 
 from qvd_jax.axes import Array
 from qvd_jax.models.attention import SelfAttention
-from qvd_jax.models.blocks import Downsample, ResnetBlock, Upsample
+from qvd_jax.models.blocks import Downsample, ResnetBlock, SpatioTemporalResnet, Upsample
 from qvd_jax.models.layers import FLOAT, LayerSet
 
 _EPSILON = 1e-6
+_TEMPORAL_EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class VAEConfig:
       layers_per_block: resnets of an encoder level; a decoder level has one more.
       norm_groups: groups of every GroupNorm.
       scaling_factor: latents are multiplied by it after encoding, divided before decoding.
+      temporal_decoder: whether the decoder mixes the frames it is given together (SVD).
     """
 
     channels: int = 3
@@ -32,6 +38,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_groups: int = 32
     scaling_factor: float = 0.18215
+    temporal_decoder: bool = False
 
     def __post_init__(self) -> None:
         for level, channels in enumerate(self.block_channels):
@@ -48,16 +55,16 @@ class VAEConfig:
 
 
 def _resnet(
-    config: VAEConfig, in_channels: int, out_channels: int, layers: LayerSet
-) -> ResnetBlock:
-    return ResnetBlock(
-        in_channels,
-        out_channels,
-        config.norm_groups,
-        _EPSILON,
-        "frame",
-        layers,
+    config: VAEConfig, in_channels: int, out_channels: int, layers: LayerSet, *, temporal: bool
+) -> ResnetBlock | SpatioTemporalResnet:
+    shape = (in_channels, out_channels, config.norm_groups, _EPSILON, "frame", layers)
+    if not temporal:
+        return ResnetBlock(*shape, has_temporal_feature=False)
+    return SpatioTemporalResnet(
+        *shape,
+        temporal_epsilon=_TEMPORAL_EPSILON,
         has_temporal_feature=False,
+        switched_blend=True,
     )
 
 
@@ -95,6 +102,7 @@ class VAEStage(nn.Module):
       depth: number of resnets.
       sampler: "down", "up", or None at the last level.
       layers: the layer classes.
+      temporal: whether the resnets mix the frames.
     """
 
     config: VAEConfig
@@ -103,13 +111,13 @@ class VAEStage(nn.Module):
     depth: int
     sampler: str | None
     layers: LayerSet
+    temporal: bool
 
     def setup(self) -> None:
+        widths = [self.in_channels] + [self.channels] * self.depth
         self.resnets = [
-            _resnet(
-                self.config, self.channels if i else self.in_channels, self.channels, self.layers
-            )
-            for i in range(self.depth)
+            _resnet(self.config, width, self.channels, self.layers, temporal=self.temporal)
+            for width in widths[:-1]
         ]
         if self.sampler == "down":
             self.downsample = Downsample(self.channels, self.layers, padding=(0, 1))
@@ -131,14 +139,19 @@ class VAEMid(nn.Module):
     Attributes:
       config: the VAE's.
       layers: the layer classes.
+      temporal: whether the resnets mix the frames.
     """
 
     config: VAEConfig
     layers: LayerSet
+    temporal: bool
 
     def setup(self) -> None:
         channels = self.config.block_channels[-1]
-        self.resnets = [_resnet(self.config, channels, channels, self.layers) for _ in range(2)]
+        self.resnets = [
+            _resnet(self.config, channels, channels, self.layers, temporal=self.temporal)
+            for _ in range(2)
+        ]
         self.attention = VAEAttention(channels, self.config.norm_groups, self.layers)
 
     def __call__(self, x: Array) -> Array:
@@ -169,10 +182,11 @@ class Encoder(nn.Module):
                 config.layers_per_block,
                 "down" if level < len(widths) - 1 else None,
                 layers,
+                temporal=False,
             )
             for level, width in enumerate(widths)
         ]
-        self.mid_block = VAEMid(config, layers)
+        self.mid_block = VAEMid(config, layers, temporal=False)
         self.conv_norm_out = layers.group_norm(config.norm_groups, _EPSILON)
         self.conv_out = layers.conv(2 * config.latent_channels, (3, 3))
 
@@ -197,9 +211,9 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         config, layers = self.config, self.layers
-        widths = config.block_channels[::-1]
+        widths, temporal = config.block_channels[::-1], config.temporal_decoder
         self.conv_in = layers.conv(widths[0], (3, 3))
-        self.mid_block = VAEMid(config, layers)
+        self.mid_block = VAEMid(config, layers, temporal)
         self.up_blocks = [
             VAEStage(
                 config,
@@ -208,22 +222,26 @@ class Decoder(nn.Module):
                 config.layers_per_block + 1,
                 "up" if i < len(widths) - 1 else None,
                 layers,
+                temporal,
             )
             for i, width in enumerate(widths)
         ]
         self.conv_norm_out = layers.group_norm(config.norm_groups, _EPSILON)
         self.conv_out = layers.conv(config.channels, (3, 3))
+        if temporal:
+            self.time_conv_out = layers.conv(config.channels, (3, 1, 1))
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, h, w, latent_channels]` to `[B, F, H, W, C]` pixels."""
         x = self.mid_block(self.conv_in(x))
         for stage in self.up_blocks:
             x = stage(x)
-        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+        x = self.conv_out(nn.silu(self.conv_norm_out(x)))
+        return self.time_conv_out(x) if self.config.temporal_decoder else x
 
 
 class AutoencoderKL(nn.Module):
-    """Variational autoencoder (Kingma and Welling, arXiv 1312.6114) applied frame by frame.
+    """Variational autoencoder (Kingma and Welling, arXiv 1312.6114) of videos.
 
     Attributes:
       config: its shape.
@@ -236,7 +254,8 @@ class AutoencoderKL(nn.Module):
     def setup(self) -> None:
         self.encoder = Encoder(self.config, self.layers)
         self.quant_conv = self.layers.dense(2 * self.config.latent_channels)
-        self.post_quant_conv = self.layers.dense(self.config.latent_channels)
+        if not self.config.temporal_decoder:
+            self.post_quant_conv = self.layers.dense(self.config.latent_channels)
         self.decoder = Decoder(self.config, self.layers)
 
     def encode(self, video: Array) -> tuple[Array, Array]:
@@ -257,13 +276,16 @@ class AutoencoderKL(nn.Module):
         """Pixels of latents from which the scaling factor has been divided out.
 
         Args:
-          latents: `[B, F, h, w, latent_channels]`.
+          latents: `[B, F, h, w, latent_channels]`; with a temporal decoder, frames that are
+            decoded together see each other.
 
         Returns:
           `[B, F, H, W, C]` in about [-1, 1], float32.
         """
-        pixels = self.decoder(self.post_quant_conv(latents.astype(self.layers.dtype)))
-        return pixels.astype(jnp.float32)
+        latents = latents.astype(self.layers.dtype)
+        if not self.config.temporal_decoder:
+            latents = self.post_quant_conv(latents)
+        return self.decoder(latents).astype(jnp.float32)
 
     def __call__(self, video: Array) -> Array:
         """Reconstructs a video from the mean of its posterior."""

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import flax
@@ -15,8 +15,10 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.errors import InputError
-from qvd_jax.models.unet3d import UNet3D, shortcut_splits
-from qvd_jax.pipelines.text_to_video import GAINS, TextToVideoPipeline
+from qvd_jax.models.stages import shortcut_splits
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.pipelines.components import GAINS
+from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant import observers
 from qvd_jax.quant.calibration import LayerReport, quantize_layer, step_gains
 from qvd_jax.quant.layers import layer_set
@@ -44,21 +46,23 @@ class CalibrationConfig:
 
 
 def quantize(
-    pipe: TextToVideoPipeline,
+    pipe: VideoPipeline,
     policy: str | Policy = "qvd-w8a8",
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[Any] | None = None,
     config: CalibrationConfig = CalibrationConfig(),
-    size: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
-) -> tuple[TextToVideoPipeline, list[LayerReport]]:
+) -> tuple[VideoPipeline, list[LayerReport]]:
     """Quantizes the UNet of a float pipeline.
 
     Args:
       pipe: the float pipeline; it is left as it is.
       policy: rules, or the name of some: METHOD-WIDTH such as "qvd-w8a8".
-      prompts: to sample with; None takes the pipeline's own examples.
+      prompts: to sample with; images for a pipeline that takes them; None takes the pipeline's
+        own prompts.
       config: how much to sample.
-      size: frames, height and width of the sampled videos where not the pipeline's defaults.
+      options: of the pipeline's calls: frames, height and width where not its defaults, and
+        what a ControlNet is told.
       progress: called with what is done, how many parts are done and of how many.
 
     Returns:
@@ -66,7 +70,7 @@ def quantize(
 
     Raises:
       InputError: the pipeline is quantized already, the policy fits no layer, there are no
-        prompts, or a layer's input is not finite.
+        inputs, or a layer's input is not finite.
     """
     if pipe.quantization is not None:
         raise InputError(
@@ -74,10 +78,10 @@ def quantize(
             f"a float one is needed"
         )
     policy = named_policy(policy) if isinstance(policy, str) else policy
-    prompts = list(pipe.defaults.prompts if prompts is None else prompts)
+    inputs = list(pipe.defaults.prompts if prompts is None else prompts)
     report_progress = progress or (lambda *_: None)
-    specs = match(policy, list_layers(pipe, size))
-    observed = collect(pipe, prompts, config, dict(size or {}), report_progress)
+    specs = match(policy, list_layers(pipe, options))
+    observed = collect(pipe, inputs, config, dict(options or {}), report_progress)
     if config.step_aware:
         specs = {
             path: replace(spec, step_aware=path in observed.by_step and spec.activation_bits < 16)
@@ -116,23 +120,35 @@ def quantize(
     return quantized_pipe, reports
 
 
-def list_layers(pipe: TextToVideoPipeline, size: Mapping[str, Any] | None = None) -> list[Layer]:
+def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -> list[Layer]:
     """The UNet's Dense and conv layers with the operations of one video's forward."""
-    want = replace(pipe.defaults, **(size or {}))
+    want, _ = _split(pipe, options or {})
     config = pipe.unet.config
-    latents = jax.ShapeDtypeStruct((1, *_latents_shape(pipe, want)), jnp.float32)
-    length = pipe.text_encoder.config.max_length
-    context = jax.ShapeDtypeStruct((1, length, config.context_dim), jnp.float32)
-    return observers.list_layers(
-        UNet3D(config), latents, jax.ShapeDtypeStruct((1,), jnp.float32), context
+    frames, height, width, _ = _latents_shape(pipe, want)
+    shapes: tuple[tuple[int, ...] | None, ...] = (
+        (1, frames, height, width, config.in_channels),
+        (1,),
+        (1, pipe.context_length, config.context_dim),
+        (1, config.added_ids) if config.added_ids else None,
+        pipe.configs.control_shape(frames, height, width) if config.controlnet else None,
     )
+    examples = [None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    return observers.list_layers(UNet3D(config), *examples)
+
+
+def _split(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Defaults with what the options say of the video, and the options about something else."""
+    known = {field.name for field in fields(pipe.defaults)}
+    video = {name: value for name, value in options.items() if name in known}
+    more = {name: value for name, value in options.items() if name not in known}
+    return replace(pipe.defaults, **video), more
 
 
 class Observed(NamedTuple):
     """What calibration saw of the layers' inputs, by module path.
 
     Attributes:
-      joined: over all steps and prompts.
+      joined: over all steps and inputs.
       by_step: lowest and highest values of the channels at each step, `[S, C]` each, of the
         layers inside the sampling loop.
     """
@@ -142,23 +158,23 @@ class Observed(NamedTuple):
 
 
 def collect(
-    pipe: TextToVideoPipeline,
-    prompts: Sequence[str],
+    pipe: VideoPipeline,
+    inputs: Sequence[Any],
     config: CalibrationConfig,
-    size: dict[str, Any],
+    options: dict[str, Any],
     progress: Progress,
 ) -> Observed:
-    """Samples the prompts and observes every layer's input at every step.
+    """Samples the inputs and observes every layer's input at every step.
 
     Raises:
-      InputError: there are no prompts, or an input is not finite: its layer and step are named.
+      InputError: there are no inputs, or a layer's is not finite: it and its step are named.
     """
-    if not prompts:
-        raise InputError("there are no prompts to calibrate with; at least one is needed")
-    want = replace(pipe.defaults, **size)
+    if not inputs:
+        raise InputError("there is nothing to calibrate with; one prompt or image is needed")
+    want, more = _split(pipe, options)
     steps = config.steps or want.steps
     schedule = make_schedule(pipe.scheduler, steps)
-    noise = sampler.initial_noise(config.seed, len(prompts), _latents_shape(pipe, want))
+    noise = sampler.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
     before = [np.asarray(noise) * schedule.initial_scale]
 
     def keep(done: int, latents: Array) -> None:
@@ -166,8 +182,8 @@ def collect(
         before.append(np.array(latents))
 
     pipe(
-        prompts,
-        **size,
+        inputs,
+        **options,
         steps=steps,
         seed=config.seed,
         latents=noise,
@@ -175,33 +191,43 @@ def collect(
         callback_on_step_end=keep,
     )
     unet, params = pipe.unet, pipe.params["unet"]
-    key = jax.random.fold_in(jax.random.key(config.seed), len(prompts))
-    guided = want.guidance_scale > 1
+    key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
-    temporal, found = _observe(
-        unet, params, (timesteps,), key, method="temporal_features", rows=None
-    )
-    parts = {path: [statistics] for path, statistics in found.items()}
-    _check_finite(found, "the time embedding")
-    rows = math.ceil(config.rows / (steps * len(prompts)))
+    parts: dict[str, list[Statistics]] = {}
+    temporal: Any = None
+    rows = math.ceil(config.rows / (steps * len(inputs)))
     in_loop: set[str] = set()
     window = min(want.frames, unet.config.max_frames or want.frames)
-    for number, prompt in enumerate(prompts):
-        context = pipe.encode_text(["", prompt] if guided else [prompt])
-        text, found = _observe(
-            unet, params, (context,), key, method="context_features", rows=rows * steps
+    for number, given in enumerate(inputs):
+        conditions = pipe.conditions([given], want, config.seed, **more)
+        if temporal is None:
+            # They are the same for all inputs.
+            told = (timesteps, conditions.added_ids)
+            temporal, found = _observe(
+                unet, params, told, key, method="temporal_features", rows=None
+            )
+            _add(parts, found, "the time embedding")
+        context, found = _observe(
+            unet, params, (conditions.context,), key, method="context_features", rows=rows * steps
         )
-        _add(parts, found, f"prompt {number + 1}")
+        _add(parts, found, f"input {number + 1}")
+        control = None
+        if conditions.control is not None:
+            seen = conditions.control[:, :window]
+            control, found = _observe(
+                unet, params, (seen,), key, method="control_features", rows=rows * steps
+            )
+            _add(parts, found, f"input {number + 1}")
         for step in range(steps):
-            progress("observing", number * steps + step, len(prompts) * steps)
+            progress("observing", number * steps + step, len(inputs) * steps)
             scaled = schedule.table.model_in[step] * before[step][number, None, :window]
-            latents = jnp.asarray(np.concatenate([scaled] * len(context)))
+            latents = jnp.asarray(np.concatenate([scaled] * len(conditions.context)))
+            latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
             place = jax.random.fold_in(key, number * steps + step)
-            _, found = _observe(
-                unet, params, (latents, feature, text), place, method="denoise", rows=rows
-            )
-            _add(parts, found, f"step {step + 1} of {steps}, prompt {number + 1}")
+            inside = (latents, feature, context, control)
+            _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
+            _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
     by_step = {path: _by_step(parts[path], steps) for path in in_loop}
     joined = {path: observers.join(statistics) for path, statistics in parts.items()}
@@ -243,5 +269,5 @@ def _check_finite(found: Mapping[str, Statistics], where: str) -> None:
             )
 
 
-def _latents_shape(pipe: TextToVideoPipeline, want: Any) -> tuple[int, int, int, int]:
+def _latents_shape(pipe: VideoPipeline, want: Any) -> tuple[int, int, int, int]:
     return pipe.latents_shape(want.frames, want.height, want.width)

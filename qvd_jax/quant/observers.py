@@ -97,7 +97,7 @@ def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
     return patches.reshape(rows, -1, channels)
 
 
-def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct) -> list[Layer]:
+def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None) -> list[Layer]:
     """The Dense and conv layers a module calls, with the shapes of one call.
 
     Args:

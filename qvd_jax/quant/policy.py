@@ -15,7 +15,14 @@ WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w8a16": (8, 16)}
 # A few hundredths of a percent of the operations, at the model's border to the outside.
 _KEPT_FLOAT = ("conv_in", "conv_out")
 # Inputs of these layers are functions of the step alone. Few families have added ids.
-_TEMPORAL_FEATURES = ("*/time_emb_proj", "time_embedding/*", "add_embedding/*")
+_TEMPORAL_FEATURES = (
+    "*/time_emb_proj",
+    "time_embedding/*",
+    "add_embedding/*",
+    "controlnet/time_embedding/*",
+)
+# The same of a ControlNet, and what its condition goes through once.
+_KEPT_FLOAT_IN_CONTROLNET = ("controlnet/conv_in", "controlnet/controlnet_cond_embedding*")
 
 # The methods of ordinary layers and of temporal features.
 _NAMED: dict[str, tuple[Method, Method]] = {
@@ -120,6 +127,7 @@ def named_policy(name: str) -> Policy:
         name,
         (
             *(Rule(pattern) for pattern in _KEPT_FLOAT),
+            *(Rule(pattern, optional=True) for pattern in _KEPT_FLOAT_IN_CONTROLNET),
             *(Rule(pattern, temporal, optional=True) for pattern in _TEMPORAL_FEATURES),
             Rule("*", ordinary),
         ),

@@ -17,10 +17,12 @@ from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPTextConfig
-from qvd_jax.models.unet3d import UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
-from qvd_jax.pipelines import text_to_video
-from qvd_jax.pipelines.text_to_video import ComponentConfigs, TextToVideoPipeline, VideoDefaults
+from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
+from qvd_jax.pipelines.loading import load, save
+from qvd_jax.pipelines.pipeline import VideoDefaults
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.training.tokenizer import make_tokenizer
 from qvd_jax.training.vae import load_vae, to_unit_range
 
@@ -93,7 +95,7 @@ class TextToVideo:
             self._scenes, self._latents = stored["scenes"], stored["latents"]
         self._start: dict[str, Params] = {}
         if config.start is not None:
-            self._start = text_to_video.load(config.start, dtype=jnp.float32).params
+            self._start = load(config.start, dtype=jnp.float32).params
         self._alphas = jnp.asarray(alphas_cumprod(config.scheduler), jnp.float32)
 
     def init(self, key: Array) -> Params:
@@ -171,10 +173,10 @@ class TextToVideo:
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes the model as a checkpoint."""
-        dtype = text_to_video.DTYPES[self.config.dtype]
+        dtype = DTYPES[self.config.dtype]
         pipe = self.pipeline(params)
         stored = jax.tree.map(lambda leaf: leaf.astype(dtype), pipe.params)
-        text_to_video.save(replace(pipe, params=stored), folder, overwrite=True)
+        save(replace(pipe, params=stored), folder, overwrite=True)
 
 
 def clean_error(

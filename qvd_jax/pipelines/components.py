@@ -1,0 +1,104 @@
+"""The networks of a checkpoint: their configs, their modules, the shapes of their parameters."""
+
+from dataclasses import dataclass, replace
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.models.clip import (
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    CLIPVisionConfig,
+    CLIPVisionEncoder,
+)
+from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.models.layers import FLOAT
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.policy import Quantization
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+GAINS = "unet_gains"
+"""The item that holds the scales of steps of a UNet which has them."""
+
+
+@dataclass(frozen=True)
+class ComponentConfigs:
+    """The configs of a checkpoint's networks; None where a family has none.
+
+    Attributes:
+      unet: of the `UNet3D`.
+      vae: of the `AutoencoderKL`.
+      text_encoder: of the `CLIPTextEncoder`.
+      image_encoder: of the `CLIPVisionEncoder`.
+    """
+
+    unet: UNet3DConfig
+    vae: VAEConfig
+    text_encoder: CLIPTextConfig | None = None
+    image_encoder: CLIPVisionConfig | None = None
+
+    def modules(
+        self, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> dict[str, nn.Module]:
+        """The networks as modules that compute and store in `dtype`, by name."""
+        layers = replace(FLOAT, dtype=dtype, param_dtype=dtype)
+        unet_layers = layers if quantization is None else layer_set(quantization.specs, dtype)
+        modules: dict[str, nn.Module] = {
+            "unet": UNet3D(self.unet, unet_layers),
+            "vae": AutoencoderKL(self.vae, layers),
+        }
+        if self.text_encoder is not None:
+            modules["text_encoder"] = CLIPTextEncoder(self.text_encoder, layers)
+        if self.image_encoder is not None:
+            modules["image_encoder"] = CLIPVisionEncoder(self.image_encoder, layers)
+        return modules
+
+    def example_inputs(self) -> dict[str, tuple[Array | None, ...]]:
+        """The smallest inputs that initialize the networks, by name."""
+        side, pixels = self.unet.stride, self.vae.stride
+        latents = jnp.zeros((1, 1, side, side, self.unet.in_channels))
+        context = jnp.zeros((1, 1, self.unet.context_dim))
+        added_ids = (jnp.zeros((1, self.unet.added_ids)),) if self.unet.added_ids else ()
+        control: tuple[Array | None, ...] = ()
+        if self.unet.controlnet is not None:
+            control = (None, jnp.zeros(self.control_shape(1, side, side)))
+        inputs: dict[str, tuple[Array | None, ...]] = {
+            "unet": (latents, jnp.zeros(1), context, *added_ids, *control),
+            "vae": (jnp.zeros((1, 1, pixels, pixels, self.vae.channels)),),
+        }
+        if self.text_encoder is not None:
+            inputs["text_encoder"] = (jnp.zeros((1, self.text_encoder.max_length), jnp.int32),)
+        if self.image_encoder is not None:
+            size = self.image_encoder.image_size
+            inputs["image_encoder"] = (jnp.zeros((1, size, size, 3)),)
+        return inputs
+
+    def control_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
+        """Shape `[1, F, H, W, C]` of the ControlNet's condition for latents of a size."""
+        assert self.unet.controlnet is not None
+        scale = 2 ** max(len(self.unet.controlnet.embedding_channels) - 1, 0)
+        channels = self.unet.controlnet.condition_channels
+        return 1, frames, height * scale, width * scale, channels
+
+    def param_shapes(
+        self, dtype: DTypeLike, quantization: Quantization | None = None
+    ) -> dict[str, Params]:
+        """Trees of `jax.ShapeDtypeStruct` of all networks' parameters, by name."""
+        inputs = self.example_inputs()
+        shapes = {}
+        for name, module in self.modules(dtype, quantization).items():
+            variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
+            shapes[name] = variables["params"]
+            if "quant" in variables and quantization is not None:
+                steps = quantization.steps
+                shapes[GAINS] = jax.tree.map(
+                    lambda leaf, steps=steps: jax.ShapeDtypeStruct((steps,), leaf.dtype),
+                    variables["quant"],
+                )
+        return shapes

@@ -1,0 +1,151 @@
+"""Checkpoints to pipelines and back."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from qvd_jax import checkpoint
+from qvd_jax.config import check_choice, from_dict, to_dict
+from qvd_jax.diffusion.schedules import SchedulerConfig
+from qvd_jax.errors import InputError, first_line
+from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
+from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+from qvd_jax.quant.calibration import LayerReport
+from qvd_jax.quant.policy import Quantization
+
+_TEXT = (TextToVideoPipeline, VideoDefaults)
+_FAMILIES: dict[str, tuple[type[VideoPipeline], type[VideoDefaults]]] = {
+    "animatediff": _TEXT,
+    "modelscope": _TEXT,
+    "svd": (ImageToVideoPipeline, ImageToVideoDefaults),
+}
+
+
+def load(
+    path: str | os.PathLike[str],
+    dtype: DTypeLike | None = None,
+    sharding: jax.sharding.Sharding | None = None,
+) -> VideoPipeline:
+    """Loads a checkpoint.
+
+    Args:
+      path: its folder, or the name of a model of the package ("shapes").
+      dtype: float32 or bfloat16, for parameters and computation; None keeps the stored one.
+      sharding: where parameters are put; None is the default device.
+
+    Raises:
+      InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
+    """
+    path = checkpoint.find(path)
+    manifest = checkpoint.read_manifest(path)
+    if manifest.family not in _FAMILIES:
+        raise InputError(
+            f"{path}: unknown family {manifest.family!r}; known: {', '.join(_FAMILIES)}"
+        )
+    pipeline, defaults_type = _FAMILIES[manifest.family]
+    where = path / checkpoint.MANIFEST
+    configs = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
+    scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")
+    defaults = from_dict(defaults_type, manifest.defaults, f"{where}: defaults")
+    quantization = None
+    if manifest.quantization is not None:
+        quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
+    networks = tuple(configs.modules(jnp.float32))
+    if set(networks) != set(pipeline.networks):
+        raise InputError(
+            f"{where}: components are {', '.join(networks)}; the family {manifest.family!r} has "
+            f"{', '.join(pipeline.networks)}"
+        )
+    tokenizer: dict[str, Any] = {}
+    if configs.text_encoder is not None:
+        tokenizer["tokenizer"] = _load_tokenizer(path / checkpoint.TOKENIZER)
+    # The VAE is float in every checkpoint.
+    dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
+    check_choice("dtype", dtype.name, tuple(DTYPES))
+    params = {
+        name: checkpoint.restore_params(path, name, expected, sharding)
+        for name, expected in configs.param_shapes(dtype, quantization).items()
+    }
+    return pipeline(
+        **configs.modules(dtype, quantization),
+        **tokenizer,
+        params=params,
+        scheduler=scheduler,
+        defaults=defaults,
+        family=manifest.family,
+        description=manifest.description,
+        quantization=quantization,
+    )
+
+
+def save(
+    pipe: VideoPipeline,
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    reports: Sequence[LayerReport] = (),
+) -> None:
+    """Writes a pipeline as a checkpoint.
+
+    Args:
+      pipe: the pipeline.
+      path: the folder to make.
+      overwrite: whether a checkpoint already there is replaced.
+      reports: of the layers of a quantized pipeline.
+
+    Raises:
+      InputError: the folder exists, or its parent does not.
+    """
+    manifest = make_manifest(
+        pipe.configs,
+        pipe.scheduler,
+        pipe.defaults,
+        family=pipe.family,
+        description=pipe.description,
+        quantization=pipe.quantization,
+    )
+    with checkpoint.write_directory(Path(path), overwrite=overwrite) as folder:
+        for name, params in pipe.params.items():
+            checkpoint.save_params(folder, name, params)
+        if isinstance(pipe, TextToVideoPipeline):
+            pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
+        if reports:
+            checkpoint.write_layer_reports(folder, [report.figures() for report in reports])
+        checkpoint.write_manifest(folder, manifest)
+
+
+def make_manifest(
+    configs: ComponentConfigs,
+    scheduler: SchedulerConfig,
+    defaults: VideoDefaults,
+    *,
+    family: str,
+    description: str,
+    quantization: Quantization | None = None,
+) -> checkpoint.Manifest:
+    """The manifest of a pipeline's checkpoint."""
+    return checkpoint.Manifest(
+        family=family,
+        components=to_dict(configs),
+        scheduler=to_dict(scheduler),
+        defaults=to_dict(defaults),
+        description=description,
+        versions=checkpoint.package_versions(),
+        quantization=None if quantization is None else to_dict(quantization),
+    )
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    checkpoint.check_tokenizer(folder)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no tokenizer: {first_line(error)}") from error

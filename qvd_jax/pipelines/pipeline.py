@@ -1,0 +1,301 @@
+"""What every pipeline does: checks, noise, the sampling loop, the VAE's decoder."""
+
+import abc
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.config import check_choice
+from qvd_jax.diffusion import sampler
+from qvd_jax.diffusion.sampler import Conditions
+from qvd_jax.diffusion.schedules import SchedulerConfig
+from qvd_jax.diffusion.solvers import Schedule, make_schedule
+from qvd_jax.errors import InputError
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.models.vae import AutoencoderKL
+from qvd_jax.pipelines.components import GAINS, ComponentConfigs
+from qvd_jax.quant.policy import Quantization
+
+OutputType = Literal["video", "latents"]
+StepCallback = Callable[[int, Array], None]
+
+# The decoder's largest activations grow with the pixels it handles at once: eight frames of
+# 512x512, or all frames of a small video.
+_DECODE_PIXELS = 8 * 512 * 512
+
+
+@dataclass(frozen=True)
+class VideoDefaults:
+    """What a video is like when nobody asks otherwise.
+
+    Attributes:
+      frames: F.
+      height: H in pixels.
+      width: W in pixels.
+      steps: S.
+      guidance_scale: of classifier-free guidance; 1 or less turns it off.
+      fps: frames per second of the written file.
+      prompts: examples.
+    """
+
+    frames: int = 16
+    height: int = 512
+    width: int = 512
+    steps: int = 25
+    guidance_scale: float = 7.5
+    fps: int = 8
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance."""
+        return self.guidance_scale > 1
+
+
+Defaults = TypeVar("Defaults", bound=VideoDefaults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoPipeline(abc.ABC, Generic[Defaults]):
+    """A video diffusion model, ready to sample.
+
+    Attributes:
+      unet: predicts the noise.
+      vae: maps latents to pixels.
+      params: the networks' parameters, by these names; with step-aware scales also theirs,
+        "unet_gains", `[S]` for each layer.
+      scheduler: noise schedule and solver.
+      defaults: what a call leaves open.
+      family: which kind of model it is, such as "animatediff".
+      description: one line on where the weights came from.
+      quantization: how the UNet is quantized; None is float.
+    """
+
+    unet: UNet3D
+    vae: AutoencoderKL
+    params: dict[str, Params] = field(repr=False)
+    scheduler: SchedulerConfig
+    defaults: Defaults
+    family: str
+    description: str
+    quantization: Quantization | None = None
+
+    networks: ClassVar[tuple[str, ...]]
+    """Names of the networks a checkpoint of such a pipeline has."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        inputs: Any,
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        latents: Array | np.ndarray | None = None,
+        output_type: OutputType = "video",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> np.ndarray:
+        """Samples one video for each input."""
+
+    @abc.abstractmethod
+    def conditions(self, inputs: Sequence[Any], want: Defaults, seed: int) -> Conditions:
+        """What the UNet is told of the inputs, with negatives if `want` asks for guidance."""
+
+    @property
+    @abc.abstractmethod
+    def context_length(self) -> int:
+        """L of the UNet's context."""
+
+    @property
+    @abc.abstractmethod
+    def configs(self) -> ComponentConfigs:
+        """Of all networks."""
+
+    def guidance(self, want: Defaults) -> np.ndarray:
+        """Guidance scale of each frame, `[F]`."""
+        return np.full(want.frames, want.guidance_scale, np.float32)
+
+    def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape `[F, h, w, C]` of one video's latents.
+
+        Raises:
+          InputError: there are no frames, or a side does not fit the strides.
+        """
+        if frames < 1:
+            raise InputError(f"frames = {frames}: at least one is needed")
+        pixels = self.vae.config.stride
+        divisor = pixels * self.unet.config.stride
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % divisor:
+                below = max(size // divisor, 1) * divisor
+                raise InputError(
+                    f"{name} = {size}: it must be a positive multiple of {divisor} (the VAE's "
+                    f"{pixels} pixels per position times the UNet's stride "
+                    f"{self.unet.config.stride}), such as {below} or {below + divisor}"
+                )
+        return frames, height // pixels, width // pixels, self.vae.config.latent_channels
+
+    def decode(self, latents: Array | np.ndarray) -> np.ndarray:
+        """Pixels of latents.
+
+        A VAE that takes every frame alone does so in chunks of frames, so that memory does not
+        grow with their number.
+
+        Args:
+          latents: `[B, F, h, w, C]`.
+
+        Returns:
+          uint8 `[B, F, H, W, 3]`.
+        """
+        videos, frames, height, width, _ = latents.shape
+        pixels = height * width * self.vae.config.stride**2
+        together = frames if self.vae.config.temporal_decoder else _DECODE_PIXELS // pixels
+        chunks = math.ceil(frames / max(1, together))
+        size = math.ceil(frames / chunks)
+        decoded = []
+        for video in latents:
+            for start in range(0, frames, size):
+                # The last chunk is moved back to be as long as the others: one compilation.
+                first = min(start, frames - size)
+                part = _decode(self.vae, self.params["vae"], video[None, first : first + size])
+                decoded.append(np.asarray(part[0, start - first :]))
+        result = np.concatenate(decoded)
+        return result.reshape(videos, frames, *result.shape[1:])
+
+    def encode(self, images: np.ndarray | Array) -> tuple[Array, Array]:
+        """Posterior of the latents of images.
+
+        Args:
+          images: `[N, H, W, 3]` in [-1, 1].
+
+        Returns:
+          Mean and log-variance, each `[N, h, w, C]`, not yet multiplied by the scaling factor.
+        """
+        return _encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
+
+    def _replace_defaults(self, **asked: Any) -> Defaults:
+        """The defaults with what was asked for."""
+        return replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
+
+    def _generate(
+        self,
+        inputs: Sequence[Any],
+        conditions: Callable[[], Conditions],
+        want: Defaults,
+        seed: int,
+        latents: Array | np.ndarray | None,
+        output_type: OutputType,
+        callback: StepCallback | None,
+    ) -> np.ndarray:
+        """Checks what every pipeline takes, computes the conditions, samples and decodes."""
+        count = len(inputs)
+        shape = self.latents_shape(want.frames, want.height, want.width)
+        schedule = make_schedule(self.scheduler, want.steps)
+        known = self.quantization.steps if self.quantization else None
+        if known not in (None, want.steps):
+            raise InputError(
+                f"steps = {want.steps}: the checkpoint's scales are of {known} steps, one for each"
+            )
+        check_choice("output_type", output_type, ("video", "latents"))
+        if latents is None:
+            noise = sampler.initial_noise(seed, count, shape)
+        else:
+            noise = jnp.asarray(latents, jnp.float32)
+            if noise.shape != (count, *shape):
+                raise InputError(
+                    f"latents of shape {noise.shape}: {(count, *shape)} is needed for {count} "
+                    f"videos of {want.frames} frames, {want.height}x{want.width}"
+                )
+        noise = noise * schedule.initial_scale
+        result = self._sample(noise, schedule, conditions(), want, seed, callback)
+        return np.asarray(result) if output_type == "latents" else self.decode(result)
+
+    def _sample(
+        self,
+        latents: Array,
+        schedule: Schedule,
+        conditions: Conditions,
+        want: Defaults,
+        seed: int,
+        callback: StepCallback | None,
+    ) -> Array:
+        limit = self.unet.config.max_frames
+        window = want.frames
+        if limit is not None and want.frames > limit:
+            window = min(self.defaults.frames, limit)
+        unet, params = self.unet, self.params["unet"]
+        table = jax.tree.map(jnp.asarray, schedule.table)
+        steps = len(table.timestep)
+        count = steps if callback is None else 1
+        # Placed like the text embedding, so that the first call compiles for what later ones see.
+        latents = jax.device_put(latents, conditions.context.sharding)
+        state = sampler.SamplerState(latents, jnp.zeros_like(latents))
+        keys = sampler.video_keys(seed, latents.shape[0])
+        gains = self.params.get(GAINS)
+        conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)
+        for start in range(0, steps, count):
+            state, finite = sampler.sample_steps(
+                unet,
+                params,
+                state,
+                table,
+                conditioning,
+                jnp.asarray(self.guidance(want)),
+                keys,
+                jnp.int32(start),
+                count=count,
+                window=window,
+                guided=want.guided,
+                # A batch saves no time on the CPU, and its rounding would depend on its size.
+                one_by_one=jax.default_backend() == "cpu",
+                noisy=bool(schedule.table.to_noise.any()),
+                clip=schedule.clip,
+            )
+            finite = np.asarray(finite)
+            if not finite.all():
+                step = start + int(np.argmin(finite))
+                raise InputError(
+                    f"step {step + 1} of {steps} (timestep {schedule.table.timestep[step]:g}) "
+                    f"gave latents that are not finite; try float32, or a lower guidance scale "
+                    f"than {want.guidance_scale:g}"
+                )
+            if callback is not None:
+                callback(start + count, state.latents)
+        return state.latents
+
+
+def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
+    """Raises `InputError` if an image is not uint8 `[height, width, 3]`."""
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+        raise InputError(
+            f"{where}: RGB of 8 bits, uint8 [H, W, 3], is needed, got {image.dtype} "
+            f"{list(image.shape)}"
+        )
+    if image.shape[:2] != (height, width):
+        raise InputError(
+            f"{where} has {image.shape[0]}x{image.shape[1]} pixels (height x width), the video "
+            f"{height}x{width}: resize or crop the image, or ask for its size"
+        )
+
+
+@functools.partial(jax.jit, static_argnames="vae")
+def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
+    mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")
+    return mean[:, 0], log_variance[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames="vae")
+def _decode(vae: AutoencoderKL, params: Params, latents: Array) -> Array:
+    latents = latents / vae.config.scaling_factor
+    pixels = vae.apply({"params": params}, latents, method="decode")
+    return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

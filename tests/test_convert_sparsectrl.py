@@ -1,0 +1,202 @@
+"""SparseCtrl beside AnimateDiff, from folders and original files, to the same latents."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+import pytest
+import random_animatediff
+import torch
+from conftest import relative_error
+from diffusers import AnimateDiffSparseControlNetPipeline, SparseControlNetModel
+from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl as published
+from PIL import Image
+
+import qvd_jax
+from convert.__main__ import main as convert
+from convert.controlnet import open_controlnet
+from qvd_jax import calibrate, sample
+from qvd_jax.models.configs import ControlNetConfig
+
+RGB, SCRIBBLE = "rgb", "scribble"
+
+
+def make_controlnet(kind: str) -> SparseControlNetModel:
+    """A tiny SparseCtrl for `random_animatediff`'s UNet; its VAE halves the sides once."""
+    torch.manual_seed(1)
+    module = SparseControlNetModel(
+        conditioning_channels=4 if kind == RGB else 3,
+        use_simplified_condition_embedding=kind == RGB,
+        conditioning_embedding_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        block_out_channels=random_animatediff.CHANNELS,
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        motion_num_attention_heads=4,
+    )
+    random_animatediff.randomize(module)
+    return module.eval()
+
+
+def to_original(name: str) -> str:
+    """The original code's name of a tensor of diffusers' SparseCtrl."""
+    if ".motion_modules." in name:
+        name = name.replace(".attn1.", ".attention_blocks.0.").replace(".norm1.", ".norms.0.")
+        name = name.replace(".norm3.", ".ff_norm.").replace(".pos_embed.", ".pos_encoder.")
+        head, _, tail = name.partition(".motion_modules.")
+        number, _, rest = tail.partition(".")
+        name = f"{head}.motion_modules.{number}.temporal_transformer.{rest}"
+    return f"module.{name}"
+
+
+@pytest.fixture(scope="module")
+def folders(tiny, tmp_path_factory) -> Path:
+    """The folders of both kinds, and an original file of each."""
+    root = tmp_path_factory.mktemp("sparsectrl")
+    for kind in (RGB, SCRIBBLE):
+        module = make_controlnet(kind)
+        module.save_pretrained(root / kind)
+        original = {to_original(name): t.clone() for name, t in module.state_dict().items()}
+        torch.save({"controlnet": original, "epoch": 3}, root / f"{kind}.ckpt")
+    return root
+
+
+@pytest.fixture(scope="module", params=[RGB, SCRIBBLE])
+def converted(request, tiny, folders, tmp_path_factory) -> tuple[str, Path]:
+    out = tmp_path_factory.mktemp("qvd_jax") / request.param
+    controlnet = ["--controlnet", str(folders / request.param)]
+    assert convert([str(tiny[0]), *controlnet, "--out", str(out)]) == 0
+    return request.param, out
+
+
+def picture(seed: int, height: int = 16, width: int = 24) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+
+
+def test_latents_equal_diffusers_pipeline(converted, tiny, monkeypatch):
+    """Two conditions of five frames, same noise, 4 steps, guidance."""
+    kind, folder = converted
+    pipe = qvd_jax.load(folder)
+    parts = tiny[1].components
+    theirs = AnimateDiffSparseControlNetPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        motion_adapter=parts["motion_adapter"],
+        controlnet=make_controlnet(kind),
+    )
+    theirs.set_progress_bar_config(disable=True)
+    key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
+    noise = torch.tensor(np.asarray(jax.random.normal(key, (2, 8, 12, 4)))).permute(0, 3, 1, 2)
+
+    def with_noise(encoded):
+        return encoded.latent_dist.mean + encoded.latent_dist.std * noise
+
+    monkeypatch.setattr(published, "retrieve_latents", with_noise)
+    images, frames = [picture(0), picture(1)], [0, 3]
+    latents = np.random.default_rng(0).standard_normal((1, 5, 8, 12, 4), dtype=np.float32)
+    with torch.no_grad():
+        expected = theirs(
+            "a red circle",
+            num_frames=5,
+            height=16,
+            width=24,
+            num_inference_steps=4,
+            guidance_scale=4.0,
+            conditioning_frames=[Image.fromarray(image) for image in images],
+            controlnet_frame_indices=frames,
+            latents=torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
+            output_type="latent",
+        ).frames.permute(0, 2, 3, 4, 1)
+    found = pipe(
+        "a red circle",
+        conditioning_frames=images,
+        controlnet_frame_indices=frames,
+        frames=5,
+        height=16,
+        width=24,
+        steps=4,
+        guidance_scale=4.0,
+        seed=3,
+        latents=latents,
+        output_type="latents",
+    )
+    assert relative_error(found, expected) <= 1e-3
+
+
+def test_frames_beyond_the_positions_keep_their_conditions(converted):
+    """In windows, a condition is seen by those windows only that hold its frame."""
+    pipe = qvd_jax.load(converted[1])
+    config = replace(pipe.unet.config, max_frames=4)
+    pipe = replace(pipe, unet=pipe.unet.clone(config=config))
+    options = {"frames": 7, "height": 8, "width": 12, "steps": 1, "output_type": "latents"}
+    first, other = (pipe("a", None, [picture(seed, 8, 12)], [0], **options) for seed in (0, 1))
+    changed = np.abs(first - other).max((0, 2, 3, 4)) > 1e-6
+    assert changed[:4].all()
+    assert not changed[4:].any()
+
+
+@pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
+def test_an_original_file_is_its_folder(folders, kind):
+    by_folder, config = open_controlnet(folders / kind)
+    original, same = open_controlnet(folders / f"{kind}.ckpt")
+    channels, widths = (5, ()) if kind == RGB else (4, (16, 32))
+    assert config == same == ControlNetConfig(channels, widths, 1, ignores_latents=True)
+    assert original.keys() == by_folder.keys()
+    for name, tensor in original.items():
+        np.testing.assert_array_equal(tensor.read(), by_folder[name].read())
+
+
+def test_calibrate_and_sample_with_a_condition(converted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    _, folder = converted
+    imageio.imwrite(tmp_path / "first.png", picture(0, 8, 12))
+    (tmp_path / "prompts.txt").write_text("a\n")
+    options = ["--prompts-file", str(tmp_path / "prompts.txt"), "--frames", "2"]
+    options += ["--height", "8", "--width", "12", "--steps", "2"]
+    options += ["--condition", f"{tmp_path}/first.png@0"]
+    policy = ["--policy", "minmax-w8a8"]
+    int8 = tmp_path / "int8"
+    assert calibrate.main(["--checkpoint", str(folder), "--out", str(int8), *policy, *options]) == 0
+    assert "controlnet/conv_in" in capsys.readouterr().out
+    out = ["--out", str(tmp_path / "out.gif")]
+    assert sample.main(["--checkpoint", str(int8), *options, *out]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "has a ControlNet; pass --condition IMAGE@FRAME"),
+        (["--condition", "{tmp}/a.png"], "IMAGE@FRAME is expected"),
+        (["--condition", "{tmp}/a.png@-1"], "IMAGE@FRAME is expected"),
+        (["--condition", "{tmp}/none.png@0"], "none.png does not exist"),
+        (["--condition", "{tmp}/a.png@2", "--frames", "2"], "there is no frame 2 of 2"),
+        (["--condition", "{tmp}/a.png@0", "{tmp}/a.png@0"], "a frame of its own is needed"),
+        (["--condition", "{tmp}/a.png@0", "--height", "16"], "the condition of frame 0 has 8x12"),
+    ],
+)
+def test_bad_conditions_are_one_line(converted, tmp_path, capsys, arguments, message):
+    imageio.imwrite(tmp_path / "a.png", picture(0, 8, 12))
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    out = ["--prompt", "a", "--out", str(tmp_path / "out.gif")]
+    assert sample.main(["--checkpoint", str(converted[1]), *arguments, *out]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out.gif").exists()
+
+
+def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path, capsys):
+    options = ["--prompt", "a", "--condition", "a.png@0", "--out", str(tmp_path / "a.gif")]
+    assert sample.main(["--checkpoint", str(tiny_checkpoint), *options]) == 2
+    assert "has no ControlNet; leave --condition out" in capsys.readouterr().err
+    pipe = qvd_jax.load(tiny_checkpoint)
+    with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
+        pipe("a", conditioning_frames=[picture(0)], controlnet_frame_indices=[0])
+
+
+def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):
+    random_animatediff.make_adapter("v2").save_pretrained(tmp_path / "motion")
+    options = ["--controlnet", str(tmp_path / "motion"), "--out", str(tmp_path / "out")]
+    assert convert([str(tiny[0]), *options]) == 2
+    assert "is no ControlNet: it has no controlnet_down_blocks" in capsys.readouterr().err

@@ -1,0 +1,256 @@
+"""Stable Video Diffusion from a folder that diffusers saved to the same latents."""
+
+import json
+from pathlib import Path
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+import pytest
+import random_animatediff
+import torch
+from conftest import relative_error
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
+)
+from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+import qvd_jax
+from convert import names, svd
+from convert.__main__ import main as convert
+from qvd_jax import calibrate, sample
+from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
+from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.image_to_video import resize_antialiased
+
+Tiny = tuple[Path, StableVideoDiffusionPipeline]
+
+
+def make_unet() -> UNetSpatioTemporalConditionModel:
+    return UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        num_attention_heads=(4, 8),
+        num_frames=3,
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Tiny:
+    folder = tmp_path_factory.mktemp("svd") / "tiny"
+    torch.manual_seed(0)
+    modules = (
+        make_unet(),
+        AutoencoderKLTemporalDecoder(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            layers_per_block=2,
+        ),
+        CLIPVisionModelWithProjection(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=224,
+                patch_size=56,
+                projection_dim=24,
+                hidden_act="gelu",
+            )
+        ),
+    )
+    for module in modules:
+        random_animatediff.randomize(module)
+    unet, vae, image_encoder = (module.eval() for module in modules)
+    pipe = StableVideoDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        image_encoder=image_encoder,
+        feature_extractor=CLIPImageProcessor(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            use_karras_sigmas=True,
+            sigma_min=0.002,
+            sigma_max=700.0,
+            timestep_spacing="leading",
+            timestep_type="continuous",
+            steps_offset=1,
+        ),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder)
+    return folder, pipe
+
+
+@pytest.fixture(scope="module")
+def converted(tiny: Tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("qvd_jax") / "svd"
+    assert convert([str(tiny[0]), "--out", str(out)]) == 0
+    return out
+
+
+def picture(height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=(height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_latents_and_pixels_equal_diffusers_pipeline(tiny, converted, monkeypatch, guidance):
+    """Two images, same noise on latents and images, 4 steps, guidance that grows by frame."""
+    pipe = qvd_jax.load(converted)
+    assert pipe.family == "svd"
+    assert pipe.defaults.frames == 3
+    images = [picture(seed=0), picture(seed=1)]
+    latents = np.random.default_rng(0).standard_normal((2, 3, 8, 12, 4), dtype=np.float32)
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(5), i), 0) for i in range(2)]
+    noise = torch.stack(
+        [torch.tensor(np.asarray(jax.random.normal(key, (16, 24, 3)))) for key in keys]
+    )
+    monkeypatch.setattr(published, "randn_tensor", lambda *_, **__: noise.permute(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = tiny[1](
+            [Image.fromarray(image) for image in images],
+            height=16,
+            width=24,
+            num_inference_steps=4,
+            max_guidance_scale=guidance,
+            fps=9,
+            motion_bucket_id=100,
+            noise_aug_strength=0.1,
+            latents=torch.from_numpy(latents).permute(0, 1, 4, 2, 3),
+            output_type="latent",
+        ).frames
+    options = {
+        "height": 16,
+        "width": 24,
+        "steps": 4,
+        "guidance_scale": guidance,
+        "fps": 9,
+        "motion_bucket_id": 100,
+        "noise_aug_strength": 0.1,
+        "seed": 5,
+    }
+    found = pipe(images, **options, latents=latents, output_type="latents")
+    assert relative_error(found, expected.permute(0, 1, 3, 4, 2)) <= 1e-3
+    with torch.no_grad():
+        pixels = tiny[1].decode_latents(expected, 3, 3).permute(0, 2, 3, 4, 1)
+    expected_video = (pixels / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert np.abs(pipe.decode(found) - expected_video).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(576, 1024), (300, 224), (40, 90)])
+def test_images_are_resized_as_published(size):
+    image = np.random.default_rng(0).uniform(-1, 1, (*size, 3))
+    published_image = torch.from_numpy(image).permute(2, 0, 1)[None]
+    expected = published._resize_with_antialiasing(published_image, (224, 224))[0]
+    assert relative_error(resize_antialiased(image, 224), expected.permute(1, 2, 0)) <= 1e-6
+
+
+def test_names_are_those_of_the_real_model():
+    """A bijection at full size, from shapes alone, but for the weights without effect."""
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel()
+        vae = AutoencoderKLTemporalDecoder(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            layers_per_block=2,
+        )
+    configs = ComponentConfigs(STABLE_VIDEO_DIFFUSION, VAEConfig(temporal_decoder=True))
+    shapes = configs.param_shapes("float32")
+    for module, params, name_of, parameters in (
+        (unet, shapes["unet"], names.UNET, 1_524_623_082 - 50_389_760),
+        (vae, shapes["vae"], names.VAE, 97_742_847),
+    ):
+        paths = ["/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(params)]
+        found = [name for path in paths for name in name_of(path)]
+        assert len(found) == len(set(found))
+        assert set(found) == set(svd.without_dead(module.state_dict()))
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+@pytest.mark.slow
+def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    imageio.imwrite(tmp_path / "cat.png", picture(8, 12))
+    size = ["--image", str(tmp_path / "cat.png"), "--height", "8", "--width", "12", "--steps", "2"]
+    int8 = tmp_path / "int8"
+    assert calibrate.main(["--checkpoint", str(converted), "--out", str(int8), *size]) == 0
+    table = capsys.readouterr().out
+    assert "add_embedding/*" in table
+    out = ["--out", str(tmp_path / "out")]
+    assert sample.main(["--checkpoint", str(int8), *size, *out, "--motion-bucket-id", "9"]) == 0
+    assert imageio.imread(tmp_path / "out" / "000-cat.mp4", plugin="FFMPEG").shape == (3, 8, 12, 3)
+    # 35 dB is asked of the UNet on its own; here every step adds its error.
+    float_pipe, int8_pipe = qvd_jax.load(converted), qvd_jax.load(int8)
+    options = {"height": 8, "width": 12, "steps": 2, "output_type": "latents"}
+    expected = float_pipe(picture(8, 12), **options)
+    error = int8_pipe(picture(8, 12), **options) - expected
+    assert 10 * np.log10(np.square(expected).sum() / np.square(error).sum()) > 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "there are no images"),
+        (["--prompt", "a"], "makes videos from images; pass --image FILE, not prompts"),
+        (["--image", "{tmp}/none.png"], "none.png does not exist; an image is expected"),
+        (["--image", "{tmp}/text.png"], "text.png cannot be read as an image"),
+        (["--image", "{tmp}/gray.png"], "gray.png: one RGB image with 8 bits is needed"),
+        (["--image", "{tmp}/alpha.png"], "alpha.png: one RGB image with 8 bits is needed"),
+        (["--image", "{tmp}/cat.png", "--height", "16"], "image 1 has 8x12 pixels"),
+        (
+            ["--image", "{tmp}/cat.png", "--negative-prompt", "b"],
+            "--negative-prompt has no meaning for a model of the family 'svd'",
+        ),
+    ],
+)
+def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message):
+    (tmp_path / "text.png").write_text("no image")
+    imageio.imwrite(tmp_path / "cat.png", picture(8, 12))
+    imageio.imwrite(tmp_path / "gray.png", picture(8, 12)[..., 0])
+    imageio.imwrite(tmp_path / "alpha.png", np.zeros((8, 12, 4), np.uint8))
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    out = ["--out", str(tmp_path / "out")]
+    assert sample.main(["--checkpoint", str(converted), *arguments, *out]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no use for --motion"),
+        ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
+        ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
+        ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),
+        ({"num_attention_heads": 5}, [], "num_heads = 5 does not divide the 32 channels"),
+        ({"addition_time_embed_dim": 128}, [], "addition_time_embed_dim = 128"),
+    ],
+)
+def test_bad_folders_end_with_one_message(tiny, tmp_path, capsys, change, arguments, message):
+    folder = tmp_path / "source"
+    (folder / "unet").mkdir(parents=True)
+    for part in tiny[0].iterdir():
+        if part.name != "unet":
+            (folder / part.name).symlink_to(part)
+    weights = "diffusion_pytorch_model.safetensors"
+    (folder / "unet" / weights).symlink_to(tiny[0] / "unet" / weights)
+    config = json.loads((tiny[0] / "unet" / "config.json").read_text()) | change
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    assert convert([str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

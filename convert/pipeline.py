@@ -117,7 +117,7 @@ def open_source(
         )
     if not of_images:
         checkpoint.check_tokenizer(source / "tokenizer")
-    unet = _open_unet(source, motion)
+    unet = _open_unet(source, motion, companion[0])
     tensors, notes = {"unet": unet.tensors}, [*unet.notes]
     for path, scale in loras:
         tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
@@ -238,12 +238,17 @@ class _UNet(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _open_unet(source: Path, motion: Path | None) -> _UNet:
+def _open_unet(source: Path, motion: Path | None, encoder: str) -> _UNet:
     folder = source / "unet"
     tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
     unet_json = read_json(folder / "config.json")
     families = {"modelscope": modelscope.is_modelscope, "svd": svd.is_svd}
     family = next((name for name, is_it in families.items() if is_it(tensors)), None)
+    needed = "image_encoder" if family == "svd" else "text_encoder"
+    if family is not None and encoder != needed:
+        raise InputError(
+            f"{folder} is {_TITLES[family]}, beside which {needed} is needed, not {encoder}"
+        )
     if family is None:
         return _open_animatediff(source, tensors, unet_json, motion)
     if motion is not None:

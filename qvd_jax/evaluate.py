@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = [args.reference, *args.candidate]
     for name in names:
         checkpoint.read_manifest(checkpoint.find(name))
-    cases = own_cases(args) if args.prompts_file or args.image else held_out_cases(args)
+    own = args.prompts_file or args.image or checkpoint.takes_images(checkpoint.find(names[0]))
+    cases = own_cases(args) if own else held_out_cases(args.videos, args.seed)
     if len(cases.inputs.values) < 2:
         raise InputError("intervals and distances need at least 2 prompts or images")
     enable_compilation_cache()
@@ -109,16 +110,9 @@ def own_cases(args: argparse.Namespace) -> Cases:
     return Cases(inputs, None, read_conditions(args, path))
 
 
-def held_out_cases(args: argparse.Namespace) -> Cases:
-    """Scenes no model was trained on, each once before any twice, in random phrasings.
-
-    Raises:
-      InputError: the model makes videos from images.
-    """
-    if checkpoint.takes_images(checkpoint.find(args.reference)):
-        raise InputError(f"{args.reference} makes videos from images; pass --image FILE FILE")
-    count = args.videos
-    rng = np.random.default_rng([args.seed, count])
+def held_out_cases(count: int, seed: int) -> Cases:
+    """Scenes no model was trained on, each once before any twice, in random phrasings."""
+    rng = np.random.default_rng([seed, count])
     held_out = moving_shapes.scenes("held_out")
     rounds = [held_out[rng.permutation(len(held_out))] for _ in range(-(-count // len(held_out)))]
     scenes = np.concatenate(rounds)[:count]

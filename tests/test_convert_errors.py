@@ -211,7 +211,7 @@ FILES = [
     case(lambda source: shutil.rmtree(source), "source is no folder", id="source"),
     case(
         lambda source: [shutil.rmtree(source / name) for name in ("vae", "tokenizer")] and None,
-        "source lacks the folders vae, tokenizer of a diffusers text-to-image or text-to-video",
+        "source lacks the folders vae, tokenizer of a diffusers text-to-image, text-to-video",
         id="components",
     ),
     case(
@@ -506,8 +506,14 @@ def control_net() -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("make", "family"),
     [
-        (stable_video_diffusion, "Stable Video Diffusion"),
-        (control_net, "a ControlNet or SparseCtrl"),
+        (
+            stable_video_diffusion,
+            "Stable Video Diffusion, beside which image_encoder is needed, not text_encoder",
+        ),
+        (
+            control_net,
+            "a ControlNet or SparseCtrl; an AnimateDiff or Stable Diffusion 1.5 UNet is expected",
+        ),
     ],
 )
 @pytest.mark.parametrize("with_motion", [False, True], ids=["alone", "with --motion"])
@@ -522,7 +528,7 @@ def test_other_families_are_called_by_name(source, tmp_path, run, make, family, 
     write_weights(source / "unet", make().state_dict())
     assert_one_line_error(
         run(source, *arguments),
-        f" is {family}; an AnimateDiff or Stable Diffusion 1.5 UNet is expected",
+        f" is {family}",
     )
 
 

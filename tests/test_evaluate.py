@@ -82,7 +82,7 @@ def test_held_out_cases_ask_for_what_their_scenes_are():
     cases = evaluate.held_out_cases(600, seed=1)
     assert len(set(map(tuple, cases.scenes[:499].tolist()))) == 499
     train = set(map(tuple, moving_shapes.scenes("train").tolist()))
-    for text, scene in zip(cases.prompts, cases.scenes, strict=True):
+    for text, scene in zip(cases.inputs.values, cases.scenes, strict=True):
         assert tuple(scene.tolist()) not in train
         wanted = moving_shapes.describe_scene(scene)
         assert all(word in text for word in (wanted.color, wanted.shape, wanted.background))

@@ -65,7 +65,9 @@ def transfer(torch_module: torch.nn.Module, module: nn.Module, *inputs: Any) -> 
         return tuple(name.removeprefix("x.") for name in names.UNET(f"x/{path}"))
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    tensors = svd.without_dead(without_positions(tensors_of(torch_module)))
+    tensors = without_positions(tensors_of(torch_module))
+    if svd.is_svd(tensors):
+        tensors = svd.without_dead(tensors)
     names.check_names(shapes, block_names, tensors, "block")
     params = names.build_params(shapes, block_names, tensors, jnp.float32, lambda count: None)
     return {"params": params}

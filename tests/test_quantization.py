@@ -207,7 +207,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--policy", "{tmp}/bad.yaml"], "weight_bits = 1: 2 to 8 are possible"),
         (["--policy", "{tmp}/idle.yaml"], "no layer has such a path"),
         (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
-        ([], "has no prompts of its own; pass --prompts-file"),
+        ([], "has none of its own; pass --prompts-file"),
         (["--checkpoint", "{tmp}/nothing"], "nothing is no qvd_jax checkpoint"),
     ],
 )

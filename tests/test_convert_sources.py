@@ -465,7 +465,7 @@ def test_names_of_published_models_are_exactly_ours_at_full_size(
         ),
     )
     version = "v2" if mid_block else "v1" if frames == 24 else "v3"
-    assert configs.unet == qvd_jax.models.unet3d.animatediff(version)
+    assert configs.unet == qvd_jax.models.configs.animatediff(version)
     tensors["unet"] = animatediff.without_positions(tensors["unet"])
     shapes = configs.param_shapes("float32")
     maps = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.CLIP_TEXT}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from scipy.special import expit
 from scipy.stats import norm
 
@@ -201,6 +202,17 @@ def test_every_task_trains_and_its_model_loads(tmp_path):
     assert len(list((tmp_path / "vae" / "model").glob("bank-8-0.npz"))) == 1
     assert qvd_jax.load(video).defaults.frames == 16
     assert (tmp_path / "video" / "sheet-000002.png").is_file()
+
+    text = TINY_UNET.format(folder=tmp_path, start=image, op="null", frames=1, sheet=9)
+    deep = text.replace("[8, 8]", "[8, 8, 8]").replace("[2, 2]", "[2, 2, 2]")
+    deep = deep.replace("[true, true]", "[true, true, true]").replace("-5]", "-5, 1.0e-5]")
+    params = make_task(from_dict(RunConfig, yaml.safe_load(deep), "deep")).init(jax.random.key(1))
+    trained = qvd_jax.load(image).params["unet"]
+    chex.assert_trees_all_equal(params["unet"]["up_blocks_2"], trained["up_blocks_1"])
+    chex.assert_trees_all_equal(params["unet"]["down_blocks_0"], trained["down_blocks_0"])
+    shallow = text.replace(str(image), str(run(tmp_path, "deep", deep)))
+    with pytest.raises(InputError, match=r"its UNet has 3 levels, the one to train has 2"):
+        make_task(from_dict(RunConfig, yaml.safe_load(shallow), "shallow"))
 
 
 @pytest.mark.parametrize("density", [None, (-0.4, 1.0), (3.0, 2.0)])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qvd_jax.axes import Array
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.layers import LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, mid_stage
+from qvd_jax.models.stages import Features, down_stages, encode, mid_stage, skip_widths
 
 
 class Residuals(NamedTuple):
@@ -92,11 +92,7 @@ class ControlNet(nn.Module):
             self.controlnet_cond_embedding = layers.conv(first, (3, 3))
         self.down_blocks = down_stages(shape, layers)
         self.mid_block = mid_stage(shape, layers)
-        widths = [first]
-        for level, width in enumerate(shape.block_channels):
-            last = level == len(shape.block_channels) - 1
-            widths += [width] * (shape.layers_per_block + (not last))
-        self.controlnet_down_blocks = [layers.dense(width) for width in widths]
+        self.controlnet_down_blocks = [layers.dense(width) for width in skip_widths(shape)]
         self.controlnet_mid_block = layers.dense(shape.block_channels[-1])
 
     def temporal_features(self, timesteps: Array) -> Features:
@@ -131,11 +127,7 @@ class ControlNet(nn.Module):
         latents = jnp.zeros_like(latents) if self.config.ignores_latents else latents
         x = self.conv_in(latents.astype(self.layers.dtype))
         x = x + jnp.broadcast_to(control, x.shape)
-        skips = [x]
-        for stage, feature, text in zip(self.down_blocks, temporal.down, context.down, strict=True):
-            x, results = stage(x, feature, text)
-            skips += results
-        x, _ = self.mid_block(x, temporal.mid, context.mid)
+        x, skips = encode(self.down_blocks, self.mid_block, x, temporal, context)
         down = zip(self.controlnet_down_blocks, skips, strict=True)
         return Residuals(
             tuple(block(skip) for block, skip in down),

@@ -1,5 +1,6 @@
 """The stages that UNet and ControlNet are made of."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -22,12 +23,19 @@ from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import LayerSet
 
 
-def _up_inputs(config: UNet3DConfig) -> list[list[tuple[int, int]]]:
-    """C from below and C of the skip, of each layer of each up stage, in the stages' order."""
+def skip_widths(config: UNet3DConfig) -> list[int]:
+    """C of each skip, oldest first: of `conv_in`, then of each layer and downsampling."""
     widths = config.block_channels
     skips = [widths[0]]
     for level, width in enumerate(widths):
         skips += [width] * (config.layers_per_block + (level < len(widths) - 1))
+    return skips
+
+
+def _up_inputs(config: UNet3DConfig) -> list[list[tuple[int, int]]]:
+    """C from below and C of the skip, of each layer of each up stage, in the stages' order."""
+    widths = config.block_channels
+    skips = skip_widths(config)
     stages = []
     below = widths[-1]
     for width in reversed(widths):
@@ -254,3 +262,26 @@ def up_stages(config: UNet3DConfig, layers: LayerSet) -> list[Stage]:
         sampler: Literal["up"] | None = "up" if level > 0 else None
         stages.append(_stage(config, layers, level, inputs, config.up_eps[level], sampler))
     return stages
+
+
+def encode(
+    down: Sequence[Stage], mid: Stage, x: Array, temporal: Features, context: Features
+) -> tuple[Array, list[Array]]:
+    """Runs the way down and the lowest resolution.
+
+    Args:
+      down: of `down_stages`.
+      mid: of `mid_stage`.
+      x: `[B, F, H, W, C]`, of `conv_in`.
+      temporal: the stages' temporal features.
+      context: the stages' context features.
+
+    Returns:
+      What comes out of `mid`, and the skips in the order of `skip_widths`.
+    """
+    skips = [x]
+    for stage, feature, text in zip(down, temporal.down, context.down, strict=True):
+        x, results = stage(x, feature, text)
+        skips += results
+    x, _ = mid(x, temporal.mid, context.mid)
+    return x, skips

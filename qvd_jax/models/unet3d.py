@@ -8,7 +8,7 @@ from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.controlnet import ControlNet
 from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, mid_stage, up_stages
+from qvd_jax.models.stages import Features, down_stages, encode, mid_stage, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8
 _ADDED_ID_WIDTH = 256
@@ -142,11 +142,7 @@ class UNet3D(nn.Module):
         x = self.conv_in(latents.astype(self.layers.dtype))
         if self.config.input_transformer_channels is not None:
             x = self.transformer_in(x)
-        skips = [x]
-        for stage, feature, text in zip(self.down_blocks, temporal.down, context.down, strict=True):
-            x, results = stage(x, feature, text)
-            skips += results
-        x, _ = self.mid_block(x, temporal.mid, context.mid)
+        x, skips = encode(self.down_blocks, self.mid_block, x, temporal, context)
         if control is not None:
             residuals = self.controlnet(latents, temporal.controlnet, context.controlnet, control)
             skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]

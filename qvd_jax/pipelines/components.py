@@ -1,6 +1,6 @@
 """The networks of a checkpoint: their configs, their modules, the shapes of their parameters."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import flax.linen as nn
 import jax
@@ -42,6 +42,11 @@ class ComponentConfigs:
     vae: VAEConfig
     text_encoder: CLIPTextConfig | None = None
     image_encoder: CLIPVisionConfig | None = None
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """The names of the networks there are."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
     def modules(
         self, dtype: DTypeLike, quantization: Quantization | None = None

@@ -57,11 +57,10 @@ def load(
     quantization = None
     if manifest.quantization is not None:
         quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
-    networks = tuple(configs.modules(jnp.float32))
-    if set(networks) != set(pipeline.networks):
+    if set(configs.networks) != set(pipeline.networks):
         raise InputError(
-            f"{where}: components are {', '.join(networks)}; the family {manifest.family!r} has "
-            f"{', '.join(pipeline.networks)}"
+            f"{where}: components are {', '.join(configs.networks)}; "
+            f"the family {manifest.family!r} has {', '.join(pipeline.networks)}"
         )
     tokenizer: dict[str, Any] = {}
     if configs.text_encoder is not None:

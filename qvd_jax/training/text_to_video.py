@@ -1,5 +1,6 @@
 """Trains text encoder and UNet together on latents of the moving shapes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,8 @@ class TextToVideoConfig:
       scheduler: noise schedule, and the solver the result samples with.
       defaults: of the result; `frames` is also F of the training videos.
       start: folder of a trained model whose parameters are taken where the names agree; what it
-        lacks starts fresh, as AnimateDiff's motion modules do on an image model.
+        lacks starts fresh, as AnimateDiff's motion modules do on an image model. The levels of a
+        shallower UNet become the upper ones.
       bank_videos: how many videos are encoded before the training and drawn from.
       prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
         arXiv 2207.12598).
@@ -95,7 +97,14 @@ class TextToVideo:
             self._scenes, self._latents = stored["scenes"], stored["latents"]
         self._start: dict[str, Params] = {}
         if config.start is not None:
-            self._start = load(config.start, dtype=jnp.float32).params
+            pipe = load(config.start, dtype=jnp.float32)
+            have, want = (len(unet.block_channels) for unet in (pipe.unet.config, config.unet))
+            if have > want:
+                raise InputError(
+                    f"{config.start}: its UNet has {have} levels, the one to train has {want}"
+                )
+            unet = _add_levels(pipe.params["unet"], want - have)
+            self._start = {**pipe.params, "unet": unet}
         self._alphas = jnp.asarray(alphas_cumprod(config.scheduler), jnp.float32)
 
     def init(self, key: Array) -> Params:
@@ -268,6 +277,17 @@ def _silence_outputs(params: Params) -> Params:
         if path[-2] in ("proj_out", "conv_out") or path[-3:-1] == ("resnet", "conv2")
     }
     return flax.traverse_util.unflatten_dict({**flat, **silent})
+
+
+def _add_levels(params: Params, count: int) -> Params:
+    """Names a UNet's stages as in one with more levels below, where its mid block has no place."""
+    if not count:
+        return params
+    return {
+        re.sub(r"(?<=^up_blocks_)\d+", lambda match: str(int(match[0]) + count), name): stage
+        for name, stage in params.items()
+        if name != "mid_block"
+    }
 
 
 def _merge(fresh: Params, trained: Params, where: str) -> Params:

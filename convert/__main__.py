@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     loras = [parse_lora(lora) for lora in args.lora]
-    source = open_source(args.source, args.motion, loras, args.controlnet, args.preset)
+    source = open_source(args.source, args.motion, loras, args.controlnet, args.preset, args.unet)
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="diffusers folder: an AnimateDiff pipeline, or Stable Diffusion 1.5 with --motion",
+        help="diffusers folder of any family; Stable Diffusion 1.5's with --motion; an original "
+        "file of Stable Video Diffusion",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
@@ -79,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         "--preset",
         choices=PRESETS,
         help="scheduler, steps and guidance of motion modules distilled to few steps",
+    )
+    parser.add_argument(
+        "--unet",
+        type=Path,
+        metavar="FILE",
+        help="original text2video_pytorch_model.pth in place of the folder's UNet",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

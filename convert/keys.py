@@ -19,9 +19,14 @@ def require(tensors: Tensors, name: str, problem: str) -> tuple[int, ...]:
     return tensors[name].shape
 
 
+def numbers(tensors: Tensors, pattern: str) -> set[int]:
+    """The numbers that the pattern's group has among the names."""
+    return {int(match[1]) for name in tensors if (match := re.match(pattern, name))}
+
+
 def count(tensors: Tensors, pattern: str) -> int:
-    """How many different numbers the pattern's group has among the names."""
-    return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+    """How many different ones there are."""
+    return len(numbers(tensors, pattern))
 
 
 def unet_fields(

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from convert import animatediff, companions, modelscope, names, svd
 from convert.controlnet import open_controlnet
 from convert.lora import merge_lora
 from convert.names import Names
+from convert.parts import Parts, open_parts
 from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
 from qvd_jax import checkpoint
 from qvd_jax.diffusion import schedules
@@ -91,81 +92,53 @@ def open_source(
     loras: Sequence[tuple[Path, float]] = (),
     controlnet: Path | None = None,
     preset: str | None = None,
+    unet: Path | None = None,
 ) -> Source:
     """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
     Args:
-      source: the folder.
+      source: the folder, or an original file of Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of motion LoRAs and domain adapters, merged in this order.
       controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
+      unet: an original UNet of ModelScope or ZeroScope in place of the folder's.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
     """
-    if not source.is_dir():
-        raise InputError(f"{source} is no folder; a diffusers pipeline folder is expected")
-    of_images = (source / "image_encoder").is_dir() and not (source / "text_encoder").is_dir()
-    companion = ("image_encoder",) if of_images else ("text_encoder", "tokenizer")
-    parts = ("unet", "vae", *companion, "scheduler")
-    missing = [part for part in parts if not (source / part).is_dir()]
-    if missing:
-        raise InputError(
-            f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image, "
-            f"text-to-video or image-to-video pipeline"
-        )
-    if not of_images:
-        checkpoint.check_tokenizer(source / "tokenizer")
-    unet = _open_unet(source, motion, companion[0])
-    tensors, notes = {"unet": unet.tensors}, [*unet.notes]
+    parts = open_parts(source, unet)
+    opened = _open_unet(source, parts, motion)
+    tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
     for path, scale in loras:
         tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")
     if controlnet is not None:
-        if unet.family != "animatediff":
-            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --controlnet")
+        if opened.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --controlnet")
         found, config = open_controlnet(controlnet)
         tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
-        unet = unet._replace(config=replace(unet.config, controlnet=config))
+        opened = opened._replace(config=replace(opened.config, controlnet=config))
         notes.append(f"added {controlnet.name}")
 
-    folder = source / "vae"
-    tensors["vae"] = companions.rename_vae(
-        open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
-    )
-    vae = companions.vae_config(tensors["vae"], read_json(folder / "config.json"), str(folder))
-    folder = source / companion[0]
-    encoder, encoder_json = (
-        open_folder(folder, "model", "pytorch_model"),
-        read_json(folder / "config.json"),
-    )
-    if of_images:
-        encoder = companions.without_position_ids(encoder)
-        image_encoder = companions.vision_config(encoder, encoder_json, str(folder))
-        configs = ComponentConfigs(unet.config, vae, image_encoder=image_encoder)
-    else:
-        encoder = companions.rename_text(encoder)
-        text_encoder = companions.text_config(encoder, encoder_json, str(folder))
-        configs = ComponentConfigs(unet.config, vae, text_encoder=text_encoder)
-    tensors[companion[0]] = encoder
+    configs = _component_configs(parts, opened.config)
     _check_widths(configs, source)
-    scheduler, scheduler_note = _open_scheduler(source, unet)
-    defaults = _defaults(unet, configs, read_json(source / "unet" / "config.json"))
+    scheduler, scheduler_note = _open_scheduler(parts, opened)
+    defaults = _defaults(opened, configs, parts.configs["unet"])
     if preset is not None:
-        if unet.family != "animatediff":
-            raise InputError(f"{source} is {_TITLES[unet.family]}, which has no --preset")
+        if opened.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
         scheduler, changes = animatediff.PRESETS[preset]
         scheduler_note = (f"scheduler, steps and guidance set to those of {preset}",)
         defaults = replace(defaults, **changes)
     return Source(
         configs=configs,
         tensors=tensors,
-        tokenizer=None if of_images else source / "tokenizer",
+        tokenizer=source / "tokenizer" if parts.encoder == "text_encoder" else None,
         scheduler=scheduler,
         defaults=defaults,
-        family=unet.family,
-        description=unet.description,
+        family=opened.family,
+        description=opened.description,
         notes=(*notes, *scheduler_note),
     )
 
@@ -238,35 +211,48 @@ class _UNet(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _open_unet(source: Path, motion: Path | None, encoder: str) -> _UNet:
-    folder = source / "unet"
-    tensors = open_folder(folder, "diffusion_pytorch_model", "diffusion_pytorch_model")
-    unet_json = read_json(folder / "config.json")
+def _component_configs(parts: Parts, unet: UNet3DConfig) -> ComponentConfigs:
+    def read(name: str, config: Callable[[Tensors, Mapping[str, Any], str], Any]) -> Any:
+        return config(parts.tensors[name], parts.configs[name], str(parts.places[name]))
+
+    vae = read("vae", companions.vae_config)
+    if parts.encoder == "text_encoder":
+        text_encoder = read("text_encoder", companions.text_config)
+        return ComponentConfigs(unet, vae, text_encoder=text_encoder)
+    image_encoder = read("image_encoder", companions.vision_config)
+    return ComponentConfigs(unet, vae, image_encoder=image_encoder)
+
+
+def _open_unet(source: Path, parts: Parts, motion: Path | None) -> _UNet:
+    place = parts.places["unet"]
+    tensors, unet_json = parts.tensors["unet"], parts.configs["unet"]
     families = {"modelscope": modelscope.is_modelscope, "svd": svd.is_svd}
     family = next((name for name, is_it in families.items() if is_it(tensors)), None)
     needed = "image_encoder" if family == "svd" else "text_encoder"
-    if family is not None and encoder != needed:
+    if family is not None and parts.encoder != needed:
         raise InputError(
-            f"{folder} is {_TITLES[family]}, beside which {needed} is needed, not {encoder}"
+            f"{place} is {_TITLES[family]}, beside which {needed} is needed, not {parts.encoder}"
         )
     if family is None:
         return _open_animatediff(source, tensors, unet_json, motion)
     if motion is not None:
-        raise InputError(f"{folder} is {_TITLES[family]}, which has no use for --motion")
+        raise InputError(f"{place} is {_TITLES[family]}, which has no use for --motion")
     if family == "svd":
+        original = parts.has_original_unet
         return _UNet(
             family,
             svd.without_dead(tensors),
-            svd.unet_config(tensors, unet_json, str(folder)),
+            svd.unet_config(tensors, unet_json, original, str(place)),
             schedules.STABLE_VIDEO_DIFFUSION,
             True,
-            svd.defaults(unet_json, str(folder)),
+            svd.defaults(unet_json, str(place)),
             _TITLES[family],
+            ("14 frames by default; a model trained on 25 says so in its name (xt)",) * original,
         )
     return _UNet(
         family,
         tensors,
-        modelscope.unet_config(tensors, unet_json, str(folder)),
+        modelscope.unet_config(tensors, unet_json, str(place)),
         schedules.MODELSCOPE,
         True,
         modelscope.DEFAULTS,
@@ -331,9 +317,11 @@ def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
     return open_file(motion), {}
 
 
-def _open_scheduler(source: Path, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
-    path = source / "scheduler" / "scheduler_config.json"
-    data = read_json(path)
+def _open_scheduler(parts: Parts, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
+    path = parts.places["scheduler"] / "scheduler_config.json"
+    data = parts.configs["scheduler"]
+    if not data:
+        return unet.scheduler, ()
     if unet.has_own_scheduler and data.get("_class_name") in schedules.SOLVERS:
         return schedules.from_diffusers(data, str(path)), ()
     reason = (

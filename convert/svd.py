@@ -11,6 +11,8 @@ from qvd_jax.errors import InputError
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION, UNet3DConfig
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 
+_HEAD_WIDTH = 64
+
 # The attention to one token is one whatever these hold.
 _DEAD = re.compile(r"transformer_blocks\.0\.(attn2\.to_[qk]|norm2)\.")
 
@@ -25,12 +27,15 @@ def without_dead(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not _DEAD.search(name)}
 
 
-def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> UNet3DConfig:
+def unet_config(
+    tensors: Tensors, unet_json: Mapping[str, Any], original_norms: bool, where: str
+) -> UNet3DConfig:
     """Reads the UNet's shape from its tensors; only the heads are the config's.
 
     Args:
       tensors: by diffusers' names.
       unet_json: the UNet's `config.json`.
+      original_norms: whether the resnets' epsilons are the original code's, not diffusers'.
       where: how messages name the checkpoint.
 
     Raises:
@@ -39,7 +44,7 @@ def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> U
     fields = keys.unet_fields(tensors, unet_json, where, resnet="spatial_res_block.")
     attention = fields["attention_levels"]
     heads = keys.per_level(
-        unet_json.get("num_attention_heads", STABLE_VIDEO_DIFFUSION.num_heads),
+        unet_json.get("num_attention_heads", [w // _HEAD_WIDTH for w in fields["block_channels"]]),
         len(attention),
         f"{where}: num_attention_heads",
     )
@@ -50,14 +55,15 @@ def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> U
             f"{where}: addition_time_embed_dim = {width!r} and {taken} inputs of add_embedding: "
             f"256 for each number is supported"
         )
+    if not original_norms:
+        # diffusers' blocks have their epsilons built in.
+        fields["down_eps"] = [1e-6 if has_attention else 1e-5 for has_attention in attention]
+        fields["up_eps"] = [1e-6] * len(attention)
     return from_dict(
         UNet3DConfig,
         {
             **fields,
-            # diffusers' blocks have their epsilons built in.
-            "down_eps": [1e-6 if has_attention else 1e-5 for has_attention in attention],
             "mid_eps": 1e-5,
-            "up_eps": [1e-6] * len(attention),
             "num_heads": heads,
             "temporal_heads": heads,
             "temporal_op": STABLE_VIDEO_DIFFUSION.temporal_op,

@@ -152,3 +152,149 @@ def make_sd15(pipeline: Path, folder: Path) -> Path:
         )
     )
     return folder
+
+
+LDM_RESNET = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+LDM_OUTSIDE = {
+    "conv_in.": "input_blocks.0.0.",
+    "transformer_in.": "input_blocks.0.1.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+}
+
+
+def ldm_unet(tensors: Weights, attention: tuple[bool, ...], layers: int) -> Weights:
+    """A UNet of ModelScope or SVD by the original code's names.
+
+    The blocks are counted in the order in which the original code's constructor appends them.
+
+    Args:
+      tensors: by diffusers' names.
+      attention: which levels have transformers.
+      layers: per level on the way down.
+    """
+    is_modelscope = any(".temp_convs." in name for name in tensors)
+    kinds = ["attentions", "temp_attentions"][: 1 + is_modelscope]
+    places = dict(LDM_OUTSIDE)
+
+    def add(block: str, stage: str, layer: int, has_attention: bool) -> int:
+        places[f"{stage}.resnets.{layer}."] = f"{block}.0."
+        places[f"{stage}.temp_convs.{layer}."] = f"{block}.0.temopral_conv."
+        parts = kinds if has_attention else []
+        for part, kind in enumerate(parts):
+            places[f"{stage}.{kind}.{layer}."] = f"{block}.{1 + part}."
+        return 1 + len(parts)
+
+    number = 1
+    for level, has_attention in enumerate(attention):
+        for layer in range(layers):
+            add(f"input_blocks.{number}", f"down_blocks.{level}", layer, has_attention)
+            number += 1
+        if level < len(attention) - 1:
+            sampler = f"input_blocks.{number}.{'' if is_modelscope else '0.'}op."
+            places[f"down_blocks.{level}.downsamplers.0.conv."] = sampler
+            number += 1
+    number = 0
+    for level, has_attention in enumerate(reversed(attention)):
+        for layer in range(layers + 1):
+            block = f"output_blocks.{number}"
+            parts = add(block, f"up_blocks.{level}", layer, has_attention)
+            number += 1
+        if level < len(attention) - 1:
+            places[f"up_blocks.{level}.upsamplers.0.conv."] = f"{block}.{parts}.conv."
+    middle = ["resnets.0.", *(f"{kind}.0." for kind in kinds), "resnets.1."]
+    for part, name in enumerate(middle):
+        places[f"mid_block.{name}"] = f"middle_block.{part}."
+    for layer, part in ((0, 0), (1, len(middle) - 1)):
+        places[f"mid_block.temp_convs.{layer}."] = f"middle_block.{part}.temopral_conv."
+
+    def rename(name: str) -> str:
+        (start,) = (start for start in places if name.startswith(start))
+        rest = name.removeprefix(start)
+        if ".resnets." in start:
+            rest = ldm_resnet(rest)
+        elif "attentions." in start:
+            rest = rest.replace("temporal_transformer_blocks.", "time_stack.")
+            for linear in (1, 2):
+                old = f"time_pos_embed.{2 * linear - 2}."
+                rest = rest.replace(f"time_pos_embed.linear_{linear}.", old)
+        return places[start] + rest
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def ldm_resnet(rest: str) -> str:
+    """A name within a UNet's resnet, or within the temporal one of SVD's VAE."""
+    rest = rest.replace("temporal_res_block.", "time_stack.").replace("spatial_res_block.", "")
+    for new, old in LDM_RESNET.items():
+        rest = rest.replace(new, old)
+    return rest
+
+
+def svd_vae(tensors: Weights, levels: int) -> Weights:
+    """The VAE of Stable Video Diffusion by the original code's names, without `quant_conv`."""
+
+    def rename(name: str) -> str:
+        for level in range(levels):
+            name = name.replace(f"down_blocks.{level}.", f"down.{level}.")
+            name = name.replace(f"up_blocks.{level}.", f"up.{levels - 1 - level}.")
+        for block in range(2):
+            name = name.replace(f"mid_block.resnets.{block}.", f"mid.block_{block + 1}.")
+        for new, old in {
+            ".resnets.": ".block.",
+            "samplers.0.": "sample.",
+            "mid_block.attentions.0.": "mid.attn_1.",
+            "group_norm.": "norm.",
+            "to_out.0.": "proj_out.",
+            "to_q.": "q.",
+            "to_k.": "k.",
+            "to_v.": "v.",
+            "conv_norm_out.": "norm_out.",
+            "time_conv_out.": "conv_out.time_mix_conv.",
+            "time_mixer.": "",
+        }.items():
+            name = name.replace(new, old)
+        if "temporal_res_block." in name:
+            return ldm_resnet(name)
+        return name.replace("spatial_res_block.", "").replace("conv_shortcut.", "nin_shortcut.")
+
+    return {rename(name): t for name, t in tensors.items() if not name.startswith("quant_conv.")}
+
+
+def open_clip_visual(tensors: Weights) -> Weights:
+    """CLIP's image tower by open_clip's names below `visual.`."""
+    renamed: Weights = {}
+    for name, tensor in tensors.items():
+        if name == "visual_projection.weight":
+            renamed["proj"] = tensor.T
+            continue
+        for new, old in {
+            "vision_model.": "",
+            "embeddings.class_embedding": "class_embedding",
+            "embeddings.position_embedding.weight": "positional_embedding",
+            "embeddings.patch_embedding.": "conv1.",
+            "pre_layrnorm.": "ln_pre.",
+            "post_layernorm.": "ln_post.",
+            "encoder.layers.": "transformer.resblocks.",
+            "layer_norm": "ln_",
+            "self_attn.": "attn.",
+            "mlp.fc1.": "mlp.c_fc.",
+            "mlp.fc2.": "mlp.c_proj.",
+        }.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    for name in [name for name in renamed if ".q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return renamed

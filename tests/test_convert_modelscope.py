@@ -1,6 +1,7 @@
 """ModelScope from a folder that diffusers saved to the same latents."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -10,9 +11,10 @@ import random_animatediff
 import torch
 from conftest import relative_error
 from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+from pytorch_sources import ldm_unet
 
 import qvd_jax
-from convert import names
+from convert import ldm, names
 from convert.__main__ import main as convert
 from qvd_jax.models.clip import OPENCLIP_H
 from qvd_jax.models.configs import MODELSCOPE
@@ -28,13 +30,13 @@ def tiny(tmp_path_factory) -> Tiny:
     torch.manual_seed(0)
     unet = UNet3DConditionModel(
         sample_size=8,
-        block_out_channels=random_animatediff.CHANNELS,
+        block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=24,
-        attention_head_dim=8,
+        attention_head_dim=16,
     )
     modules = unet, random_animatediff.make_vae(), random_animatediff.make_text_encoder()
     for module in modules:
@@ -59,11 +61,17 @@ def tiny(tmp_path_factory) -> Tiny:
     return folder, pipe
 
 
-def test_latents_equal_diffusers_pipeline(tiny: Tiny, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def converted(tiny: Tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("qvd_jax") / "modelscope"
+    assert convert([str(tiny[0]), "--out", str(out)]) == 0
+    return out
+
+
+def test_latents_equal_diffusers_pipeline(tiny: Tiny, converted: Path):
     """Same folder, same noise, 4 steps, guidance, negative prompt."""
-    assert convert([str(tiny[0]), "--out", str(tmp_path / "tiny")]) == 0
-    assert "ModelScope" in capsys.readouterr().out
-    pipe = qvd_jax.load(tmp_path / "tiny")
+    pipe = qvd_jax.load(converted)
+    assert pipe.description == "ModelScope"
     assert pipe.family == "modelscope"
     assert pipe.defaults.guidance_scale == 9.0
     assert pipe.unet.config.num_heads == (4, 8)
@@ -97,6 +105,38 @@ def test_names_are_those_of_the_real_model():
     assert set(found) == set(unet.state_dict())
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert parameters == sum(p.numel() for p in unet.parameters()) == 1_411_233_860
+    original = ldm_unet(unet.state_dict(), (True, True, True, False), 2)
+    assert "input_blocks.3.op.weight" in original
+    assert "output_blocks.11.0.temopral_conv.conv4.3.weight" in original
+    assert set(ldm.rename_unet(original)) == set(unet.state_dict())
+
+
+def make_original(tiny: Tiny, folder: Path) -> Path:
+    """The folder without its UNet; the UNet's original file beside it."""
+    folder.mkdir()
+    for part in tiny[0].iterdir():
+        if part.name != "unet":
+            (folder / part.name).symlink_to(part)
+    weights = ldm_unet(tiny[1].unet.state_dict(), (True, False), 1)
+    # Projections over time are 1-D convolutions there.
+    weights = {
+        name: tensor[..., None] if re.search(r"(\.2|blocks\.0\.1)\.proj_.*weight", name) else tensor
+        for name, tensor in weights.items()
+    }
+    torch.save(weights, folder.parent / "text2video_pytorch_model.pth")
+    return folder.parent / "text2video_pytorch_model.pth"
+
+
+def test_original_unet_gives_what_the_folder_gives(tiny: Tiny, converted: Path, tmp_path):
+    file = make_original(tiny, tmp_path / "source")
+    transformers = 5  # behind conv_in, down, in the middle, and two up
+    assert sum(t.ndim == 3 for t in torch.load(file).values()) == 2 * transformers
+    out = tmp_path / "out"
+    assert convert([str(tmp_path / "source"), "--unet", str(file), "--out", str(out)]) == 0
+    expected, found = qvd_jax.load(converted), qvd_jax.load(out)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert found.unet.config.num_heads == (1, 2)  # of 64 channels each
+    assert found.scheduler == expected.scheduler
 
 
 @pytest.mark.parametrize(
@@ -106,6 +146,8 @@ def test_names_are_those_of_the_real_model():
         ({"attention_head_dim": 7}, [], r"attention_head_dim = 7 does not divide"),
         ({"attention_head_dim": [8, 8]}, [], "attention_head_dim: one positive integer"),
         ({"act_fn": "gelu"}, [], "act_fn = 'gelu' is not supported"),
+        ({}, ["--unet", "{tmp}/none.pth"], "none.pth does not exist"),
+        ({}, ["--unet", "{tmp}/tensors.pth"], "tensors.pth holds no original UNet"),
     ],
 )
 def test_bad_folders_end_with_one_message(tiny: Tiny, tmp_path, capsys, change, arguments, message):
@@ -120,6 +162,8 @@ def test_bad_folders_end_with_one_message(tiny: Tiny, tmp_path, capsys, change, 
     config = json.loads((tiny[0] / "unet" / "config.json").read_text()) | change
     (folder / "unet" / "config.json").unlink()
     (folder / "unet" / "config.json").write_text(json.dumps(config))
+    torch.save({"conv_in.weight": torch.zeros(1)}, tmp_path / "tensors.pth")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
     assert convert([str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

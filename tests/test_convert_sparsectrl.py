@@ -149,6 +149,7 @@ def test_an_original_file_is_its_folder(folders, kind):
         np.testing.assert_array_equal(tensor.read(), by_folder[name].read())
 
 
+@pytest.mark.slow
 def test_calibrate_and_sample_with_a_condition(converted, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     _, folder = converted

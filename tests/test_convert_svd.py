@@ -18,10 +18,12 @@ from diffusers import (
 )
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
 from PIL import Image
+from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
+from safetensors.torch import save_file
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import qvd_jax
-from convert import names, svd
+from convert import ldm, names, svd
 from convert.__main__ import main as convert
 from qvd_jax import calibrate, sample
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
@@ -35,12 +37,12 @@ Tiny = tuple[Path, StableVideoDiffusionPipeline]
 def make_unet() -> UNetSpatioTemporalConditionModel:
     return UNetSpatioTemporalConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),
+        block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         layers_per_block=1,
         cross_attention_dim=24,
-        num_attention_heads=(4, 8),
+        num_attention_heads=(2, 4),
         num_frames=3,
     )
 
@@ -61,7 +63,7 @@ def tiny(tmp_path_factory) -> Tiny:
                 hidden_size=32,
                 intermediate_size=64,
                 num_hidden_layers=2,
-                num_attention_heads=4,
+                num_attention_heads=16,
                 image_size=224,
                 patch_size=56,
                 projection_dim=24,
@@ -72,6 +74,9 @@ def tiny(tmp_path_factory) -> Tiny:
     for module in modules:
         random_animatediff.randomize(module)
     unet, vae, image_encoder = (module.eval() for module in modules)
+    # The original code has no such layer.
+    torch.nn.init.dirac_(vae.quant_conv.weight)
+    torch.nn.init.zeros_(vae.quant_conv.bias)
     pipe = StableVideoDiffusionPipeline(
         unet=unet,
         vae=vae,
@@ -177,7 +182,62 @@ def test_names_are_those_of_the_real_model():
         found = [name for path in paths for name in name_of(path)]
         assert len(found) == len(set(found))
         assert set(found) == set(svd.without_dead(module.state_dict()))
+        original = (
+            ldm.rename_unet(ldm_unet(module.state_dict(), (True, True, True, False), 2))
+            if module is unet
+            else ldm.rename_vae(svd_vae(module.state_dict(), 4))
+        )
+        assert set(original) == set(module.state_dict())
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+def original_weights(tiny: Tiny) -> dict[str, torch.Tensor]:
+    pipe = tiny[1]
+    parts = {
+        "model.diffusion_model.": ldm_unet(pipe.unet.state_dict(), (True, False), 1),
+        "first_stage_model.": svd_vae(pipe.vae.state_dict(), 2),
+        "conditioner.embedders.0.open_clip.model.visual.": open_clip_visual(
+            pipe.image_encoder.state_dict()
+        ),
+        # Of no use here, as in the published file.
+        "conditioner.embedders.3.encoder.": {"quant_conv.weight": torch.zeros(1)},
+    }
+    return {
+        prefix + name: tensor.contiguous()
+        for prefix, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def test_original_file_gives_what_the_folder_gives(tiny, converted, tmp_path, capsys):
+    save_file(original_weights(tiny), tmp_path / "svd.safetensors")
+    out = tmp_path / "out"
+    assert convert([str(tmp_path / "svd.safetensors"), "--out", str(out)]) == 0
+    assert "14 frames by default" in capsys.readouterr().out
+    found, expected = qvd_jax.load(out), qvd_jax.load(converted)
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert found.scheduler == expected.scheduler
+    config = found.unet.config
+    assert config.num_heads == config.temporal_heads == (1, 2)  # of 64 channels each
+    # diffusers has 1e-6 in some stages, the original code nowhere.
+    assert {*config.down_eps, *config.up_eps, config.mid_eps} == {1e-5}
+
+
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        ("first_stage_model.", "is no original file of Stable Video Diffusion"),
+        (".time_stack.", "its UNet is not Stable Video Diffusion's, it mixes no frames"),
+        ("visual.proj", "is no CLIP image encoder with a projection"),
+        ("decoder.conv_out.time_mix_conv.bias", "- decoder.time_conv_out.bias"),
+    ],
+)
+def test_bad_original_files_end_with_one_message(tiny, tmp_path, capsys, lost, message):
+    weights = {name: t for name, t in original_weights(tiny).items() if lost not in name}
+    save_file(weights, tmp_path / "svd.safetensors")
+    assert convert([str(tmp_path / "svd.safetensors"), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -237,7 +297,7 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
         ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),
-        ({"num_attention_heads": 5}, [], "num_heads = 5 does not divide the 32 channels"),
+        ({"num_attention_heads": 5}, [], "num_heads = 5 does not divide the 64 channels"),
         ({"addition_time_embed_dim": 128}, [], "addition_time_embed_dim = 128"),
     ],
 )

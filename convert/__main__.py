@@ -25,7 +25,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     loras = [parse_lora(lora) for lora in args.lora]
-    source = open_source(args.source, args.motion, loras, args.controlnet, args.preset, args.unet)
+    source = open_source(
+        args.source,
+        args.motion,
+        loras,
+        args.controlnet,
+        args.preset,
+        args.unet,
+        args.vae,
+        args.appearance_encoder,
+    )
     print(source.description)
     for note in source.notes:
         print(f"note: {note}")
@@ -61,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "--motion",
         type=Path,
         metavar="PATH",
-        help="motion adapter folder, or original mm_*.ckpt / v3_sd15_mm.ckpt",
+        help="motion adapter folder, or original mm_*.ckpt, v3_sd15_mm.ckpt, "
+        "temporal_attention.ckpt",
     )
     parser.add_argument(
         "--lora",
@@ -74,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         "--controlnet",
         type=Path,
         metavar="PATH",
-        help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt",
+        help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt; MagicAnimate's folder",
     )
     parser.add_argument(
         "--preset",
@@ -86,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="original text2video_pytorch_model.pth in place of the folder's UNet",
+    )
+    parser.add_argument(
+        "--vae", type=Path, metavar="DIR", help="folder of a VAE in place of the source's"
+    )
+    parser.add_argument(
+        "--appearance-encoder", type=Path, metavar="DIR", help="MagicAnimate's folder of this name"
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

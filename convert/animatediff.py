@@ -53,17 +53,27 @@ def is_original(tensors: Tensors) -> bool:
 def motion_tensors(tensors: Tensors, where: str) -> Tensors:
     """The motion modules of an adapter or an original checkpoint, by diffusers' names.
 
+    MagicAnimate's checkpoint holds a whole UNet, whose other tensors come along; where its names
+    begin with `unet.` only the motion modules are meant.
+
     Raises:
       InputError: the file holds something else.
     """
-    motion = {rename_original(name): tensor for name, tensor in tensors.items()}
-    strange = [name for name in motion if ".motion_modules." not in name]
-    if strange or not motion:
+    renamed = {rename_original(name): tensor for name, tensor in tensors.items()}
+    if any(name.startswith("unet.") for name in renamed):
+        renamed = {
+            name.removeprefix("unet."): tensor
+            for name, tensor in renamed.items()
+            if ".motion_modules." in name
+        }
+    strange = [name for name in renamed if ".motion_modules." not in name]
+    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed)
+    if not renamed or (strange and not is_whole):
         found = f"{len(strange)} other tensors, the first {strange[0]}" if strange else "no tensors"
         raise InputError(
             f"{where}: motion modules are expected, it holds {_describe(tensors) or found}"
         )
-    return motion
+    return renamed
 
 
 def version(tensors: Tensors) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from convert import animatediff, keys
-from convert.tensors import Tensors, open_file, open_folder
+from convert.tensors import Tensors, open_model
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import ControlNetConfig
 
@@ -20,11 +20,7 @@ def open_controlnet(path: Path) -> tuple[Tensors, ControlNetConfig]:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist; --controlnet names a folder or a checkpoint")
-    tensors = (
-        open_folder(path, "diffusion_pytorch_model", "diffusion_pytorch_model")
-        if path.is_dir()
-        else open_file(path)
-    )
+    tensors = open_model(path)
     renamed = {animatediff.rename_original(name): tensor for name, tensor in tensors.items()}
     renamed = animatediff.without_positions(renamed)
     if not any(name.startswith("controlnet_down_blocks.") for name in renamed):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from convert import companions, ldm, svd
-from convert.tensors import Tensors, open_file, open_folder, read_json
+from convert.tensors import Tensors, open_file, open_folder, open_model, read_json
 from qvd_jax import checkpoint
 from qvd_jax.errors import InputError
 
@@ -37,24 +37,25 @@ class Parts(NamedTuple):
         return "text_encoder" if "text_encoder" in self.tensors else "image_encoder"
 
 
-def open_parts(source: Path, unet: Path | None = None) -> Parts:
+def open_parts(source: Path, unet: Path | None = None, vae: Path | None = None) -> Parts:
     """Opens a diffusers folder, or an original file of Stable Video Diffusion.
 
     Args:
       source: the folder or file.
       unet: an original UNet in place of the folder's.
+      vae: the folder of a VAE in place of the folder's.
 
     Raises:
       InputError: something is missing, damaged, or of another kind.
     """
     if not source.is_file():
-        return _open_folder(source, unet)
-    if unet is not None:
-        raise InputError(f"{source} is a file; --unet replaces the UNet of a folder")
+        return _open_folder(source, unet, vae)
+    if unet is not None or vae is not None:
+        raise InputError(f"{source} is a file; --unet and --vae replace what is in a folder")
     return _open_svd_file(source)
 
 
-def _open_folder(source: Path, unet: Path | None) -> Parts:
+def _open_folder(source: Path, unet: Path | None, vae: Path | None) -> Parts:
     if not source.is_dir():
         raise InputError(f"{source} is no folder; a diffusers pipeline folder is expected")
     of_images = (source / "image_encoder").is_dir() and not (source / "text_encoder").is_dir()
@@ -68,14 +69,14 @@ def _open_folder(source: Path, unet: Path | None) -> Parts:
         )
     if not of_images:
         checkpoint.check_tokenizer(source / "tokenizer")
-    stem = "diffusion_pytorch_model"
+    places = {name: source / name for name in needed}
+    places["vae"] = vae or places["vae"]
     rename = companions.without_position_ids if of_images else companions.rename_text
     tensors = {
-        "unet": _open_original_unet(unet) if unet else open_folder(source / "unet", stem, stem),
-        "vae": companions.rename_vae(open_folder(source / "vae", stem, stem)),
+        "unet": _open_original_unet(unet) if unet else open_model(places["unet"]),
+        "vae": companions.rename_vae(open_model(places["vae"])),
         encoder: rename(open_folder(source / encoder, "model", "pytorch_model")),
     }
-    places = {name: source / name for name in needed}
     configs = {name: read_json(places[name] / "config.json") for name in (encoder, "vae")}
     configs["scheduler"] = read_json(source / "scheduler" / "scheduler_config.json")
     if unet is None:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, modelscope, names, svd
+from convert import animatediff, companions, magicanimate, modelscope, names, svd
 from convert.controlnet import open_controlnet
 from convert.lora import merge_lora
 from convert.names import Names
 from convert.parts import Parts, open_parts
-from convert.tensors import PICKLES, Tensors, open_file, open_folder, read_json
+from convert.tensors import PICKLES, Tensors, open_model, read_json
 from qvd_jax import checkpoint
 from qvd_jax.diffusion import schedules
 from qvd_jax.errors import InputError
@@ -44,7 +44,7 @@ class Source:
       tokenizer: the tokenizer's folder; None for a model without text.
       scheduler: noise schedule and solver.
       defaults: of a video.
-      family: "animatediff", "modelscope" or "svd".
+      family: "animatediff", "modelscope", "svd" or "magicanimate".
       description: one line on what it is.
       notes: what the user should know, such as a config that the tensors contradict.
     """
@@ -77,6 +77,7 @@ _TITLES = {
     "animatediff": "AnimateDiff",
     "modelscope": "ModelScope",
     "svd": "Stable Video Diffusion",
+    "magicanimate": "MagicAnimate",
 }
 _NAMES: dict[str, Names] = {
     "unet": names.UNET,
@@ -93,6 +94,8 @@ def open_source(
     controlnet: Path | None = None,
     preset: str | None = None,
     unet: Path | None = None,
+    vae: Path | None = None,
+    appearance_encoder: Path | None = None,
 ) -> Source:
     """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
@@ -100,14 +103,17 @@ def open_source(
       source: the folder, or an original file of Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of motion LoRAs and domain adapters, merged in this order.
-      controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff.
+      controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff; the
+        folder of MagicAnimate's.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
       unet: an original UNet of ModelScope or ZeroScope in place of the folder's.
+      vae: the folder of a VAE in place of the source's.
+      appearance_encoder: MagicAnimate's, a folder.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
     """
-    parts = open_parts(source, unet)
+    parts = open_parts(source, unet, vae)
     opened = _open_unet(source, parts, motion)
     tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
     for path, scale in loras:
@@ -120,6 +126,14 @@ def open_source(
         tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
         opened = opened._replace(config=replace(opened.config, controlnet=config))
         notes.append(f"added {controlnet.name}")
+    if appearance_encoder is not None:
+        found = magicanimate.open_appearance_encoder(appearance_encoder)
+        tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in found.items()}
+        opened = opened._replace(
+            family="magicanimate",
+            config=magicanimate.unet_config(opened.config, str(source)),
+            description=_TITLES["magicanimate"],
+        )
 
     configs = _component_configs(parts, opened.config)
     _check_widths(configs, source)
@@ -310,11 +324,10 @@ def _open_animatediff(
 
 def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
     if motion.is_dir():
-        tensors = open_folder(motion, "diffusion_pytorch_model", "diffusion_pytorch_model")
-        return tensors, read_json(motion / "config.json")
+        return open_model(motion), read_json(motion / "config.json")
     if motion.suffix not in (*PICKLES, ".safetensors"):
         raise InputError(f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected")
-    return open_file(motion), {}
+    return open_model(motion), {}
 
 
 def _open_scheduler(parts: Parts, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:

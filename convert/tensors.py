@@ -30,7 +30,20 @@ class LazyTensor(NamedTuple):
 Tensors = dict[str, LazyTensor]
 """Tensors by their PyTorch names."""
 
+_DIFFUSERS = "diffusion_pytorch_model"
+
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
+
+
+def open_model(path: Path) -> Tensors:
+    """Opens a diffusers model's folder, or one file of weights.
+
+    Raises:
+      InputError: there are no weights, or they cannot be read.
+    """
+    if path.is_dir():
+        return open_folder(path, _DIFFUSERS, _DIFFUSERS)
+    return open_file(path)
 
 
 def open_folder(folder: Path, stem: str, pickle_stem: str) -> Tensors:

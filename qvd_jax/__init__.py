@@ -12,6 +12,7 @@ from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
@@ -20,6 +21,7 @@ from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 __all__ = [
     "FLOAT",
+    "AnimationPipeline",
     "AutoencoderKL",
     "CLIPTextConfig",
     "CLIPTextEncoder",

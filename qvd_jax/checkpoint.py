@@ -310,17 +310,31 @@ def takes_images(path: Path) -> bool:
     Raises:
       InputError: the folder is no checkpoint.
     """
-    return read_manifest(path).components.get("image_encoder") is not None
+    has_encoder = read_manifest(path).components.get("image_encoder") is not None
+    return has_encoder or takes_motion_video(path)
 
 
-def has_controlnet(path: Path) -> bool:
-    """Whether the UNet of a checkpoint has a ControlNet.
+def takes_motion_video(path: Path) -> bool:
+    """Whether a checkpoint animates images as a video moves.
 
     Raises:
       InputError: the folder is no checkpoint.
     """
+    return bool(_unet(path).get("appearance_encoder"))
+
+
+def takes_conditions(path: Path) -> bool:
+    """Whether a checkpoint is told what some frames are to look like.
+
+    Raises:
+      InputError: the folder is no checkpoint.
+    """
+    return _unet(path).get("controlnet") is not None and not takes_motion_video(path)
+
+
+def _unet(path: Path) -> dict[str, Any]:
     unet = read_manifest(path).components.get("unet")
-    return isinstance(unet, dict) and unet.get("controlnet") is not None
+    return unet if isinstance(unet, dict) else {}
 
 
 def stored_dtype(folder: Path, name: str) -> np.dtype:

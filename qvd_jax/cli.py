@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts-file, --image and --condition."""
+    """Adds --prompts-file, --image, --condition and --motion-video."""
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument(
         "--image",
@@ -101,20 +101,34 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE@FRAME",
         help="what a frame is to look like (0 is the first), of a model with SparseCtrl",
     )
+    parser.add_argument(
+        "--motion-video",
+        type=Path,
+        metavar="F",
+        help="DensePose video, or folder of its frames, of a model that animates images",
+    )
 
 
 def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """What --condition says, as arguments of the pipeline's call.
+    """What --condition and --motion-video say, as arguments of the pipeline's call.
 
     Raises:
       InputError: the checkpoint takes none, needs some, or one cannot be read.
     """
-    if checkpoint.has_controlnet(path) != bool(args.condition):
+    if checkpoint.takes_motion_video(path) != (args.motion_video is not None):
         raise InputError(
-            f"{path} has no ControlNet; leave --condition out"
-            if args.condition
-            else f"{path} has a ControlNet; pass --condition IMAGE@FRAME"
+            f"{path} is told no motion; leave --motion-video out"
+            if args.motion_video
+            else f"{path} animates images; pass --motion-video FILE"
         )
+    if checkpoint.takes_conditions(path) != bool(args.condition):
+        raise InputError(
+            f"{path} has no SparseCtrl; leave --condition out"
+            if args.condition
+            else f"{path} has SparseCtrl; pass --condition IMAGE@FRAME"
+        )
+    if args.motion_video:
+        return {"motion_video": video_io.read_video(args.motion_video)}
     if not args.condition:
         return {}
     images, indices = [], []

@@ -17,7 +17,7 @@ from qvd_jax.diffusion.sampler import (
     prepare,
     sample_steps,
     video_keys,
-    window_starts,
+    window_frames,
 )
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.models.configs import UNet3DConfig
@@ -103,6 +103,7 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         video_keys(given["seed"], VIDEOS),
         jnp.int32(start),
         count=stop - start,
+        closed=False,
         **{key: given[key] for key in ("window", "guided", "one_by_one", "noisy", "clip")},
     )
 
@@ -154,7 +155,10 @@ def plain_loop(
 @settings(deadline=None)
 @given(frames=st.integers(1, 400), window=st.integers(1, 64))
 def test_windows_overlap_cover_every_frame_and_end_with_the_video(frames, window):
-    starts = window_starts(frames, window)
+    windows = window_frames(frames, window)
+    assert windows.shape[1] == min(frames, window)
+    assert (np.diff(windows) == 1).all()
+    starts = windows[:, 0]
     assert starts[0] == 0
     assert starts[-1] == max(0, frames - window)
     gaps = np.diff(starts)
@@ -163,6 +167,27 @@ def test_windows_overlap_cover_every_frame_and_end_with_the_video(frames, window
     assert (gaps <= max(1, window - window // 4)).all()
     if window > 1:
         assert (gaps < window).all()
+
+
+@settings(deadline=None)
+@given(frames=st.integers(1, 400), window=st.integers(1, 64))
+def test_closed_windows_see_a_loop(frames, window):
+    windows = window_frames(frames, window, closed=True)
+    assert set(windows.ravel()) == set(range(frames))
+    assert (np.diff(windows) % frames == 1 % frames).all()
+    if frames > window:
+        assert (np.diff(windows[:, 0]) == max(1, window - max(1, window // 4))).all()
+
+
+def test_closed_windows_are_magic_animates():
+    """CHECKPOINTS.md 4.6: the last of 32 frames' windows wraps to 7, of 48 frames' to 3."""
+    assert window_frames(16, 16, closed=True).tolist() == [list(range(16))]
+    windows = window_frames(32, 16, closed=True)
+    assert windows[:, 0].tolist() == [0, 12, 24]
+    assert windows[-1].tolist() == [*range(24, 32), *range(8)]
+    windows = window_frames(48, 16, closed=True)
+    assert windows[:, 0].tolist() == [0, 12, 24, 36]
+    assert windows[-1].tolist() == [*range(36, 48), *range(4)]
 
 
 def test_noise_of_a_video_depends_on_seed_and_index_alone():

@@ -1,4 +1,4 @@
-"""Reading images, writing videos and contact sheets; nothing half-written is left behind."""
+"""Reading images and videos, writing videos and sheets; nothing half-written is left behind."""
 
 import functools
 import os
@@ -15,6 +15,7 @@ import numpy as np
 from qvd_jax.errors import InputError, first_line
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -47,6 +48,32 @@ def read_image(path: Path) -> np.ndarray:
             f"{list(pixels.shape)}; convert it first"
         )
     return pixels
+
+
+def read_video(path: Path) -> np.ndarray:
+    """Pixels uint8 `[F, H, W, 3]` of a video file, or of a folder's images in the names' order.
+
+    Raises:
+      InputError: it is missing, no video, or the folder's images do not fit together.
+    """
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+        if not files:
+            raise InputError(f"{path} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
+        images = [read_image(file) for file in files]
+        for file, image in zip(files, images, strict=True):
+            if image.shape != images[0].shape:
+                raise InputError(
+                    f"{file} has {list(image.shape[:2])} pixels, {files[0].name} beside it "
+                    f"{list(images[0].shape[:2])}; the images of a video have one size"
+                )
+        return np.stack(images)
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; a video, or a folder of images, is expected")
+    try:
+        return np.asarray(imageio.imread(path, plugin="FFMPEG"))
+    except Exception as error:  # ffmpeg's failures come in many kinds.
+        raise InputError(f"{path} cannot be read as a video: {first_line(error)}") from error
 
 
 def write_video(path: Path, video: np.ndarray, fps: int) -> None:

@@ -37,16 +37,22 @@ def video_keys(seed: int, videos: int) -> Array:
     return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))
 
 
-def window_starts(frames: int, window: int) -> tuple[int, ...]:
-    """First frames of the windows that cover a video.
+def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarray:
+    """Frames of the windows that cover a video, `[N, window]`.
 
-    Windows overlap by a quarter of their length, by one frame at least; the last one is moved
-    back to end with the video.
+    Windows overlap by a quarter of their length, by one frame at least. The last one is moved
+    back to end with the video or, closed, goes on with its beginning (MagicAnimate: Xu et al.,
+    arXiv 2311.16498, section 3.4).
     """
     if frames <= window:
-        return (0,)
+        return np.arange(frames)[None]
     stride = max(1, window - max(1, window // 4))
-    return (*range(0, frames - window, stride), frames - window)
+    starts = (
+        range(0, frames, stride)
+        if closed
+        else (*range(0, frames - window, stride), frames - window)
+    )
+    return (np.array(starts)[:, None] + np.arange(window)) % frames
 
 
 class Conditions(NamedTuple):
@@ -60,12 +66,14 @@ class Conditions(NamedTuple):
         or `[B, 1, h, w, C]`; None where the UNet takes none.
       added_ids: of `UNet3D.temporal_features`, `[1, added_ids]`; None where it takes none.
       control: of `UNet3D.control_features`, `[1, F, H, W, C]`; None without a ControlNet.
+      reference: of `UNet3D.denoise`, `[B, 1, h, w, C]`; None without an appearance encoder.
     """
 
     context: Array
     image: Array | None = None
     added_ids: Array | None = None
     control: Array | None = None
+    reference: Array | None = None
 
 
 class Conditioning(NamedTuple):
@@ -76,6 +84,7 @@ class Conditioning(NamedTuple):
       context: of `UNet3D.context_features`.
       image: of `Conditions`.
       control: of `UNet3D.control_features`, `[1, F, h, w, C]`; None without a ControlNet.
+      reference: of `Conditions`.
       gains: the UNet's collection "quant" for all steps, `[S]` each; None where it has none.
     """
 
@@ -83,6 +92,7 @@ class Conditioning(NamedTuple):
     context: Any
     image: Array | None = None
     control: Array | None = None
+    reference: Array | None = None
     gains: Any = None
 
 
@@ -106,6 +116,7 @@ def prepare(
         unet.apply(variables, conditions.context, method="context_features"),
         conditions.image,
         None if control is None else unet.apply(variables, control, method="control_features"),
+        conditions.reference,
         gains,
     )
 
@@ -121,7 +132,7 @@ def add_image(latents: Array, image: Array | None) -> Array:
 # The state is donated: the loop then needs no second copy of the latents.
 @functools.partial(
     jax.jit,
-    static_argnames=("unet", "count", "window", "guided", "one_by_one", "noisy", "clip"),
+    static_argnames=("unet", "count", "window", "closed", "guided", "one_by_one", "noisy", "clip"),
     donate_argnames=("state",),
 )
 def sample_steps(
@@ -136,6 +147,7 @@ def sample_steps(
     *,
     count: int,
     window: int,
+    closed: bool,
     guided: bool,
     one_by_one: bool,
     noisy: bool,
@@ -155,6 +167,7 @@ def sample_steps(
       count: how many steps to run.
       window: frames the UNet sees at once; longer videos run in overlapping windows, whose
         predictions are averaged.
+      closed: whether the windows take the video for a loop.
       guided: whether negatives and inputs run as one batch and are combined.
       one_by_one: whether the UNet sees one video (with its negative) after the other, which
         makes a video's rounding independent of the batch, instead of all at once.
@@ -165,10 +178,11 @@ def sample_steps(
       The state after the last step, and whether each step's latents were finite, `[count]`.
     """
     halves = 2 if guided else 1
+    frames = window_frames(state.latents.shape[1], window, closed=closed)
 
     def predict(latents: Array, conditioning: Conditioning) -> Array:
         latents = jnp.concatenate([latents] * halves)
-        prediction = _predict_windows(unet, params, latents, conditioning, window)
+        prediction = _predict_windows(unet, params, latents, conditioning, frames)
         if not guided:
             return prediction
         negative, positive = jnp.split(prediction, 2)
@@ -181,12 +195,13 @@ def sample_steps(
             (conditioning.context, conditioning.image),
         )
 
-        def one(video: tuple[Array, Any, Array | None]) -> Array:
-            latents, context, image = video
-            told = conditioning._replace(context=context, image=image)
+        def one(video: tuple[Array, Any, Array | None, Array | None]) -> Array:
+            latents, context, image, reference = video
+            reference = None if reference is None else reference[None]
+            told = conditioning._replace(context=context, image=image, reference=reference)
             return predict(latents[None], told)[0]
 
-        return lax.map(one, (latents, context, image))
+        return lax.map(one, (latents, context, image, conditioning.reference))
 
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
@@ -213,31 +228,23 @@ def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _predict_windows(
-    unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, window: int
+    unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, frames: np.ndarray
 ) -> Array:
-    """The UNet's prediction, averaged over the windows that see each frame."""
-    temporal, context, image, control, gains = conditioning
+    """The UNet's prediction, averaged over the windows `[N, window]` that see each frame."""
+    temporal, context, image, control, reference, gains = conditioning
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
     def denoise(part: Array, control: Array | None) -> Array:
         part = add_image(part, image)
-        return unet.apply(variables, part, temporal, context, control, method="denoise")
+        return unet.apply(variables, part, temporal, context, control, reference, method="denoise")
 
-    frames = latents.shape[1]
-    starts = window_starts(frames, window)
-    if len(starts) == 1:
+    if len(frames) == 1:
         return denoise(latents, control)
 
-    def add(total: Array, start: Array) -> tuple[Array, None]:
-        part, seen_control = jax.tree.map(
-            lambda leaf: lax.dynamic_slice_in_dim(leaf, start, window, axis=1), (latents, control)
-        )
-        part = denoise(part, seen_control)
-        seen = lax.dynamic_slice_in_dim(total, start, window, axis=1)
-        return lax.dynamic_update_slice_in_dim(total, seen + part, start, axis=1), None
+    def add(total: Array, seen: Array) -> tuple[Array, None]:
+        part, shown = jax.tree.map(lambda leaf: leaf[:, seen], (latents, control))
+        return total.at[:, seen].add(denoise(part, shown)), None
 
-    total, _ = lax.scan(add, jnp.zeros_like(latents), jnp.array(starts))
-    views = np.zeros(frames, np.float32)
-    for start in starts:
-        views[start : start + window] += 1
+    total, _ = lax.scan(add, jnp.zeros_like(latents), jnp.asarray(frames))
+    views = np.bincount(frames.ravel()).astype(np.float32)
     return total / views[None, :, None, None, None]

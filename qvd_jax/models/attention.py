@@ -1,7 +1,7 @@
 """Attention: spatial, to the text, and over time."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,9 +18,6 @@ from qvd_jax.models.layers import (
     sinusoidal_positions,
 )
 
-KeysValues = tuple[Array, Array]
-"""Keys and values, each `[B, L, heads, D]`."""
-
 _CPU_LOGITS_BYTES = 2**25
 """Logits of more bytes than this are computed in blocks of queries on the CPU."""
 
@@ -29,6 +26,22 @@ _CPU_BLOCK_BYTES = 2**24
 
 _CPU_LEAST_BLOCK = 64
 """Where the queries divide into nothing larger, a video is computed whole."""
+
+
+class Context(NamedTuple):
+    """What a spatial transformer is told beside its own input.
+
+    Attributes:
+      keys: of the text, `[B, L, heads, D]`.
+      values: of the text, `[B, L, heads, D]`.
+      reference: tokens of a reference image, `[N, 1, M, C]`, to which the self-attention of the
+        last N videos attends as to its own (MagicAnimate: Xu et al., arXiv 2311.16498, section
+        3.2; the videos before them are the negatives of guidance); None without one.
+    """
+
+    keys: Array
+    values: Array
+    reference: Array | None = None
 
 
 def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
@@ -114,13 +127,33 @@ class SelfAttention(nn.Module):
         self.to_qkv = self.layers.dense(3 * self.channels, use_bias=self.use_bias)
         self.to_out = self.layers.dense(self.channels)
 
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., L, C]` to `[..., L, C]`."""
-        q, k, v = jnp.split(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, axis=-1)
-        out = dot_product_attention(
-            *(_split_heads(t, self.heads) for t in (q, k, v)), is_causal=self.is_causal
-        )
+    def __call__(self, x: Array, reference: Array | None = None) -> Array:
+        """Maps `[..., L, C]` to `[..., L, C]`.
+
+        Args:
+          x: the tokens; `[B, F, L, C]` with a reference.
+          reference: as in `Context`; all frames attend to one copy of it.
+        """
+        q, k, v = self._project(x)
+        if reference is None:
+            out = dot_product_attention(q, k, v, is_causal=self.is_causal)
+        else:
+            frames, alone = x.shape[1], (x.shape[0] - reference.shape[0]) * x.shape[1]
+            _, *more = (jnp.repeat(t, frames, axis=0) for t in self._project(reference))
+            joined = (
+                jnp.concatenate([own[alone:], other], axis=1)
+                for own, other in zip((k, v), more, strict=True)
+            )
+            out = dot_product_attention(q[alone:], *joined)
+            if alone:
+                negatives = dot_product_attention(q[:alone], k[:alone], v[:alone])
+                out = jnp.concatenate([negatives, out])
         return self.to_out(out.reshape(x.shape))
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries, keys and values of `[..., L, C]`, `[..., L, heads, D]` with one axis before."""
+        q, k, v = jnp.split(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, axis=-1)
+        return _split_heads(q, self.heads), _split_heads(k, self.heads), _split_heads(v, self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -141,16 +174,15 @@ class CrossAttention(nn.Module):
         self.to_kv = self.layers.dense(2 * self.channels, use_bias=False)
         self.to_out = self.layers.dense(self.channels)
 
-    def context_features(self, context: Array) -> KeysValues:
+    def context_features(self, context: Array) -> Context:
         """Keys and values of the context `[B, L, C]`."""
         k, v = jnp.split(self.to_kv(context), 2, axis=-1)
-        return _split_heads(k, self.heads), _split_heads(v, self.heads)
+        return Context(_split_heads(k, self.heads), _split_heads(v, self.heads))
 
-    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
+    def __call__(self, x: Array, context: Context) -> Array:
         """Maps `[B, F, L, C]` to `[B, F, L, C]`; all frames attend to one copy of the text."""
-        k, v = keys_values
         q = _split_heads(self.to_q(x.reshape(x.shape[0], -1, x.shape[-1])), self.heads)
-        out = dot_product_attention(q, k, v)
+        out = dot_product_attention(q, context.keys, context.values)
         return self.to_out(out.reshape(x.shape))
 
 
@@ -222,10 +254,11 @@ class TransformerBlock(nn.Module):
         """
         if self.has_input_ff:
             x = x + self.ff_in(self.norm_in(x))
-        x = x + self.attn1(self.norm1(x))
         if self.single_token_context:
+            x = x + self.attn1(self.norm1(x))
             x = x + context[:, None]
         else:
+            x = x + self.attn1(self.norm1(x), context.reference)
             x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
@@ -255,11 +288,22 @@ class SpatialTransformer(nn.Module):
         """Keys and values of the text `[B, L, C]`."""
         return self.block.attn2.context_features(context)
 
-    def __call__(self, x: Array, keys_values: KeysValues) -> Array:
-        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+    def tokens(self, x: Array) -> Array:
+        """What enters the block, `[B, F, H * W, C]`."""
         batch, frames, height, width, channels = x.shape
-        tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
-        return x + self.proj_out(self.block(tokens, keys_values)).reshape(x.shape)
+        return self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
+
+    def reference_tokens(self, tokens: Array) -> Array:
+        """What another network's block attends to: of `tokens`, what the self-attention sees."""
+        return self.block.norm1(tokens)
+
+    def transform(self, x: Array, tokens: Array, context: Context) -> Array:
+        """Adds to `[B, F, H, W, C]` what becomes of its `tokens`."""
+        return x + self.proj_out(self.block(tokens, context)).reshape(x.shape)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
+        return self.transform(x, self.tokens(x), context)
 
 
 class TemporalBlock(nn.Module):

@@ -60,6 +60,8 @@ class UNet3DConfig:
       added_ids: how many numbers beside the timestep enter the time embedding (SVD: 3).
       motion_attentions: self-attentions of a motion module (AnimateDiff: 2, SparseCtrl: 1).
       controlnet: of the ControlNet whose residuals are added to the skips; None without one.
+      appearance_encoder: whether the self-attentions in the middle and on the way up attend to a
+        reference image, too, seen by an encoder of this UNet's shape (MagicAnimate).
     """
 
     in_channels: int = 4
@@ -85,6 +87,7 @@ class UNet3DConfig:
     added_ids: int = 0
     motion_attentions: int = 2
     controlnet: ControlNetConfig | None = None
+    appearance_encoder: bool = False
 
     def __post_init__(self) -> None:
         levels = len(self.block_channels)

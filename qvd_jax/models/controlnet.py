@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from qvd_jax.axes import Array
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.layers import LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, encode, mid_stage, skip_widths
+from qvd_jax.models.stages import Features, down_stages, mid_stage, run_down, skip_widths
 
 
 class Residuals(NamedTuple):
@@ -127,7 +127,8 @@ class ControlNet(nn.Module):
         latents = jnp.zeros_like(latents) if self.config.ignores_latents else latents
         x = self.conv_in(latents.astype(self.layers.dtype))
         x = x + jnp.broadcast_to(control, x.shape)
-        x, skips = encode(self.down_blocks, self.mid_block, x, temporal, context)
+        x, skips = run_down(self.down_blocks, x, temporal, context)
+        x, _ = self.mid_block(x, temporal.mid, context.mid)
         down = zip(self.controlnet_down_blocks, skips, strict=True)
         return Residuals(
             tuple(block(skip) for block, skip in down),

@@ -67,12 +67,14 @@ class Features(NamedTuple):
       mid: of `mid_block`, one stage.
       up: of `up_blocks`.
       controlnet: of the ControlNet, itself a `Features` without `up`; None where there is none.
+      appearance: of the appearance encoder, itself a `Features`; None where there is none.
     """
 
     down: Any
     mid: Any
     up: Any = ()
     controlnet: Any = None
+    appearance: Any = None
 
 
 class Layer(nn.Module):
@@ -209,10 +211,10 @@ class Stage(nn.Module):
           The result, and every intermediate result a skip may be taken from, oldest first.
         """
         results = []
-        for block, feature, keys_values in zip(self.blocks, temporal, context, strict=True):
+        for block, feature, told in zip(self.blocks, temporal, context, strict=True):
             if skips is not None:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = block(x, feature, keys_values)
+            x = block(x, feature, told)
             results.append(x)
         if self.sampler is not None:
             x = self.downsample(x) if self.sampler == "down" else self.upsample(x)
@@ -264,24 +266,22 @@ def up_stages(config: UNet3DConfig, layers: LayerSet) -> list[Stage]:
     return stages
 
 
-def encode(
-    down: Sequence[Stage], mid: Stage, x: Array, temporal: Features, context: Features
+def run_down(
+    stages: Sequence[Stage], x: Array, temporal: Features, context: Features
 ) -> tuple[Array, list[Array]]:
-    """Runs the way down and the lowest resolution.
+    """Runs the way down.
 
     Args:
-      down: of `down_stages`.
-      mid: of `mid_stage`.
+      stages: of `down_stages`.
       x: `[B, F, H, W, C]`, of `conv_in`.
       temporal: the stages' temporal features.
       context: the stages' context features.
 
     Returns:
-      What comes out of `mid`, and the skips in the order of `skip_widths`.
+      What the lowest resolution is given, and the skips in the order of `skip_widths`.
     """
     skips = [x]
-    for stage, feature, text in zip(down, temporal.down, context.down, strict=True):
-        x, results = stage(x, feature, text)
+    for stage, feature, told in zip(stages, temporal.down, context.down, strict=True):
+        x, results = stage(x, feature, told)
         skips += results
-    x, _ = mid(x, temporal.mid, context.mid)
     return x, skips

@@ -1,14 +1,18 @@
 """The video UNet: one module whose families differ by the data of `UNet3DConfig`."""
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
+from qvd_jax.models.appearance import AppearanceEncoder
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.controlnet import ControlNet
 from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, encode, mid_stage, up_stages
+from qvd_jax.models.stages import Features, down_stages, mid_stage, run_down, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8
 _ADDED_ID_WIDTH = 256
@@ -54,6 +58,8 @@ class UNet3D(nn.Module):
         self.conv_out = layers.conv(config.out_channels, (3, 3))
         if config.controlnet is not None:
             self.controlnet = ControlNet(config, config.controlnet, layers)
+        if config.appearance_encoder:
+            self.appearance_encoder = AppearanceEncoder(config, layers)
 
     def temporal_features(self, timesteps: Array, added_ids: Array | None = None) -> Features:
         """Projections of the time embedding for every resnet.
@@ -84,6 +90,9 @@ class UNet3D(nn.Module):
             self.mid_block.temporal_features(embedding),
             tuple(stage.temporal_features(embedding) for stage in self.up_blocks),
             self.controlnet.temporal_features(timesteps) if self.config.controlnet else None,
+            self.appearance_encoder.temporal_features(timesteps)
+            if self.config.appearance_encoder
+            else None,
         )
 
     def context_features(self, context: Array) -> Features:
@@ -93,7 +102,7 @@ class UNet3D(nn.Module):
           context: text embedding `[B, L, C]`, or SVD's image embedding `[B, 1, C]`.
 
         Returns:
-          For each layer the keys and values, `[B, L, heads, D]` each; in SVD what spatial and
+          For each layer a `Context`; in SVD what spatial and
           temporal block add, `[B, 1, C]` each; None where there is no transformer.
         """
         context = context.astype(self.layers.dtype)
@@ -102,6 +111,9 @@ class UNet3D(nn.Module):
             self.mid_block.context_features(context),
             tuple(stage.context_features(context) for stage in self.up_blocks),
             self.controlnet.context_features(context) if self.config.controlnet else None,
+            self.appearance_encoder.context_features(context)
+            if self.config.appearance_encoder
+            else None,
         )
 
     def control_features(self, control: Array) -> Array:
@@ -116,7 +128,12 @@ class UNet3D(nn.Module):
         return self.controlnet.control_features(control)
 
     def denoise(
-        self, latents: Array, temporal: Features, context: Features, control: Array | None = None
+        self,
+        latents: Array,
+        temporal: Features,
+        context: Features,
+        control: Array | None = None,
+        reference: Array | None = None,
     ) -> Array:
         """Predicts the noise (or v), given the features of one step and of the prompts.
 
@@ -125,6 +142,9 @@ class UNet3D(nn.Module):
           temporal: of `temporal_features`, N = B or 1.
           context: of `context_features`.
           control: of `control_features`, for a UNet with a ControlNet.
+          reference: latents of a reference image without noise, `[N, 1, H, W, C]`, for a UNet with
+            an appearance encoder. It shows in the last N videos; those before are taken for the
+            same ones' negatives.
 
         Returns:
           `[B, F, H, W, C]`, float32.
@@ -142,15 +162,36 @@ class UNet3D(nn.Module):
         x = self.conv_in(latents.astype(self.layers.dtype))
         if self.config.input_transformer_channels is not None:
             x = self.transformer_in(x)
-        x, skips = encode(self.down_blocks, self.mid_block, x, temporal, context)
+        x, skips = run_down(self.down_blocks, x, temporal, context)
+        if reference is not None:
+            context = self._show(reference, temporal, context)
+        x, _ = self.mid_block(x, temporal.mid, context.mid)
         if control is not None:
-            residuals = self.controlnet(latents, temporal.controlnet, context.controlnet, control)
+            # Negatives see the same latents and, in MagicAnimate, the same text.
+            copies = 1 if reference is None else len(latents) // len(reference)
+            shown, told = jax.tree.map(
+                lambda leaf: leaf[-(len(latents) // copies) :], (latents, context.controlnet)
+            )
+            residuals = self.controlnet(shown, temporal.controlnet, told, control)
+            residuals = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * copies), residuals)
             skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
             x = x + residuals.mid
         for stage, feature, text in zip(self.up_blocks, temporal.up, context.up, strict=True):
             x, _ = stage(x, feature, text, skips)
         x = nn.silu(self.conv_norm_out(x))
         return self.conv_out(x).astype(jnp.float32)
+
+    def _show(self, reference: Array, temporal: Features, context: Features) -> Features:
+        """The context features with what the appearance encoder sees in the reference."""
+        own = jax.tree.map(lambda leaf: leaf[-len(reference) :], context.appearance)
+        tokens = self.appearance_encoder(reference, temporal.appearance, own)
+
+        def stage(told: tuple[Any, ...], seen: tuple[Array | None, ...]) -> tuple[Any, ...]:
+            pairs = zip(told, seen, strict=True)
+            return tuple(c if s is None else c._replace(reference=s) for c, s in pairs)
+
+        up = (stage(told, seen) for told, seen in zip(context.up, tokens.up, strict=True))
+        return context._replace(mid=stage(context.mid, tokens.mid), up=tuple(up))
 
     def __call__(
         self,
@@ -159,6 +200,7 @@ class UNet3D(nn.Module):
         context: Array,
         added_ids: Array | None = None,
         control: Array | None = None,
+        reference: Array | None = None,
     ) -> Array:
         """Predicts the noise (or v) of `latents` at `timesteps`.
 
@@ -168,6 +210,7 @@ class UNet3D(nn.Module):
           context: as in `context_features`, one for each video (not for each frame).
           added_ids: as in `temporal_features`.
           control: as in `control_features`.
+          reference: as in `denoise`.
 
         Returns:
           `[B, F, H, W, C]`, float32.
@@ -177,4 +220,5 @@ class UNet3D(nn.Module):
             self.temporal_features(timesteps, added_ids),
             self.context_features(context),
             None if control is None else self.control_features(control),
+            reference,
         )

@@ -67,14 +67,9 @@ class ComponentConfigs:
     def example_inputs(self) -> dict[str, tuple[Array | None, ...]]:
         """The smallest inputs that initialize the networks, by name."""
         side, pixels = self.unet.stride, self.vae.stride
-        latents = jnp.zeros((1, 1, side, side, self.unet.in_channels))
-        context = jnp.zeros((1, 1, self.unet.context_dim))
-        added_ids = (jnp.zeros((1, self.unet.added_ids)),) if self.unet.added_ids else ()
-        control: tuple[Array | None, ...] = ()
-        if self.unet.controlnet is not None:
-            control = (None, jnp.zeros(self.control_shape(1, side, side)))
+        shapes = self.unet_shapes(1, side, side, 1)
         inputs: dict[str, tuple[Array | None, ...]] = {
-            "unet": (latents, jnp.zeros(1), context, *added_ids, *control),
+            "unet": tuple(None if s is None else jnp.zeros(s.shape) for s in shapes),
             "vae": (jnp.zeros((1, 1, pixels, pixels, self.vae.channels)),),
         }
         if self.text_encoder is not None:
@@ -83,6 +78,21 @@ class ComponentConfigs:
             size = self.image_encoder.image_size
             inputs["image_encoder"] = (jnp.zeros((1, size, size, 3)),)
         return inputs
+
+    def unet_shapes(
+        self, frames: int, height: int, width: int, context_length: int
+    ) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+        """What one video's latents `[1, F, h, w, C]` enter the UNet with, in its call's order."""
+        config = self.unet
+        shapes = (
+            (1, frames, height, width, config.in_channels),
+            (1,),
+            (1, context_length, config.context_dim),
+            (1, config.added_ids) if config.added_ids else None,
+            self.control_shape(frames, height, width) if config.controlnet else None,
+            (1, 1, height, width, config.in_channels) if config.appearance_encoder else None,
+        )
+        return tuple(None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
 
     def control_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """Shape `[1, F, H, W, C]` of the ControlNet's condition for latents of a size."""

@@ -13,9 +13,11 @@ from qvd_jax import checkpoint
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.text import TextPipeline
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.quant.calibration import LayerReport
 from qvd_jax.quant.policy import Quantization
@@ -25,6 +27,7 @@ _FAMILIES: dict[str, tuple[type[VideoPipeline], type[VideoDefaults]]] = {
     "animatediff": _TEXT,
     "modelscope": _TEXT,
     "svd": (ImageToVideoPipeline, ImageToVideoDefaults),
+    "magicanimate": (AnimationPipeline, VideoDefaults),
 }
 
 
@@ -112,7 +115,7 @@ def save(
     with checkpoint.write_directory(Path(path), overwrite=overwrite) as folder:
         for name, params in pipe.params.items():
             checkpoint.save_params(folder, name, params)
-        if isinstance(pipe, TextToVideoPipeline):
+        if isinstance(pipe, TextPipeline):
             pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
         if reports:
             checkpoint.write_layer_reports(folder, [report.figures() for report in reports])

@@ -90,6 +90,9 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
     networks: ClassVar[tuple[str, ...]]
     """Names of the networks a checkpoint of such a pipeline has."""
 
+    closed_windows: ClassVar[bool] = False
+    """Whether windows over long videos go on from the last frame to the first."""
+
     @abc.abstractmethod
     def __call__(
         self,
@@ -124,6 +127,15 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
     def guidance(self, want: Defaults) -> np.ndarray:
         """Guidance scale of each frame, `[F]`."""
         return np.full(want.frames, want.guidance_scale, np.float32)
+
+    def window(self, frames: int) -> int:
+        """How many frames the UNet sees at once: all, or its default where these are too many."""
+        limit = self.unet.config.max_frames
+        return frames if limit is None or frames <= limit else min(self.defaults.frames, limit)
+
+    def initial_noise(self, seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+        """Unit-normal noise `[B, *shape]` from which the videos are made."""
+        return sampler.initial_noise(seed, videos, shape)
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape `[F, h, w, C]` of one video's latents.
@@ -208,7 +220,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             )
         check_choice("output_type", output_type, ("video", "latents"))
         if latents is None:
-            noise = sampler.initial_noise(seed, count, shape)
+            noise = self.initial_noise(seed, count, shape)
         else:
             noise = jnp.asarray(latents, jnp.float32)
             if noise.shape != (count, *shape):
@@ -229,10 +241,6 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         seed: int,
         callback: StepCallback | None,
     ) -> Array:
-        limit = self.unet.config.max_frames
-        window = want.frames
-        if limit is not None and want.frames > limit:
-            window = min(self.defaults.frames, limit)
         unet, params = self.unet, self.params["unet"]
         table = jax.tree.map(jnp.asarray, schedule.table)
         steps = len(table.timestep)
@@ -254,7 +262,8 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 keys,
                 jnp.int32(start),
                 count=count,
-                window=window,
+                window=self.window(want.frames),
+                closed=self.closed_windows,
                 guided=want.guided,
                 # A batch saves no time on the CPU, and its rounding would depend on its size.
                 one_by_one=jax.default_backend() == "cpu",

@@ -123,17 +123,9 @@ def quantize(
 def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -> list[Layer]:
     """The UNet's Dense and conv layers with the operations of one video's forward."""
     want, _ = _split(pipe, options or {})
-    config = pipe.unet.config
     frames, height, width, _ = _latents_shape(pipe, want)
-    shapes: tuple[tuple[int, ...] | None, ...] = (
-        (1, frames, height, width, config.in_channels),
-        (1,),
-        (1, pipe.context_length, config.context_dim),
-        (1, config.added_ids) if config.added_ids else None,
-        pipe.configs.control_shape(frames, height, width) if config.controlnet else None,
-    )
-    examples = [None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    return observers.list_layers(UNet3D(config), *examples)
+    shapes = pipe.configs.unet_shapes(frames, height, width, pipe.context_length)
+    return observers.list_layers(UNet3D(pipe.unet.config), *shapes)
 
 
 def _split(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -174,7 +166,7 @@ def collect(
     want, more = _split(pipe, options)
     steps = config.steps or want.steps
     schedule = make_schedule(pipe.scheduler, steps)
-    noise = sampler.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
+    noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
     before = [np.asarray(noise) * schedule.initial_scale]
 
     def keep(done: int, latents: Array) -> None:
@@ -197,7 +189,7 @@ def collect(
     temporal: Any = None
     rows = math.ceil(config.rows / (steps * len(inputs)))
     in_loop: set[str] = set()
-    window = min(want.frames, unet.config.max_frames or want.frames)
+    window = pipe.window(want.frames)
     for number, given in enumerate(inputs):
         conditions = pipe.conditions([given], want, config.seed, **more)
         if temporal is None:
@@ -225,7 +217,7 @@ def collect(
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
             place = jax.random.fold_in(key, number * steps + step)
-            inside = (latents, feature, context, control)
+            inside = (latents, feature, context, control, conditions.reference)
             _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()

@@ -47,8 +47,10 @@ def observe(
     found: dict[str, Statistics] = {}
 
     def collect(layer: nn.Module, x: Array, _: Array) -> None:
-        place = jax.random.fold_in(key, len(found))
-        found["/".join(layer.path)] = _statistics(layer, x, rows, place)
+        path, place = "/".join(layer.path), jax.random.fold_in(key, len(found))
+        seen = _statistics(layer, x, rows, place)
+        # A layer may be called again for a reference.
+        found[path] = join([found[path], seen]) if path in found else seen
 
     with _watching(collect):
         result = module.apply({"params": params}, *arguments, method=method)
@@ -98,22 +100,24 @@ def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
 
 
 def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None) -> list[Layer]:
-    """The Dense and conv layers a module calls, with the shapes of one call.
+    """The Dense and conv layers a module calls, with the shapes of the first call.
 
     Args:
       module: built of float layers.
       *inputs: what it is called with, or the shapes of it.
     """
-    found: list[Layer] = []
+    found: dict[str, Layer] = {}
 
     def note(layer: nn.Module, x: Array, result: Array) -> None:
+        path = "/".join(layer.path)
+        if path in found:
+            return
         taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
-        kernel = (*taps, x.shape[-1], layer.features)
-        found.append(Layer("/".join(layer.path), kernel, x.shape, result.shape))
+        found[path] = Layer(path, (*taps, x.shape[-1], layer.features), x.shape, result.shape)
 
     with _watching(note):
         jax.eval_shape(module.init, jax.random.key(0), *inputs)
-    return found
+    return list(found.values())
 
 
 def join(parts: list[Statistics]) -> Statistics:

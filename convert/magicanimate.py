@@ -1,0 +1,40 @@
+"""MagicAnimate: AnimateDiff's UNet with an appearance encoder and a ControlNet of poses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from convert.tensors import Tensors, open_model
+from qvd_jax.errors import InputError
+from qvd_jax.models.configs import UNet3DConfig
+
+
+def open_appearance_encoder(folder: Path) -> Tensors:
+    """Opens the folder `appearance_encoder` of MagicAnimate.
+
+    Raises:
+      InputError: it is missing, damaged, or something else.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; --appearance-encoder names MagicAnimate's")
+    tensors = open_model(folder)
+    if "conv_in.weight" not in tensors or "conv_out.weight" in tensors:
+        raise InputError(
+            f"{folder} is no appearance encoder, which is a UNet of images without its last layers"
+        )
+    return tensors
+
+
+def unet_config(config: UNet3DConfig, where: str) -> UNet3DConfig:
+    """The config of AnimateDiff's UNet with the appearance encoder.
+
+    Raises:
+      InputError: what MagicAnimate needs beside it is missing.
+    """
+    if config.controlnet is None or config.controlnet.ignores_latents:
+        raise InputError(
+            f"{where} with --appearance-encoder is MagicAnimate, which needs --controlnet, its "
+            f"densepose_controlnet"
+        )
+    if config.temporal_op != "motion_module":
+        raise InputError(f"{where}: MagicAnimate needs a UNet with motion modules; pass --motion")
+    return replace(config, appearance_encoder=True)

@@ -1,0 +1,116 @@
+"""Animation: a person's image moves as a motion video does (MagicAnimate)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from qvd_jax.axes import Array
+from qvd_jax.diffusion.sampler import Conditions
+from qvd_jax.errors import InputError
+from qvd_jax.pipelines.pipeline import OutputType, StepCallback, VideoDefaults, check_image
+from qvd_jax.pipelines.text import TextPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimationPipeline(TextPipeline):
+    """An animation model: MagicAnimate (Xu et al., arXiv 2311.16498). Its text is empty."""
+
+    closed_windows = True
+
+    def __call__(
+        self,
+        images: np.ndarray | Sequence[np.ndarray],
+        motion_video: np.ndarray | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        latents: Array | np.ndarray | None = None,
+        output_type: OutputType = "video",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> np.ndarray:
+        """Samples one video for each image, all of the same motion.
+
+        A video depends on its image, the motion, the seed and its place among the images, not on
+        how many there are.
+
+        Args:
+          images: one or more, uint8 `[H, W, 3]` each.
+          motion_video: the DensePose rendering of a video, uint8 `[F, H, W, 3]`; frames past F
+            are left out.
+          frames: F; more than the default run in windows that overlap by a quarter.
+          height: H in pixels, that of images and motion; divisible by the strides of VAE and UNet.
+          width: W in pixels, likewise.
+          steps: S.
+          guidance_scale: 1 or less samples without guidance.
+          seed: of the noise.
+          latents: unit-normal noise `[B, F, h, w, C]` instead of the drawn one.
+          output_type: "video" or "latents".
+          callback_on_step_end: called after each step with the number of finished steps and the
+            latents, which it must copy to keep.
+
+        Returns:
+          uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
+
+        Raises:
+          InputError: an argument does not fit, before anything is computed; or a step produced
+            values that are not finite.
+        """
+        images = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
+        want = self._replace_defaults(
+            frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
+        )
+        if not images:
+            raise InputError("there are no images; at least one is needed")
+        for number, image in enumerate(images):
+            check_image(image, want.height, want.width, f"image {number + 1}")
+        if motion_video is None or not len(motion_video):
+            raise InputError("there is no motion video; one is needed")
+        if len(motion_video) < want.frames:
+            raise InputError(
+                f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
+            )
+        check_image(motion_video[0], want.height, want.width, "the motion video")
+        return self._generate(
+            images,
+            lambda: self.conditions(images, want, seed, motion_video),
+            want,
+            seed,
+            latents,
+            output_type,
+            callback_on_step_end,
+        )
+
+    def conditions(
+        self,
+        inputs: Sequence[np.ndarray],
+        want: VideoDefaults,
+        seed: int,
+        motion_video: np.ndarray | None = None,
+    ) -> Conditions:
+        """An empty text, the latents of the images, and the motion."""
+        assert motion_video is not None
+        text = self.encode_text([""])
+        text = jnp.repeat(text, len(inputs) * (1 + want.guided), axis=0)
+        # One by one: an image's latents must not depend on the others, even in rounding.
+        means = [self.encode(image.astype(np.float32)[None] / 127.5 - 1)[0] for image in inputs]
+        return Conditions(
+            text,
+            control=jnp.asarray(motion_video[None, : want.frames], jnp.float32) / 255,
+            reference=jnp.stack(means) * self.vae.config.scaling_factor,
+        )
+
+    def window(self, frames: int) -> int:
+        """Never more frames than the default, though there are positions for some more."""
+        return min(frames, super().window(self.defaults.frames))
+
+    def initial_noise(self, seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+        """Noise of one window, repeated over the video."""
+        frames = shape[0]
+        window = self.window(frames)
+        noise = super().initial_noise(seed, videos, (window, *shape[1:]))
+        return jnp.take(noise, np.arange(frames) % window, axis=1)

@@ -1,0 +1,339 @@
+"""MagicAnimate against an oracle of diffusers' parts, by the rules of CHECKPOINTS.md 4."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+import pytest
+import random_animatediff
+import torch
+from conftest import relative_error
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from original_norms import original_norms
+from pytorch_sources import make_sd15, original_motion, split_motion
+
+import qvd_jax
+from convert import names
+from convert.__main__ import main as convert
+from qvd_jax import calibrate, sample
+from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig, animatediff
+from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines.components import ComponentConfigs
+
+LAST = "up_blocks.{}.attentions.{}.transformer_blocks.0."
+LOST = ("attn1.", "norm2.", "attn2.", "norm3.", "ff.")
+WINDOW = 4
+
+
+class Models(NamedTuple):
+    """What MagicAnimate is made of, in PyTorch."""
+
+    unet: UNetMotionModel
+    appearance: UNet2DConditionModel
+    controlnet: ControlNetModel
+    vae: AutoencoderKL
+    pipe: Any
+
+
+def appearance_weights(
+    weights: dict[str, torch.Tensor], level: int, layer: int
+) -> dict[str, torch.Tensor]:
+    """Those of a UNet that the appearance encoder has (CHECKPOINTS.md 4.3)."""
+    block = LAST.format(level, layer)
+    lost = ("conv_norm_out.", "conv_out.", *(block + part for part in LOST))
+    lost += (block.replace("transformer_blocks.0.", "proj_out."),)
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> tuple[Path, Models]:
+    """The folder of everything that is converted, and the networks."""
+    root = tmp_path_factory.mktemp("magicanimate")
+    pipe = random_animatediff.make_pipeline(root / "v1", "v1")
+    make_sd15(root / "v1", root / "sd15")
+    torch.manual_seed(1)
+    parts = (
+        # The checkpoint does not tell the heads of the motion modules, 8 in all published ones.
+        UNetMotionModel.from_unet2d(
+            random_animatediff.make_unet2d(),
+            random_animatediff.make_adapter("v1", motion_num_attention_heads=8),
+        ),
+        random_animatediff.make_unet2d(),
+        ControlNetModel(
+            block_out_channels=random_animatediff.CHANNELS,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=24,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            conditioning_embedding_out_channels=(4, 8),
+        ),
+        random_animatediff.make_vae(),
+    )
+    for part in parts:
+        # The UNet, too: all of it is in the checkpoint of the motion modules.
+        random_animatediff.randomize(part.eval())
+    unet, appearance, controlnet, vae = parts
+    vae.save_pretrained(root / "vae")
+    controlnet.save_pretrained(root / "controlnet")
+    appearance.save_pretrained(root / "appearance_encoder")
+    (root / "appearance_encoder" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(
+        appearance_weights(appearance.state_dict(), 1, 1),
+        root / "appearance_encoder" / "diffusion_pytorch_model.bin",
+    )
+    spatial, motion = split_motion(unet.state_dict())
+    content = {f"module.{name}": t for name, t in {**spatial, **original_motion(motion)}.items()}
+    torch.save({"state_dict": content}, root / "temporal_attention.ckpt")
+    original_norms(unet, "v1", WINDOW)
+    return root, Models(unet, appearance, controlnet, vae, pipe)
+
+
+def arguments(root: Path) -> list[str]:
+    return [
+        str(root / "sd15"),
+        *("--motion", str(root / "temporal_attention.ckpt")),
+        *("--controlnet", str(root / "controlnet")),
+        *("--appearance-encoder", str(root / "appearance_encoder")),
+        *("--vae", str(root / "vae")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def converted(models, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("qvd_jax") / "magicanimate"
+    assert convert([*arguments(models[0]), "--out", str(out)]) == 0
+    return out
+
+
+def transformers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The spatial transformers' blocks that write or read the reference, by name."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name.startswith(("mid_block.attentions.", "up_blocks."))
+        and name.endswith(".transformer_blocks.0")
+        and "motion_modules" not in name
+    }
+
+
+@torch.no_grad()
+def oracle(
+    models: Models,
+    image: np.ndarray,
+    motion: np.ndarray,
+    noise: np.ndarray,
+    windows: list[list[int]],
+    guidance: float,
+) -> torch.Tensor:
+    """Latents `[1, C, F, h, w]` after 4 steps."""
+    halves = 2 if guidance > 1 else 1
+    bank: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, block in transformers(models.appearance).items():
+        hooks.append(
+            block.norm1.register_forward_hook(
+                lambda module, inputs, out, name=name: bank.__setitem__(name, out)
+            )
+        )
+
+    def reader(name: str, attend: Any) -> Any:
+        def read(hidden: torch.Tensor, **_: Any) -> torch.Tensor:
+            alone = len(hidden) // halves * (halves - 1)
+            seen = hidden[alone:]
+            keys = torch.cat([seen, bank[name].repeat(len(seen), 1, 1)], dim=1)
+            out = attend(seen, encoder_hidden_states=keys)
+            return torch.cat([attend(hidden[:alone]), out]) if alone else out
+
+        return read
+
+    attends = {name: block.attn1.forward for name, block in transformers(models.unet).items()}
+    assert attends.keys() == transformers(models.appearance).keys()
+    for name, block in transformers(models.unet).items():
+        block.attn1.forward = reader(name, attends[name])
+
+    tokenizer, text_encoder = models.pipe.tokenizer, models.pipe.text_encoder
+    ids = tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids
+    text = text_encoder(ids)[0]
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1
+    reference = models.vae.encode(pixels).latent_dist.mean * 0.18215
+    poses = torch.from_numpy(motion).permute(0, 3, 1, 2) / 255
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
+    scheduler.set_timesteps(4)
+    latents = torch.from_numpy(noise).permute(0, 4, 1, 2, 3)
+    for t in scheduler.timesteps:
+        models.appearance(reference, t, text)
+        frames = latents[0].transpose(0, 1)
+        down, mid = models.controlnet(
+            frames, t, text.repeat(len(frames), 1, 1), poses, return_dict=False
+        )
+        total, views = torch.zeros(halves, *latents.shape[1:]), torch.zeros(latents.shape[2])
+        for window in windows:
+            total[:, :, window] += models.unet(
+                torch.cat([latents[:, :, window]] * halves),
+                t,
+                text.repeat(halves * len(window), 1, 1),
+                down_block_additional_residuals=[torch.cat([d[window]] * halves) for d in down],
+                mid_block_additional_residual=torch.cat([mid[window]] * halves),
+            ).sample
+            views[window] += 1
+        prediction = total / views[:, None, None]
+        if halves == 2:
+            prediction = prediction[:1] + guidance * (prediction[1:] - prediction[:1])
+        latents = scheduler.step(prediction, t, latents).prev_sample
+    for hook in hooks:
+        hook.remove()
+    for name, block in transformers(models.unet).items():
+        block.attn1.forward = attends[name]
+    return latents
+
+
+def pixels(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(256, size=(*shape, 16, 24, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("windows", "guidance"),
+    [([[0, 1, 2, 3]], 3.0), ([[0, 1, 2, 3]], 1.0), ([[0, 1, 2, 3], [3, 4, 5, 0]], 3.0)],
+    ids=["one window", "no guidance", "a loop of windows"],
+)
+def test_latents_equal_the_oracle(models, converted, windows, guidance):
+    """One image, same noise, 4 steps; the negatives do not see the reference."""
+    pipe = qvd_jax.load(converted)
+    assert pipe.family == "magicanimate"
+    assert pipe.defaults.frames == 16
+    pipe = replace(pipe, defaults=replace(pipe.defaults, frames=WINDOW))
+    frames = 1 + max(map(max, windows))
+    image, motion = pixels(0), pixels(1, frames + 1)
+    noise = np.random.default_rng(0).standard_normal((1, frames, 8, 12, 4), dtype=np.float32)
+    expected = oracle(models[1], image, motion[:frames], noise, windows, guidance)
+    found = pipe(
+        image,
+        motion,
+        frames=frames,
+        height=16,
+        width=24,
+        steps=4,
+        guidance_scale=guidance,
+        latents=noise,
+        output_type="latents",
+    )
+    assert relative_error(found, expected.permute(0, 2, 3, 4, 1)) <= 1e-3
+
+
+def test_noise_repeats_window_by_window(converted):
+    pipe = qvd_jax.load(converted)
+    noise = np.asarray(pipe.initial_noise(0, 2, (40, 2, 2, 4)))
+    np.testing.assert_array_equal(noise[:, 16:32], noise[:, :16])
+    np.testing.assert_array_equal(noise[:, 32:], noise[:, :8])
+    assert np.unique(noise[:, :16]).size == noise[:, :16].size
+
+
+def test_names_are_those_of_the_real_model():
+    """A bijection at full size, from shapes alone."""
+    with torch.device("meta"):
+        appearance = UNet2DConditionModel(cross_attention_dim=768)
+        controlnet = ControlNetModel(cross_attention_dim=768)
+    expected = {
+        f"appearance_encoder.{name}": tensor
+        for name, tensor in appearance_weights(appearance.state_dict(), 3, 2).items()
+    }
+    assert len(appearance.state_dict()) - len(expected) == 24
+    expected |= {f"controlnet.{name}": t for name, t in controlnet.state_dict().items()}
+    config: UNet3DConfig = replace(
+        animatediff("v1", "original"),
+        controlnet=ControlNetConfig(3, (16, 32, 96, 256)),
+        appearance_encoder=True,
+    )
+    shapes = ComponentConfigs(config, VAEConfig()).param_shapes("float32")["unet"]
+    found: dict[str, int] = {}
+    for path, leaf in jax.tree.leaves_with_path(shapes):
+        parts = names.UNET("/".join(key.key for key in path))
+        found |= dict.fromkeys(parts, leaf.size // len(parts))
+    own = {name for name in found if not name.startswith(("appearance_encoder.", "controlnet."))}
+    assert found.keys() - own == expected.keys()
+    # CHECKPOINTS.md 4.1
+    assert sum(found[name] for name in own) == 1_276_658_564
+    for part, parameters in (("appearance_encoder.", 857_066_560), ("controlnet.", 361_279_120)):
+        assert sum(n for name, n in found.items() if name.startswith(part)) == parameters
+
+
+@pytest.mark.slow
+def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    imageio.imwrite(tmp_path / "dancer.png", pixels(0))
+    (tmp_path / "poses").mkdir()
+    for number, pose in enumerate(pixels(1, 3)):
+        imageio.imwrite(tmp_path / "poses" / f"{number}.png", pose)
+    options = ["--image", str(tmp_path / "dancer.png"), "--motion-video", str(tmp_path / "poses")]
+    options += ["--frames", "2", "--height", "16", "--width", "24", "--steps", "2"]
+    int8 = tmp_path / "int8"
+    assert calibrate.main(["--checkpoint", str(converted), "--out", str(int8), *options]) == 0
+    assert "appearance_encoder/" in capsys.readouterr().out
+    out = tmp_path / "out"
+    assert sample.main(["--checkpoint", str(int8), *options, "--out", str(out)]) == 0
+    video = imageio.imread(out / "000-dancer.mp4", plugin="FFMPEG")
+    assert video.shape == (2, 16, 24, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "animates images; pass --motion-video FILE"),
+        ({"--motion-video": "{tmp}/none.mp4"}, "none.mp4 does not exist; a video"),
+        ({"--motion-video": "{tmp}/text.mp4"}, "text.mp4 cannot be read as a video"),
+        ({"--motion-video": "{tmp}/empty"}, "empty holds no images"),
+        ({"--motion-video": "{tmp}/mixed"}, "1.png has [8, 24] pixels, 0.png beside it [16, 24]"),
+        ({"--motion-video": "{tmp}/poses", "--frames": "4"}, "has 3 frames, 4 are asked for"),
+        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "image 1 has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses", "--prompt": "a"}, "makes videos from images"),
+        ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "has no SparseCtrl"),
+    ],
+)
+def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message):
+    imageio.imwrite(tmp_path / "dancer.png", pixels(0))
+    (tmp_path / "text.mp4").write_text("no video")
+    for folder in ("empty", "poses", "mixed"):
+        (tmp_path / folder).mkdir()
+    for number, pose in enumerate(pixels(1, 3)):
+        imageio.imwrite(tmp_path / "poses" / f"{number}.png", pose)
+        imageio.imwrite(tmp_path / "mixed" / f"{number}.png", pose[: 8 if number else 16])
+    options = {"--image": "{tmp}/dancer.png", "--frames": "2", "--height": "16", "--width": "24"}
+    given = [text.format(tmp=tmp_path) for pair in {**options, **changes}.items() for text in pair]
+    out = tmp_path / "out"
+    assert sample.main(["--checkpoint", str(converted), *given, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("left_out", "changed", "message"),
+    [
+        ("--controlnet", {}, "is MagicAnimate, which needs --controlnet"),
+        ("", {"--appearance-encoder": "{root}/none"}, "none is no folder; --appearance-encoder"),
+        ("", {"--appearance-encoder": "{root}/sd15/unet"}, "is no appearance encoder"),
+        ("", {"--controlnet": "{root}/vae"}, "vae is no ControlNet"),
+        ("", {"--vae": "{root}/sd15/unet"}, "is no AutoencoderKL"),
+    ],
+)
+def test_bad_parts_end_with_one_message(models, tmp_path, capsys, left_out, changed, message):
+    source, *rest = arguments(models[0])
+    pairs = dict(zip(rest[::2], rest[1::2], strict=True)) | changed
+    given = [
+        part for option, value in pairs.items() if option != left_out for part in (option, value)
+    ]
+    given = [text.format(root=models[0]) for text in given]
+    assert convert([source, *given, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -20,9 +20,14 @@ _TEMPORAL_FEATURES = (
     "time_embedding/*",
     "add_embedding/*",
     "controlnet/time_embedding/*",
+    "appearance_encoder/time_embedding/*",
 )
-# The same of a ControlNet, and what its condition goes through once.
-_KEPT_FLOAT_IN_CONTROLNET = ("controlnet/conv_in", "controlnet/controlnet_cond_embedding*")
+# The same of the networks beside the UNet, and what a condition goes through once.
+_KEPT_FLOAT_BESIDE = (
+    "controlnet/conv_in",
+    "controlnet/controlnet_cond_embedding*",
+    "appearance_encoder/conv_in",
+)
 
 # The methods of ordinary layers and of temporal features.
 _NAMED: dict[str, tuple[Method, Method]] = {
@@ -127,7 +132,7 @@ def named_policy(name: str) -> Policy:
         name,
         (
             *(Rule(pattern) for pattern in _KEPT_FLOAT),
-            *(Rule(pattern, optional=True) for pattern in _KEPT_FLOAT_IN_CONTROLNET),
+            *(Rule(pattern, optional=True) for pattern in _KEPT_FLOAT_BESIDE),
             *(Rule(pattern, temporal, optional=True) for pattern in _TEMPORAL_FEATURES),
             Rule("*", ordinary),
         ),

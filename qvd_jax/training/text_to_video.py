@@ -1,8 +1,8 @@
 """Trains text encoder and UNet together on latents of the moving shapes."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import flax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
+from qvd_jax.config import check_choice
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
@@ -45,6 +46,7 @@ class TextToVideoConfig:
         lacks starts fresh, as AnimateDiff's motion modules do on an image model. The levels of a
         shallower UNet become the upper ones.
       bank_videos: how many videos are encoded before the training and drawn from.
+      only: values of the scenes' attributes to which the training is restricted, by attribute.
       prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
         arXiv 2207.12598).
       word_dropout: share of the words that are replaced by the unknown one.
@@ -63,6 +65,7 @@ class TextToVideoConfig:
     defaults: VideoDefaults
     start: str | None = None
     bank_videos: int = 16384
+    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     prompt_dropout: float = 0.1
     word_dropout: float = 0.02
     snr_range: tuple[float, float] = (0.0, 5.0)
@@ -94,7 +97,8 @@ class TextToVideo:
         if not bank.is_file():
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         with np.load(bank) as stored:
-            self._scenes, self._latents = stored["scenes"], stored["latents"]
+            chosen = _matching(stored["scenes"], config.only)
+            self._scenes, self._latents = stored["scenes"][chosen], stored["latents"][chosen]
         self._start: dict[str, Params] = {}
         if config.start is not None:
             pipe = load(config.start, dtype=jnp.float32)
@@ -240,6 +244,24 @@ def sample_timesteps(
 def sheet_prompts() -> list[str]:
     """Plain prompts of the first held-out scenes."""
     return [moving_shapes.prompt(s) for s in moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]]
+
+
+def _matching(scenes: np.ndarray, only: Mapping[str, Sequence[str]]) -> np.ndarray:
+    """Which scenes `[N, 5]` have one of the values named for each attribute, bool `[N]`.
+
+    Raises:
+      InputError: an attribute or a value does not exist.
+    """
+    names = moving_shapes.ATTRIBUTES
+    for attribute, values in only.items():
+        check_choice("text_to_video.only", attribute, tuple(names))
+        for value in values:
+            check_choice(f"text_to_video.only.{attribute}", value, names[attribute])
+    found = np.ones(len(scenes), bool)
+    for column, (attribute, every) in zip(scenes.T, names.items(), strict=True):
+        if attribute in only:
+            found &= np.isin(column, [every.index(value) for value in only[attribute]])
+    return found
 
 
 def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed: int) -> None:

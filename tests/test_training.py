@@ -20,7 +20,7 @@ from qvd_jax.metrics import frechet
 from qvd_jax.train import RunConfig, make_task
 from qvd_jax.train import main as train_command
 from qvd_jax.training import loop
-from qvd_jax.training.text_to_video import clean_error, sample_timesteps
+from qvd_jax.training.text_to_video import _group_means, clean_error, sample_timesteps
 from qvd_jax.training.tokenizer import make_tokenizer
 from qvd_jax.training.vae import load_vae
 
@@ -153,6 +153,7 @@ text_to_video:
   vae: {folder}/vae/model
   start: {start}
   timestep_density: [0.0, 1.0]
+  mean_below_snr: 0.1
   bank_videos: 8
   unet:
     block_channels: [8, 8]
@@ -242,6 +243,19 @@ def test_the_error_is_that_of_the_clean_latents_the_solvers_derive(prediction_ty
     expected = np.square(derived - clean).mean((1, 2, 3, 4))
     error = clean_error(*map(jnp.float32, (predicted, clean, noise, alpha)), prediction_type)
     np.testing.assert_allclose(error, expected, rtol=1e-4)
+
+
+def test_under_much_noise_the_target_is_the_mean_of_what_the_prompt_leaves_open():
+    rng = np.random.default_rng(0)
+    scenes = rng.integers(2, size=(40, 5))
+    latents = rng.normal(size=(40, 2, 3, 3, 4)).astype(np.float16)
+    groups, means = _group_means(scenes, latents)
+    size, color, _, motion, background = scenes.T
+    for i in range(40):
+        alike = (size == size[i]) & (color == color[i])
+        alike &= (motion == motion[i]) & (background == background[i])
+        expected = latents[alike].astype(np.float64).mean(0)
+        np.testing.assert_allclose(means[groups[i]], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_word_tokenizer_marks_unknown_words():

@@ -9,7 +9,13 @@ import numpy as np
 from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.pipeline import OutputType, StepCallback, VideoDefaults, check_image
+from qvd_jax.pipelines.pipeline import (
+    OutputType,
+    StepCallback,
+    VideoDefaults,
+    check_image,
+    check_images,
+)
 from qvd_jax.pipelines.text import TextPipeline
 
 
@@ -60,14 +66,10 @@ class AnimationPipeline(TextPipeline):
           InputError: an argument does not fit, before anything is computed; or a step produced
             values that are not finite.
         """
-        images = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
         want = self._replace_defaults(
             frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
         )
-        if not images:
-            raise InputError("there are no images; at least one is needed")
-        for number, image in enumerate(images):
-            check_image(image, want.height, want.width, f"image {number + 1}")
+        images = check_images(images, want.height, want.width)
         if motion_video is None or not len(motion_video):
             raise InputError("there is no motion video; one is needed")
         if len(motion_video) < want.frames:

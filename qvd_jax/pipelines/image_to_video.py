@@ -11,7 +11,6 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
-from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPVisionEncoder
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import (
@@ -19,7 +18,7 @@ from qvd_jax.pipelines.pipeline import (
     StepCallback,
     VideoDefaults,
     VideoPipeline,
-    check_image,
+    check_images,
 )
 
 # Of the images CLIP was trained on.
@@ -106,7 +105,6 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
           InputError: an argument does not fit, before anything is computed; or a step produced
             values that are not finite.
         """
-        images = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
         want = self._replace_defaults(
             frames=frames,
             height=height,
@@ -118,10 +116,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             motion_bucket_id=motion_bucket_id,
             noise_aug_strength=noise_aug_strength,
         )
-        if not images:
-            raise InputError("there are no images; at least one is needed")
-        for number, image in enumerate(images):
-            check_image(image, want.height, want.width, f"image {number + 1}")
+        images = check_images(images, want.height, want.width)
         return self._generate(
             images,
             lambda: self.conditions(images, want, seed),

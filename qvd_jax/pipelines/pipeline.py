@@ -297,6 +297,22 @@ def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
         )
 
 
+def check_images(
+    images: np.ndarray | Sequence[np.ndarray], height: int, width: int
+) -> list[np.ndarray]:
+    """One or more images as a list.
+
+    Raises:
+      InputError: there is none, or one is not uint8 `[height, width, 3]`.
+    """
+    found = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
+    if not found:
+        raise InputError("there are no images; at least one is needed")
+    for number, image in enumerate(found):
+        check_image(image, height, width, f"image {number + 1}")
+    return found
+
+
 @functools.partial(jax.jit, static_argnames="vae")
 def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
     mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")

@@ -112,10 +112,10 @@ class TextToVideoPipeline(TextPipeline):
         self, images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
     ) -> None:
         """Raises `InputError` if the conditions do not fit the model or the video."""
-        if (self.unet.config.controlnet is not None) != bool(images):
+        if (self.unet.config.controlnet is not None) != bool(len(images)):
             raise InputError(
                 "the model has a ControlNet, whose conditioning_frames are missing"
-                if not images
+                if not len(images)
                 else "conditioning_frames were given, the model has no ControlNet"
             )
         if len(images) != len(indices) or len(set(indices)) != len(indices):

@@ -1,8 +1,8 @@
 """Trains text encoder and UNet together on latents of the moving shapes."""
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import flax
@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import check_choice
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
@@ -46,13 +45,16 @@ class TextToVideoConfig:
         lacks starts fresh, as AnimateDiff's motion modules do on an image model. The levels of a
         shallower UNet become the upper ones.
       bank_videos: how many videos are encoded before the training and drawn from.
-      only: values of the scenes' attributes to which the training is restricted, by attribute.
       prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
         arXiv 2207.12598).
       word_dropout: share of the words that are replaced by the unknown one.
       snr_range: the squared error of the clean latents a prediction implies is weighted by the
         SNR, kept within this range: its upper end is gamma of Hang et al., arXiv 2303.09556,
         section 3.4; its lower end gives weight to what is decided under much noise.
+      mean_below_snr: below this SNR the target is the mean of the bank's videos of the same size,
+        color, motion and background. So much noise leaves nearly nothing of one video, and the
+        expectation given the noisy latents, which the squared error asks for, is nearly that of
+        the prompt alone; the mean estimates it with a fraction of one video's variance.
       timestep_density: mean and standard deviation of the logit of the timesteps, as shares of
         the schedule (Esser et al., arXiv 2403.03206, section 3.1); without it they are uniform.
       dtype: in which the result is stored.
@@ -65,10 +67,10 @@ class TextToVideoConfig:
     defaults: VideoDefaults
     start: str | None = None
     bank_videos: int = 16384
-    only: dict[str, tuple[str, ...]] = field(default_factory=dict)
     prompt_dropout: float = 0.1
     word_dropout: float = 0.02
     snr_range: tuple[float, float] = (0.0, 5.0)
+    mean_below_snr: float = 0.0
     timestep_density: tuple[float, float] | None = None
     dtype: str = "float32"
 
@@ -97,8 +99,9 @@ class TextToVideo:
         if not bank.is_file():
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         with np.load(bank) as stored:
-            chosen = _matching(stored["scenes"], config.only)
-            self._scenes, self._latents = stored["scenes"][chosen], stored["latents"][chosen]
+            self._scenes, self._latents = stored["scenes"], stored["latents"]
+        if config.mean_below_snr > 0:
+            self._groups, self._means = _group_means(self._scenes, self._latents)
         self._start: dict[str, Params] = {}
         if config.start is not None:
             pipe = load(config.start, dtype=jnp.float32)
@@ -123,13 +126,19 @@ class TextToVideo:
         return _merge(params, trained, f"{self.config.start}")
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
-        """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`."""
+        """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`.
+
+        With `mean_below_snr` also "means", the targets there, of the latents' shape.
+        """
         chosen = rng.integers(len(self._scenes), size=size)
-        latents = self._latents[chosen]
-        frames = self.config.defaults.frames
-        if frames < latents.shape[1]:
-            first = rng.integers(latents.shape[1] - frames + 1, size=size)
-            latents = latents[np.arange(size)[:, None], first[:, None] + np.arange(frames)]
+        latents = {"latents": self._latents[chosen]}
+        if self.config.mean_below_snr > 0:
+            latents["means"] = self._means[self._groups[chosen]]
+        frames, every = self.config.defaults.frames, self._latents.shape[1]
+        if frames < every:
+            first = rng.integers(every - frames + 1, size=size)
+            place = np.arange(size)[:, None], first[:, None] + np.arange(frames)
+            latents = {name: videos[place] for name, videos in latents.items()}
         prompts = [self._prompt(scene, rng) for scene in self._scenes[chosen]]
         ids = self._tokenizer(
             prompts,
@@ -140,7 +149,7 @@ class TextToVideo:
         known = ids > max(self._tokenizer.all_special_ids)
         dropped = known & (rng.random(ids.shape) < self.config.word_dropout)
         ids = np.where(dropped, self._tokenizer.unk_token_id, ids)
-        return {"latents": latents, "token_ids": ids}
+        return {**latents, "token_ids": ids}
 
     def _prompt(self, scene: np.ndarray, rng: np.random.Generator) -> str:
         text = moving_shapes.prompt(scene, rng)
@@ -163,9 +172,14 @@ class TextToVideo:
         predicted = self._modules["unet"].apply(
             {"params": params["unet"]}, noisy, timesteps.astype(jnp.float32), context
         )
+        snr = alpha / (1 - alpha)
+        if "means" in batch:
+            means = batch["means"].astype(jnp.float32)
+            is_lost = (snr < self.config.mean_below_snr)[:, None, None, None, None]
+            clean = jnp.where(is_lost, means, clean)
         prediction_type = self.config.scheduler.prediction_type
         error = clean_error(predicted, clean, noise, alpha, prediction_type)
-        return (error * jnp.clip(alpha / (1 - alpha), *self.config.snr_range)).mean()
+        return (error * jnp.clip(snr, *self.config.snr_range)).mean()
 
     def pipeline(self, params: Params) -> TextToVideoPipeline:
         """The model with these parameters, ready to sample."""
@@ -246,22 +260,13 @@ def sheet_prompts() -> list[str]:
     return [moving_shapes.prompt(s) for s in moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]]
 
 
-def _matching(scenes: np.ndarray, only: Mapping[str, Sequence[str]]) -> np.ndarray:
-    """Which scenes `[N, 5]` have one of the values named for each attribute, bool `[N]`.
-
-    Raises:
-      InputError: an attribute or a value does not exist.
-    """
-    names = moving_shapes.ATTRIBUTES
-    for attribute, values in only.items():
-        check_choice("text_to_video.only", attribute, tuple(names))
-        for value in values:
-            check_choice(f"text_to_video.only.{attribute}", value, names[attribute])
-    found = np.ones(len(scenes), bool)
-    for column, (attribute, every) in zip(scenes.T, names.items(), strict=True):
-        if attribute in only:
-            found &= np.isin(column, [every.index(value) for value in only[attribute]])
-    return found
+def _group_means(scenes: np.ndarray, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The group `[N]` of each scene `[N, 5]`, all but its shape, and the groups' mean latents."""
+    others = [i for i, name in enumerate(moving_shapes.ATTRIBUTES) if name != "shape"]
+    _, groups = np.unique(scenes[:, others], axis=0, return_inverse=True)
+    totals = np.zeros((groups.max() + 1, *latents.shape[1:]), np.float32)
+    np.add.at(totals, groups, latents)
+    return groups, totals / np.bincount(groups)[:, None, None, None, None]
 
 
 def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed: int) -> None:

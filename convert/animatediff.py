@@ -67,12 +67,11 @@ def motion_tensors(tensors: Tensors, where: str) -> Tensors:
             if ".motion_modules." in name
         }
     strange = [name for name in renamed if ".motion_modules." not in name]
-    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed)
+    other = _describe(tensors)
+    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed) and not other
     if not renamed or (strange and not is_whole):
         found = f"{len(strange)} other tensors, the first {strange[0]}" if strange else "no tensors"
-        raise InputError(
-            f"{where}: motion modules are expected, it holds {_describe(tensors) or found}"
-        )
+        raise InputError(f"{where}: motion modules are expected, it holds {other or found}")
     return renamed
 
 

@@ -323,11 +323,9 @@ def _open_animatediff(
 
 
 def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
-    if motion.is_dir():
-        return open_model(motion), read_json(motion / "config.json")
-    if motion.suffix not in (*PICKLES, ".safetensors"):
+    if not motion.is_dir() and motion.suffix not in (*PICKLES, ".safetensors"):
         raise InputError(f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected")
-    return open_model(motion), {}
+    return open_model(motion), read_json(motion / "config.json") if motion.is_dir() else {}
 
 
 def _open_scheduler(parts: Parts, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:

@@ -13,6 +13,7 @@ from qvd_jax.models.stages import (
     Features,
     Stage,
     down_stages,
+    map_stages,
     mid_stage,
     run_down,
     up_stages,
@@ -53,23 +54,21 @@ class AppearanceEncoder(nn.Module):
         """Projections of the time embedding, as in `UNet3D`."""
         sinusoid = sinusoidal_embedding(timesteps, self.unet.block_channels[0])
         embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
-        return Features(
-            tuple(stage.temporal_features(embedding) for stage in self.down_blocks),
-            self.mid_block.temporal_features(embedding),
-            tuple(stage.temporal_features(embedding) for stage in self.up_blocks),
+        return map_stages(
+            lambda stage: stage.temporal_features(embedding),
+            self.down_blocks,
+            self.mid_block,
+            self.up_blocks,
         )
 
     def context_features(self, context: Array) -> Features:
         """Keys and values of the text, as in `UNet3D`; the last layer needs none."""
         *before, last = self.up_blocks
-        return Features(
-            tuple(stage.context_features(context) for stage in self.down_blocks),
-            self.mid_block.context_features(context),
-            (
-                *(stage.context_features(context) for stage in before),
-                (*(layer.context_features(context) for layer in last.blocks[:-1]), None),
-            ),
+        features = map_stages(
+            lambda stage: stage.context_features(context), self.down_blocks, self.mid_block, before
         )
+        ending = (*(layer.context_features(context) for layer in last.blocks[:-1]), None)
+        return features._replace(up=(*features.up, ending))
 
     def __call__(self, latents: Array, temporal: Features, context: Features) -> Features:
         """What the reference image looks like at each spatial transformer.

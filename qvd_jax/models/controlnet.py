@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from qvd_jax.axes import Array
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.layers import LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, mid_stage, run_down, skip_widths
+from qvd_jax.models.stages import (
+    Features,
+    down_stages,
+    map_stages,
+    mid_stage,
+    run_down,
+    skip_widths,
+)
 
 
 class Residuals(NamedTuple):
@@ -99,16 +106,14 @@ class ControlNet(nn.Module):
         """Projections of the time embedding, as in `UNet3D`."""
         sinusoid = sinusoidal_embedding(timesteps, self.unet.block_channels[0])
         embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
-        return Features(
-            tuple(stage.temporal_features(embedding) for stage in self.down_blocks),
-            self.mid_block.temporal_features(embedding),
+        return map_stages(
+            lambda stage: stage.temporal_features(embedding), self.down_blocks, self.mid_block
         )
 
     def context_features(self, context: Array) -> Features:
         """Keys and values of the text, as in `UNet3D`."""
-        return Features(
-            tuple(stage.context_features(context) for stage in self.down_blocks),
-            self.mid_block.context_features(context),
+        return map_stages(
+            lambda stage: stage.context_features(context), self.down_blocks, self.mid_block
         )
 
     def control_features(self, control: Array) -> Array:

@@ -1,6 +1,6 @@
 """The stages that UNet and ControlNet are made of."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -264,6 +264,13 @@ def up_stages(config: UNet3DConfig, layers: LayerSet) -> list[Stage]:
         sampler: Literal["up"] | None = "up" if level > 0 else None
         stages.append(_stage(config, layers, level, inputs, config.up_eps[level], sampler))
     return stages
+
+
+def map_stages(
+    compute: Callable[[Stage], Any], down: Sequence[Stage], mid: Stage, up: Sequence[Stage] = ()
+) -> Features:
+    """What `compute` gives of each stage."""
+    return Features(tuple(map(compute, down)), compute(mid), tuple(map(compute, up)))
 
 
 def run_down(

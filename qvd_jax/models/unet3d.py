@@ -12,7 +12,7 @@ from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.controlnet import ControlNet
 from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
-from qvd_jax.models.stages import Features, down_stages, mid_stage, run_down, up_stages
+from qvd_jax.models.stages import Features, down_stages, map_stages, mid_stage, run_down, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8
 _ADDED_ID_WIDTH = 256
@@ -85,15 +85,19 @@ class UNet3D(nn.Module):
             ids = ids.reshape(-1, self.config.added_ids * _ADDED_ID_WIDTH)
             embedding = embedding + self.add_embedding(ids.astype(self.layers.dtype))
         embedding = nn.silu(embedding)
-        return Features(
-            tuple(stage.temporal_features(embedding) for stage in self.down_blocks),
-            self.mid_block.temporal_features(embedding),
-            tuple(stage.temporal_features(embedding) for stage in self.up_blocks),
-            self.controlnet.temporal_features(timesteps) if self.config.controlnet else None,
-            self.appearance_encoder.temporal_features(timesteps)
-            if self.config.appearance_encoder
-            else None,
+        features = map_stages(
+            lambda stage: stage.temporal_features(embedding),
+            self.down_blocks,
+            self.mid_block,
+            self.up_blocks,
         )
+        if self.config.controlnet is not None:
+            own = self.controlnet.temporal_features(timesteps)
+            features = features._replace(controlnet=own)
+        if self.config.appearance_encoder:
+            own = self.appearance_encoder.temporal_features(timesteps)
+            features = features._replace(appearance=own)
+        return features
 
     def context_features(self, context: Array) -> Features:
         """What every transformer needs of the context, which is the same at all steps.
@@ -102,19 +106,23 @@ class UNet3D(nn.Module):
           context: text embedding `[B, L, C]`, or SVD's image embedding `[B, 1, C]`.
 
         Returns:
-          For each layer a `Context`; in SVD what spatial and
-          temporal block add, `[B, 1, C]` each; None where there is no transformer.
+          For each layer a `Context`; in SVD what spatial and temporal block add, `[B, 1, C]` each;
+          None where there is no transformer.
         """
         context = context.astype(self.layers.dtype)
-        return Features(
-            tuple(stage.context_features(context) for stage in self.down_blocks),
-            self.mid_block.context_features(context),
-            tuple(stage.context_features(context) for stage in self.up_blocks),
-            self.controlnet.context_features(context) if self.config.controlnet else None,
-            self.appearance_encoder.context_features(context)
-            if self.config.appearance_encoder
-            else None,
+        features = map_stages(
+            lambda stage: stage.context_features(context),
+            self.down_blocks,
+            self.mid_block,
+            self.up_blocks,
         )
+        if self.config.controlnet is not None:
+            own = self.controlnet.context_features(context)
+            features = features._replace(controlnet=own)
+        if self.config.appearance_encoder:
+            own = self.appearance_encoder.context_features(context)
+            features = features._replace(appearance=own)
+        return features
 
     def control_features(self, control: Array) -> Array:
         """What the ControlNet needs of its condition, which is the same at all steps.

@@ -11,14 +11,13 @@ from typing import Any
 
 from qvd_jax import checkpoint
 from qvd_jax.benchmarks import peers, products, rounds, sampling, unet
+from qvd_jax.benchmarks.memory import check_fits
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.quant.policy import named_policy
-
-OURS = "qvd_jax"
 
 
 @command
@@ -46,6 +45,7 @@ Measured = tuple[unet.Case | sampling.SampleCase, list[dict[str, Any]], str]
 def measure_products(args: argparse.Namespace) -> Measured:
     """Every formulation of every product."""
     case = _unet_case(args)
+    check_fits(products.needed_bytes(case), "the largest product")
     results = products.measure(case)
     return case, results, products.table(results)
 
@@ -56,7 +56,8 @@ def measure_unet(args: argparse.Namespace) -> Measured:
     for policy in args.policy:
         named_policy(policy)
     variants = unet_variants(args.dtype, args.policy, installed(args.against))
-    results = rounds.measure({OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
+    check_fits(unet.needed_bytes(case, variants), f"the UNet at {case.height}x{case.width} latents")
+    results = rounds.measure({unet.OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
     return case, results, rounds.table(results, variants[0])
 
 
@@ -64,7 +65,7 @@ def measure_sample(args: argparse.Namespace) -> Measured:
     """Whole videos: start-up and time."""
     case, variants = _sample_case(args)
     starts = sampling.measure_start(case, variants)
-    timed = rounds.measure({OURS: sampling.build}, case, variants, args.rounds)
+    timed = rounds.measure({unet.OURS: sampling.build}, case, variants, args.rounds)
     results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
     shown = f"{sampling.table(starts)}\n\n{rounds.table(timed, variants[0])}"
     return case, results, shown
@@ -95,14 +96,16 @@ def _unet_case(args: argparse.Namespace) -> unet.Case:
 
 
 def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
-    for name in args.checkpoint:
-        checkpoint.read_manifest(checkpoint.find(name))
-    prompts = checkpoint.example_prompts(checkpoint.find(args.checkpoint[0]))[: args.batch]
+    manifests = [checkpoint.read_manifest(checkpoint.find(name)) for name in args.checkpoint]
+    prompts = manifests[0].example_prompts[: args.batch]
     if not prompts:
         raise InputError(f"{args.checkpoint[0]} has no prompts of its own")
     steps = args.steps if args.what == "sample" else None
     case = sampling.SampleCase(tuple(prompts), steps, args.frames, args.height, args.width)
-    return case, [Variant(OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype]
+    variants = [Variant(unet.OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype]
+    for variant in variants:
+        check_fits(sampling.needed_bytes(case, variant), f"sampling with {variant.mode}")
+    return case, variants
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -127,7 +130,10 @@ def unet_variants(
     dtypes: Sequence[str], policies: Sequence[str], against: Sequence[str]
 ) -> list[Variant]:
     """Every mode of ours and of the peers, in every dtype."""
-    modes = {OURS: (unet.FLOAT_MODE, *policies), **{name: peers.MODES[name] for name in against}}
+    modes = {
+        unet.OURS: (unet.FLOAT_MODE, *policies),
+        **{name: peers.MODES[name] for name in against},
+    }
     return [
         Variant(framework, mode, dtype)
         for framework, names in modes.items()

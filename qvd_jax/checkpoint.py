@@ -63,6 +63,32 @@ class Manifest:
     quantization: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
+    @property
+    def example_prompts(self) -> list[str]:
+        """The prompts the checkpoint brings along."""
+        prompts = self.defaults.get("prompts", [])
+        return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether it makes videos from images, not from prompts."""
+        return self.components.get("image_encoder") is not None or self.takes_motion_video
+
+    @property
+    def takes_motion_video(self) -> bool:
+        """Whether it animates images as a video moves."""
+        return bool(self._unet.get("appearance_encoder"))
+
+    @property
+    def takes_conditions(self) -> bool:
+        """Whether it is told what some frames are to look like."""
+        return self._unet.get("controlnet") is not None and not self.takes_motion_video
+
+    @property
+    def _unet(self) -> dict[str, Any]:
+        unet = self.components.get("unet")
+        return unet if isinstance(unet, dict) else {}
+
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages a result depends on."""
@@ -292,49 +318,6 @@ def read_layer_reports(path: Path) -> list[dict[str, Any]]:
     """What the layers of a quantized checkpoint were worth; nothing for a float one."""
     file = path / LAYER_REPORTS
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-
-
-def example_prompts(path: Path) -> list[str]:
-    """The prompts a checkpoint brings along.
-
-    Raises:
-      InputError: the folder is no checkpoint.
-    """
-    prompts = read_manifest(path).defaults.get("prompts", [])
-    return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
-
-
-def takes_images(path: Path) -> bool:
-    """Whether a checkpoint makes videos from images, not from prompts.
-
-    Raises:
-      InputError: the folder is no checkpoint.
-    """
-    has_encoder = read_manifest(path).components.get("image_encoder") is not None
-    return has_encoder or takes_motion_video(path)
-
-
-def takes_motion_video(path: Path) -> bool:
-    """Whether a checkpoint animates images as a video moves.
-
-    Raises:
-      InputError: the folder is no checkpoint.
-    """
-    return bool(_unet(path).get("appearance_encoder"))
-
-
-def takes_conditions(path: Path) -> bool:
-    """Whether a checkpoint is told what some frames are to look like.
-
-    Raises:
-      InputError: the folder is no checkpoint.
-    """
-    return _unet(path).get("controlnet") is not None and not takes_motion_video(path)
-
-
-def _unet(path: Path) -> dict[str, Any]:
-    unet = read_manifest(path).components.get("unet")
-    return unet if isinstance(unet, dict) else {}
 
 
 def stored_dtype(folder: Path, name: str) -> np.dtype:

@@ -115,13 +115,14 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     Raises:
       InputError: the checkpoint takes none, needs some, or one cannot be read.
     """
-    if checkpoint.takes_motion_video(path) != (args.motion_video is not None):
+    manifest = checkpoint.read_manifest(path)
+    if manifest.takes_motion_video != (args.motion_video is not None):
         raise InputError(
             f"{path} is told no motion; leave --motion-video out"
             if args.motion_video
             else f"{path} animates images; pass --motion-video FILE"
         )
-    if checkpoint.takes_conditions(path) != bool(args.condition):
+    if manifest.takes_conditions != bool(args.condition):
         raise InputError(
             f"{path} has no SparseCtrl; leave --condition out"
             if args.condition
@@ -151,8 +152,9 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     Raises:
       InputError: it is none, needs the other kind of input, there is none, or one cannot be read.
     """
+    manifest = checkpoint.read_manifest(path)
     prompts = [*getattr(args, "prompt", []), *_prompts_of(args.prompts_file)]
-    if checkpoint.takes_images(path):
+    if manifest.takes_images:
         if prompts:
             raise InputError(f"{path} makes videos from images; pass --image FILE, not prompts")
         if not args.image:
@@ -162,7 +164,7 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
         )
     if args.image:
         raise InputError(f"{path} makes videos from prompts; leave --image out")
-    prompts = prompts or checkpoint.example_prompts(path)
+    prompts = prompts or manifest.example_prompts
     if not prompts:
         raise InputError(
             f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"

@@ -53,9 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in [args.out / name for name in _FILES] if args.out.exists() else [args.out]:
         video_io.check_writable(path, overwrite=args.overwrite)
     names = [args.reference, *args.candidate]
-    for name in names:
-        checkpoint.read_manifest(checkpoint.find(name))
-    own = args.prompts_file or args.image or checkpoint.takes_images(checkpoint.find(names[0]))
+    reference, *_ = [checkpoint.read_manifest(checkpoint.find(name)) for name in names]
+    own = args.prompts_file or args.image or reference.takes_images
     cases = own_cases(args) if own else held_out_cases(args.videos, args.seed)
     if len(cases.inputs.values) < 2:
         raise InputError("intervals and distances need at least 2 prompts or images")

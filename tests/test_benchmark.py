@@ -2,14 +2,17 @@
 
 import functools
 import json
+import re
 import time
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import qvd_jax
 from qvd_jax import benchmark
-from qvd_jax.benchmarks import products, rounds
+from qvd_jax.benchmarks import memory, products, rounds
 from qvd_jax.benchmarks.unet import SIZES, Case
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D
@@ -106,3 +109,24 @@ def test_an_unknown_policy_is_refused_before_anything_runs(capsys):
 def test_sizes_the_unet_cannot_halve_are_refused(capsys):
     assert benchmark.main(["unet", "--height", "100"]) == 2
     assert "100x128 pixels: both sides must be multiples of 64" in capsys.readouterr().err
+
+
+def test_peak_memory_is_what_is_alive_at_once():
+    wide = jax.ShapeDtypeStruct((1000, 100), jnp.float32)
+    narrow = jax.ShapeDtypeStruct((100, 10), jnp.float32)
+
+    def chain(x, w):
+        y = jax.nn.relu(x) @ w  # x, relu(x) and w, then y
+        return y + 1
+
+    assert memory.peak_bytes(chain, wide, narrow) == 4 * (2 * 100_000 + 1_000 + 10_000)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(capsys):
+    huge = ["--height", "65536", "--width", "65536", "--dtype", "float32"]
+    assert benchmark.main(["unet", "--size", "tiny", *huge]) == 2
+    assert re.search(r"the UNet at 8192x8192 latents needs about \d+", capsys.readouterr().err)
+    assert benchmark.main(["products", "--size", "tiny", *huge[:4]]) == 2
+    assert "the largest product needs about" in capsys.readouterr().err
+    assert benchmark.main(["memory", "--checkpoint", "shapes", *huge]) == 2
+    assert "sampling with shapes needs about" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Every formulation of every product of the UNet, by shape: what the dispatch is decided from."""
 
 import functools
+import math
 import statistics
 import time
 from collections import Counter
@@ -118,6 +119,19 @@ def formulations(product: Product) -> dict[str, Formulation]:
         ),
         DISPATCHED: Formulation(lambda x, w, sums: int8.conv(x, w, sums, *where)),
     }
+
+
+def needed_bytes(case: Case) -> int:
+    """Estimate of what the largest product needs."""
+    return max(map(_product_bytes, products(case)))
+
+
+def _product_bytes(product: Product) -> int:
+    inputs, kernel = math.prod(product.inputs), math.prod(product.kernel)
+    gathered = inputs * math.prod(product.kernel[1:-1])
+    outputs = product.flops // (2 * math.prod(product.kernel[1:]))
+    # Codes, the 64-bit integers they are checked with, the sums.
+    return 9 * (inputs + kernel) + gathered + 4 * outputs
 
 
 def measure(case: Case) -> list[dict[str, Any]]:

@@ -20,8 +20,17 @@ from qvd_jax.errors import InputError
 
 WARMUP_ROUNDS = 2
 
-_OURS = ("qvd_jax", "jax", "jaxlib", "flax", "numpy")
-_PACKAGES = (*_OURS, "torch", "diffusers", "torchao", "qwix")
+_PACKAGES = (
+    "qvd_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "torch",
+    "diffusers",
+    "torchao",
+    "qwix",
+)
 
 Run = Callable[[], None]
 """Does what is timed, once."""
@@ -145,18 +154,7 @@ def table(results: Sequence[Mapping[str, Any]], against: Variant) -> str:
 
 def environment() -> dict[str, Any]:
     """Hardware and versions a figure depends on."""
-    packages = (
-        "qvd_jax",
-        "jax",
-        "jaxlib",
-        "flax",
-        "numpy",
-        "torch",
-        "diffusers",
-        "torchao",
-        "qwix",
-    )
-    found = [name for name in packages if importlib.util.find_spec(name) is not None]
+    found = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

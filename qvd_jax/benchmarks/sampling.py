@@ -15,11 +15,15 @@ from typing import Any
 import jax
 import tqdm
 
+from qvd_jax import checkpoint
+from qvd_jax.benchmarks.memory import peak_bytes
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.cli import enable_compilation_cache
+from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load
+from qvd_jax.pipelines.pipeline import VideoDefaults
 
 _MEMORY_STEPS = (2, 8)
 
@@ -57,6 +61,30 @@ def build(case: SampleCase, variant: Variant) -> Run:
         )
 
     return run
+
+
+def needed_bytes(case: SampleCase, variant: Variant) -> int:
+    """Estimate of what sampling needs: the checkpoint, and the UNet's values for all videos.
+
+    Raises:
+      InputError: the checkpoint is none.
+    """
+    path = checkpoint.find(variant.mode)
+    manifest = checkpoint.read_manifest(path)
+    configs = from_dict(ComponentConfigs, manifest.components, f"{path}: components")
+    defaults = from_dict(VideoDefaults, manifest.defaults, f"{path}: defaults")
+    stride = configs.vae.stride
+    shapes = configs.unet_shapes(
+        case.frames or defaults.frames,
+        (case.height or defaults.height) // stride,
+        (case.width or defaults.width) // stride,
+        1,
+    )
+    unet = configs.modules(DTYPES[variant.dtype])["unet"]
+    params = {"params": configs.param_shapes(DTYPES[variant.dtype])["unet"]}
+    working = peak_bytes(unet.apply, params, *shapes) - checkpoint.tree_bytes(params)
+    halves = 1 if defaults.guidance_scale == 1 else 2
+    return checkpoint.disk_bytes(path) + halves * len(case.prompts) * working
 
 
 def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:

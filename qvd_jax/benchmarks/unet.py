@@ -1,13 +1,15 @@
 """One forward of our UNet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
+from qvd_jax.benchmarks.memory import peak_bytes
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
@@ -30,6 +32,7 @@ SIZES = {
         temporal_mid_block=True,
     ),
 }
+OURS = "qvd_jax"
 FLOAT_MODE = "float"
 
 _TEXT_LENGTH = 77
@@ -87,6 +90,22 @@ def layers(case: Case, variant: Variant) -> LayerSet:
         return replace(FLOAT, dtype=dtype, param_dtype=dtype)
     found = list_layers(UNet3D(case.config), *case.shapes())
     return layer_set(match(named_policy(variant.mode), found), dtype)
+
+
+def needed_bytes(case: Case, variants: Sequence[Variant]) -> int:
+    """Estimate of what variants need that are held at once and run in turn.
+
+    Those of other frameworks are taken for our float UNet of their dtype.
+    """
+    weights, working = 0, 0
+    for variant in variants:
+        mode = variant.mode if variant.framework == OURS else FLOAT_MODE
+        module = UNet3D(case.config, layers(case, replace(variant, mode=mode)))
+        shapes = param_shapes(module, case)
+        weights += checkpoint.tree_bytes(shapes)
+        peak = peak_bytes(module.apply, shapes, *case.shapes())
+        working = max(working, peak - checkpoint.tree_bytes(shapes))
+    return weights + working
 
 
 def random_params(module: UNet3D, case: Case) -> Params:

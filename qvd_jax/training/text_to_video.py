@@ -45,6 +45,7 @@ class TextToVideoConfig:
         lacks starts fresh, as AnimateDiff's motion modules do on an image model. The levels of a
         shallower UNet become the upper ones.
       bank_videos: how many videos are encoded before the training and drawn from.
+      only: train on the videos of the bank whose plain prompt has each of these phrases.
       prompt_dropout: share of the examples whose prompt is empty (Ho and Salimans,
         arXiv 2207.12598).
       word_dropout: share of the words that are replaced by the unknown one.
@@ -67,6 +68,7 @@ class TextToVideoConfig:
     defaults: VideoDefaults
     start: str | None = None
     bank_videos: int = 16384
+    only: tuple[str, ...] = ()
     prompt_dropout: float = 0.1
     word_dropout: float = 0.02
     snr_range: tuple[float, float] = (0.0, 5.0)
@@ -100,6 +102,14 @@ class TextToVideo:
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         with np.load(bank) as stored:
             self._scenes, self._latents = stored["scenes"], stored["latents"]
+        if config.only:
+            kept = [
+                all(phrase in moving_shapes.prompt(scene) for phrase in config.only)
+                for scene in self._scenes
+            ]
+            if not any(kept):
+                raise InputError(f"only = {config.only}: no prompt of the bank has all of them")
+            self._scenes, self._latents = self._scenes[kept], self._latents[kept]
         if config.mean_below_snr > 0:
             self._groups, self._means = _group_means(self._scenes, self._latents)
         self._start: dict[str, Params] = {}

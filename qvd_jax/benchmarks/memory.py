@@ -1,0 +1,74 @@
+"""What a computation needs of memory, estimated before anything is allocated."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from qvd_jax.errors import InputError
+
+
+def check_fits(needed: int, what: str) -> None:
+    """Refuses what the memory of this machine, or of its accelerator, cannot hold.
+
+    Raises:
+      InputError: fewer than `needed` bytes are free.
+    """
+    free = free_bytes()
+    if needed > free:
+        raise InputError(
+            f"{what} needs about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: "
+            f"choose a smaller size, or measure fewer variants at once"
+        )
+
+
+def free_bytes() -> int:
+    """Memory that can still be allocated: the accelerator's, else this machine's."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return 1024 * int(fields["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
+    """The most bytes that are alive at once while `function` runs, its arguments included.
+
+    Counted over the traced program in its order: what a compiler fuses needs less, what it
+    reorders may need more.
+
+    Args:
+      function: of arrays.
+      *arguments: trees of `jax.ShapeDtypeStruct`; nothing is computed.
+    """
+    return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _peak(jaxpr: core.Jaxpr) -> int:
+    last_use: dict[core.Var, int] = {}
+    for position, equation in enumerate(jaxpr.eqns):
+        last_use.update((v, position) for v in equation.invars if isinstance(v, core.Var))
+    kept = {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    # The caller holds the arguments to the end.
+    alive = peak = sum(_bytes(v.aval) for v in (*jaxpr.invars, *jaxpr.constvars))
+    outer = {*jaxpr.invars, *jaxpr.constvars}
+    for position, equation in enumerate(jaxpr.eqns):
+        inputs = sum(_bytes(v.aval) for v in equation.invars)
+        inner = core.jaxprs_in_params(equation.params)
+        outputs = sum(_bytes(v.aval) for v in equation.outvars)
+        peak = max(peak, alive + max([outputs, *(_peak(jaxpr) - inputs for jaxpr in inner)]))
+        alive += outputs
+        for var in {v for v in equation.invars if isinstance(v, core.Var)} - outer - kept:
+            if last_use[var] == position:
+                alive -= _bytes(var.aval)
+    return peak
+
+
+def _bytes(shaped: Any) -> int:
+    return int(shaped.size * shaped.dtype.itemsize) if hasattr(shaped, "size") else 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from qvd_jax import checkpoint
 from qvd_jax.benchmarks import peers, products, rounds, sampling, unet
+from qvd_jax.benchmarks.environment import environment
 from qvd_jax.benchmarks.memory import check_fits
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
@@ -32,8 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {
             "command": f"python -m qvd_jax.benchmark {' '.join(argv or sys.argv[1:])}",
             "case": asdict(case),
-            **rounds.environment(),
+            **environment(),
             "results": results,
+            "table": shown,
         }
         args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -21,6 +21,7 @@ import tqdm
 
 from qvd_jax import checkpoint, report
 from qvd_jax.axes import Array
+from qvd_jax.benchmarks.environment import environment
 from qvd_jax.cli import (
     Inputs,
     add_input_arguments,
@@ -64,21 +65,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     sampled = sample(models, cases, range(args.seed, args.seed + args.seeds))
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
-        "versions": checkpoint.package_versions(),
+        **environment(),
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
         "models": measure(models, sampled, cases, args.seed),
     }
+    results["table"] = report.markdown(results)
     args.out.mkdir(exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "results.md").write_text(report.markdown(results))
+    (args.out / "results.md").write_text(results["table"])
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
     (args.out / "report.html").write_text(report.html(results, shown, cases.inputs.names))
     for name, videos in shown.items():
         sheet = args.out / f"{Path(name).name}.png"
         video_io.write_contact_sheet(sheet, videos)
-    print(report.markdown(results))
+    print(results["table"])
 
 
 def with_size(pipe: VideoPipeline, args: argparse.Namespace) -> VideoPipeline:

@@ -2,13 +2,12 @@
 
     python tests/measure_policies.py --out runs/policies
 
-makes `docs/results/policies_*.json` and `docs/policies.md`: float, QVD and minmax with three seeds
+makes `docs/results/policies_*.json`: float, QVD and minmax with three seeds
 for each prompt, the others with one, and the controlled case (`rescaling.py`). What is there
 already is taken, so that an interrupted run goes on.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from dataclasses import replace
@@ -18,7 +17,7 @@ import numpy as np
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import calibrate, evaluate, report
+from qvd_jax import calibrate, evaluate
 from qvd_jax.data import moving_shapes
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -52,11 +51,6 @@ def main() -> int:
     policies = [f"{policy}-w8a8" for policy in (*MAIN, *OTHERS)]
     measure(out, "rescaled_w8a8", str(rescaled), policies, args.videos, 1)
 
-    results = sorted((DOCS / "results").glob("policies_*.json"))
-    tables = [
-        f"## {path.stem}\n\n{report.markdown(json.loads(path.read_text()))}" for path in results
-    ]
-    (DOCS / "policies.md").write_text("# Policies on the shapes model\n\n" + "\n".join(tables))
     return 0
 
 

@@ -1,17 +1,11 @@
 """Timing variants side by side: a process for each framework, round after round in turn."""
 
-import datetime
-import importlib.metadata
-import importlib.util
 import multiprocessing
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import tqdm
@@ -19,18 +13,6 @@ import tqdm
 from qvd_jax.errors import InputError
 
 WARMUP_ROUNDS = 2
-
-_PACKAGES = (
-    "qvd_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "numpy",
-    "torch",
-    "diffusers",
-    "torchao",
-    "qwix",
-)
 
 Run = Callable[[], None]
 """Does what is timed, once."""
@@ -150,18 +132,3 @@ def table(results: Sequence[Mapping[str, Any]], against: Variant) -> str:
         for r in results
     ]
     return "\n".join(rows)
-
-
-def environment() -> dict[str, Any]:
-    """Hardware and versions a figure depends on."""
-    found = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in found},
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }

@@ -1,0 +1,36 @@
+"""What a measured figure depends on besides the code."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = (
+    "qvd_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "torch",
+    "diffusers",
+    "torchao",
+    "qwix",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions a figure depends on."""
+    found = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in found},
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }

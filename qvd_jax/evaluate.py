@@ -62,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     enable_compilation_cache()
 
     models = {name: with_size(load(name), args) for name in dict.fromkeys(names)}
+    small = min(min(pipe.defaults.height, pipe.defaults.width) for pipe in models.values())
+    if small < paired.SSIM_WINDOW:
+        raise InputError(
+            f"videos of {small} pixels: comparing them needs at least {paired.SSIM_WINDOW}"
+        )
     sampled = sample(models, cases, range(args.seed, args.seed + args.seeds))
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),

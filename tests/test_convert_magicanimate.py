@@ -2,24 +2,20 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-import random_animatediff
 import torch
 from conftest import relative_error
 from diffusers import (
-    AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
     UNet2DConditionModel,
-    UNetMotionModel,
 )
-from original_norms import original_norms
-from pytorch_sources import make_sd15, original_motion, split_motion
+from random_families import MagicAnimate, appearance_weights, make_magicanimate
 
 import qvd_jax
 from convert import names
@@ -29,73 +25,14 @@ from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig, animatediff
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 
-LAST = "up_blocks.{}.attentions.{}.transformer_blocks.0."
-LOST = ("attn1.", "norm2.", "attn2.", "norm3.", "ff.")
 WINDOW = 4
 
 
-class Models(NamedTuple):
-    """What MagicAnimate is made of, in PyTorch."""
-
-    unet: UNetMotionModel
-    appearance: UNet2DConditionModel
-    controlnet: ControlNetModel
-    vae: AutoencoderKL
-    pipe: Any
-
-
-def appearance_weights(
-    weights: dict[str, torch.Tensor], level: int, layer: int
-) -> dict[str, torch.Tensor]:
-    """Those of a UNet that the appearance encoder has (CHECKPOINTS.md 4.3)."""
-    block = LAST.format(level, layer)
-    lost = ("conv_norm_out.", "conv_out.", *(block + part for part in LOST))
-    lost += (block.replace("transformer_blocks.0.", "proj_out."),)
-    return {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
-
-
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> tuple[Path, Models]:
+def models(tmp_path_factory) -> tuple[Path, MagicAnimate]:
     """The folder of everything that is converted, and the networks."""
     root = tmp_path_factory.mktemp("magicanimate")
-    pipe = random_animatediff.make_pipeline(root / "v1", "v1")
-    make_sd15(root / "v1", root / "sd15")
-    torch.manual_seed(1)
-    parts = (
-        # The checkpoint does not tell the heads of the motion modules, 8 in all published ones.
-        UNetMotionModel.from_unet2d(
-            random_animatediff.make_unet2d(),
-            random_animatediff.make_adapter("v1", motion_num_attention_heads=8),
-        ),
-        random_animatediff.make_unet2d(),
-        ControlNetModel(
-            block_out_channels=random_animatediff.CHANNELS,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=24,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            conditioning_embedding_out_channels=(4, 8),
-        ),
-        random_animatediff.make_vae(),
-    )
-    for part in parts:
-        # The UNet, too: all of it is in the checkpoint of the motion modules.
-        random_animatediff.randomize(part.eval())
-    unet, appearance, controlnet, vae = parts
-    vae.save_pretrained(root / "vae")
-    controlnet.save_pretrained(root / "controlnet")
-    appearance.save_pretrained(root / "appearance_encoder")
-    (root / "appearance_encoder" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(
-        appearance_weights(appearance.state_dict(), 1, 1),
-        root / "appearance_encoder" / "diffusion_pytorch_model.bin",
-    )
-    spatial, motion = split_motion(unet.state_dict())
-    content = {f"module.{name}": t for name, t in {**spatial, **original_motion(motion)}.items()}
-    torch.save({"state_dict": content}, root / "temporal_attention.ckpt")
-    original_norms(unet, "v1", WINDOW)
-    return root, Models(unet, appearance, controlnet, vae, pipe)
+    return root, make_magicanimate(root, WINDOW)
 
 
 def arguments(root: Path) -> list[str]:
@@ -128,7 +65,7 @@ def transformers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 @torch.no_grad()
 def oracle(
-    models: Models,
+    models: MagicAnimate,
     image: np.ndarray,
     motion: np.ndarray,
     noise: np.ndarray,

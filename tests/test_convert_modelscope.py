@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import random_animatediff
 import torch
 from conftest import relative_error
-from diffusers import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
 from pytorch_sources import ldm_unet
+from random_families import make_modelscope
 
 import qvd_jax
 from convert import ldm, names
@@ -27,38 +27,7 @@ Tiny = tuple[Path, TextToVideoSDPipeline]
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Tiny:
     folder = tmp_path_factory.mktemp("modelscope") / "tiny"
-    torch.manual_seed(0)
-    unet = UNet3DConditionModel(
-        sample_size=8,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=16,
-    )
-    modules = unet, random_animatediff.make_vae(), random_animatediff.make_text_encoder()
-    for module in modules:
-        random_animatediff.randomize(module)
-    unet, vae, text_encoder = (module.eval() for module in modules)
-    pipe = TextToVideoSDPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=random_animatediff.make_tokenizer(folder / "tokenizer"),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    return folder, pipe
+    return folder, make_modelscope(folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,13 @@ import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-import random_animatediff
 import torch
 from conftest import relative_error
-from diffusers import AnimateDiffSparseControlNetPipeline, SparseControlNetModel
+from diffusers import AnimateDiffSparseControlNetPipeline
 from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl as published
 from PIL import Image
+from random_animatediff import make_adapter
+from random_families import RGB, SCRIBBLE, make_sparsectrl, make_sparsectrl_module
 
 import qvd_jax
 from convert.__main__ import main as convert
@@ -20,48 +21,13 @@ from convert.controlnet import open_controlnet
 from qvd_jax import calibrate, sample
 from qvd_jax.models.configs import ControlNetConfig
 
-RGB, SCRIBBLE = "rgb", "scribble"
-
-
-def make_controlnet(kind: str) -> SparseControlNetModel:
-    """A tiny SparseCtrl for `random_animatediff`'s UNet; its VAE halves the sides once."""
-    torch.manual_seed(1)
-    module = SparseControlNetModel(
-        conditioning_channels=4 if kind == RGB else 3,
-        use_simplified_condition_embedding=kind == RGB,
-        conditioning_embedding_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
-        block_out_channels=random_animatediff.CHANNELS,
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=24,
-        attention_head_dim=4,
-        motion_num_attention_heads=4,
-    )
-    random_animatediff.randomize(module)
-    return module.eval()
-
-
-def to_original(name: str) -> str:
-    """The original code's name of a tensor of diffusers' SparseCtrl."""
-    if ".motion_modules." in name:
-        name = name.replace(".attn1.", ".attention_blocks.0.").replace(".norm1.", ".norms.0.")
-        name = name.replace(".norm3.", ".ff_norm.").replace(".pos_embed.", ".pos_encoder.")
-        head, _, tail = name.partition(".motion_modules.")
-        number, _, rest = tail.partition(".")
-        name = f"{head}.motion_modules.{number}.temporal_transformer.{rest}"
-    return f"module.{name}"
-
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory) -> Path:
     """The folders of both kinds, and an original file of each."""
     root = tmp_path_factory.mktemp("sparsectrl")
     for kind in (RGB, SCRIBBLE):
-        module = make_controlnet(kind)
-        module.save_pretrained(root / kind)
-        original = {to_original(name): t.clone() for name, t in module.state_dict().items()}
-        torch.save({"controlnet": original, "epoch": 3}, root / f"{kind}.ckpt")
+        make_sparsectrl(kind, root)
     return root
 
 
@@ -85,7 +51,7 @@ def test_latents_equal_diffusers_pipeline(converted, tiny, monkeypatch):
     theirs = AnimateDiffSparseControlNetPipeline(
         **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
         motion_adapter=parts["motion_adapter"],
-        controlnet=make_controlnet(kind),
+        controlnet=make_sparsectrl_module(kind),
     )
     theirs.set_progress_bar_config(disable=True)
     key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
@@ -197,7 +163,7 @@ def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path
 
 
 def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):
-    random_animatediff.make_adapter("v2").save_pretrained(tmp_path / "motion")
+    make_adapter("v2").save_pretrained(tmp_path / "motion")
     options = ["--controlnet", str(tmp_path / "motion"), "--out", str(tmp_path / "out")]
     assert convert([str(tiny[0]), *options]) == 2
     assert "is no ControlNet: it has no controlnet_down_blocks" in capsys.readouterr().err

@@ -7,20 +7,18 @@ import imageio.v3 as imageio
 import jax
 import numpy as np
 import pytest
-import random_animatediff
 import torch
 from conftest import relative_error
 from diffusers import (
     AutoencoderKLTemporalDecoder,
-    EulerDiscreteScheduler,
     StableVideoDiffusionPipeline,
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
 from PIL import Image
 from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
+from random_families import make_svd
 from safetensors.torch import save_file
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import qvd_jax
 from convert import ldm, names, svd
@@ -34,70 +32,10 @@ from qvd_jax.pipelines.image_to_video import resize_antialiased
 Tiny = tuple[Path, StableVideoDiffusionPipeline]
 
 
-def make_unet() -> UNetSpatioTemporalConditionModel:
-    return UNetSpatioTemporalConditionModel(
-        sample_size=8,
-        block_out_channels=(64, 128),
-        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        num_attention_heads=(2, 4),
-        num_frames=3,
-    )
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Tiny:
     folder = tmp_path_factory.mktemp("svd") / "tiny"
-    torch.manual_seed(0)
-    modules = (
-        make_unet(),
-        AutoencoderKLTemporalDecoder(
-            block_out_channels=(32, 64),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            layers_per_block=2,
-        ),
-        CLIPVisionModelWithProjection(
-            CLIPVisionConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=16,
-                image_size=224,
-                patch_size=56,
-                projection_dim=24,
-                hidden_act="gelu",
-            )
-        ),
-    )
-    for module in modules:
-        random_animatediff.randomize(module)
-    unet, vae, image_encoder = (module.eval() for module in modules)
-    # The original code has no such layer.
-    torch.nn.init.dirac_(vae.quant_conv.weight)
-    torch.nn.init.zeros_(vae.quant_conv.bias)
-    pipe = StableVideoDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        image_encoder=image_encoder,
-        feature_extractor=CLIPImageProcessor(),
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            prediction_type="v_prediction",
-            use_karras_sigmas=True,
-            sigma_min=0.002,
-            sigma_max=700.0,
-            timestep_spacing="leading",
-            timestep_type="continuous",
-            steps_offset=1,
-        ),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    pipe.save_pretrained(folder)
-    return folder, pipe
+    return folder, make_svd(folder)
 
 
 @pytest.fixture(scope="module")

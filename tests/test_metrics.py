@@ -52,6 +52,8 @@ def test_ssim_against_windows_taken_one_by_one():
 def test_other_shapes_cannot_be_compared():
     with pytest.raises(ValueError, match=r"cannot be compared"):
         paired.psnr(videos(0), videos(0)[:1])
+    with pytest.raises(ValueError, match=r"SSIM needs 11 pixels on each side"):
+        paired.ssim(videos(0)[:, :, :10], videos(0)[:, :, :10])
 
 
 def test_flicker_is_zero_for_steady_change_and_counts_jumps():

@@ -6,6 +6,8 @@ from scipy import ndimage
 _PEAK = 255.0
 _WINDOW_SIGMA = 1.5
 _WINDOW_RADIUS = 5
+SSIM_WINDOW = 2 * _WINDOW_RADIUS + 1
+"""Pixels that `ssim` needs on each side."""
 
 
 def psnr(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
@@ -36,8 +38,13 @@ def ssim(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
 
     Returns:
       `[B]`, 1 where they are equal.
+
+    Raises:
+      ValueError: the videos are of other shapes, or too small.
     """
     _check_same_shape(reference, candidate)
+    if min(reference.shape[2:4]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels on each side: {reference.shape}")
     x, y = reference.astype(np.float64), candidate.astype(np.float64)
     c1, c2 = (0.01 * _PEAK) ** 2, (0.03 * _PEAK) ** 2
     mean_x, mean_y = _blur(x), _blur(y)

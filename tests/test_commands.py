@@ -1,0 +1,112 @@
+"""The commands at the head of every config, run as they stand, on tiny random weights."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import random_families
+import torch
+from pytorch_sources import (
+    make_sd15,
+    original_motion,
+    read_weights,
+    split_motion,
+)
+from random_animatediff import make_pipeline
+from safetensors.torch import save_file
+
+import convert.__main__ as convert
+from qvd_jax import calibrate, evaluate, sample
+from qvd_jax.data.video_io import write_video
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZE = ["--frames", "3", "--height", "16", "--width", "24", "--steps", "2"]
+PROGRAMS = {
+    "convert": convert.main,
+    "qvd_jax.calibrate": calibrate.main,
+    "qvd_jax.sample": sample.main,
+    "qvd_jax.evaluate": evaluate.main,
+}
+
+
+def make_animatediff(root: Path, version: str, motion_file: str) -> None:
+    """Stable Diffusion 1.5 and motion modules, as two publishers have them."""
+    make_pipeline(root / version, version)
+    make_sd15(root / version, root / "stable-diffusion-v1-5")
+    _, motion = split_motion(read_weights(root / version / "unet"))
+    if motion_file.endswith("safetensors"):
+        save_file(motion, root / motion_file)
+    else:
+        torch.save(original_motion(motion), root / motion_file)
+
+
+def make_sparsectrl(root: Path) -> None:
+    make_animatediff(root, "v3", "v3_sd15_mm.ckpt")
+    random_families.make_sparsectrl("rgb", root)
+    (root / "rgb.ckpt").rename(root / "v3_sd15_sparsectrl_rgb.ckpt")
+    lora = {}
+    for name, weight in read_weights(root / "v3" / "unet").items():
+        if found := re.search(
+            r"(.*\.attentions\..*attn\d)\.(to_(?:q|k|v|out))(?:\.0)?\.weight$", name
+        ):
+            stem = f"{found[1]}.processor.{found[2]}_lora"
+            lora[f"{stem}.up.weight"] = torch.randn(weight.shape[0], 2)
+            lora[f"{stem}.down.weight"] = torch.randn(2, weight.shape[1])
+    torch.save(lora, root / "v3_sd15_adapter.ckpt")
+
+
+def make_magicanimate(root: Path) -> None:
+    random_families.make_magicanimate(root, 4)
+    for found, published in {
+        "sd15": "stable-diffusion-v1-5",
+        "vae": "sd-vae-ft-mse",
+        "temporal_attention.ckpt": "MagicAnimate/temporal_attention/temporal_attention.ckpt",
+        "controlnet": "MagicAnimate/densepose_controlnet",
+        "appearance_encoder": "MagicAnimate/appearance_encoder",
+    }.items():
+        (root / published).parent.mkdir(parents=True, exist_ok=True)
+        (root / found).rename(root / published)
+
+
+SOURCES: dict[str, Callable[[Path], object]] = {
+    "animatediff": lambda root: make_animatediff(root, "v2", "mm_sd_v15_v2.ckpt"),
+    "animatelcm": lambda root: make_animatediff(root, "v2", "AnimateLCM_sd15_t2v.ckpt"),
+    "lightning": lambda root: make_animatediff(
+        root, "v2", "animatediff_lightning_4step_diffusers.safetensors"
+    ),
+    "sparsectrl": make_sparsectrl,
+    "modelscope": lambda root: random_families.make_modelscope(root / "text-to-video-ms-1.7b"),
+    "svd": lambda root: random_families.make_svd(root / "stable-video-diffusion-img2vid"),
+    "magicanimate": make_magicanimate,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_model_goes_from_its_published_files_to_its_evaluation(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    SOURCES[name](tmp_path)
+    (tmp_path / "prompts.txt").write_text("a corgi on a beach\na fox in the snow\n")
+    rng = np.random.default_rng(0)
+    for picture in ("corgi", "fox", "dancer", "singer", "first"):
+        image = rng.integers(256, size=(16, 24, 3), dtype=np.uint8)
+        imageio.imwrite(f"{picture}.png", image)
+    poses = np.kron(rng.integers(256, size=(3, 2, 3, 3), dtype=np.uint8), np.ones((1, 8, 8, 1)))
+    write_video(Path("poses.mp4"), poses.astype(np.uint8), 8)
+
+    lines = re.findall(r"^# python -m (.+)$", (CONFIGS / f"{name}.yaml").read_text(), re.M)
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert PROGRAMS[program]([*arguments, *([] if program == "convert" else SIZE)]) == 0, line
+
+    reference, candidate = json.loads(Path(f"{name}-results/results.json").read_text())["models"]
+    assert reference["policy"] == "float"
+    assert candidate["unet_bytes"] < 0.5 * reference["unet_bytes"]
+    assert candidate["latent_sqnr"][-1] > 20
+    assert Path(f"{name}-results/report.html").is_file()

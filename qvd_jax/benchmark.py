@@ -2,23 +2,29 @@
 
 import argparse
 import importlib.util
+import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks import peers, products, rounds, sampling, unet
+from qvd_jax.benchmarks import growth, peers, products, rounds, sampling, unet
 from qvd_jax.benchmarks.environment import environment
 from qvd_jax.benchmarks.memory import check_fits
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
+from qvd_jax.config import from_dict
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.quant.policy import named_policy
+
+# Where a checkpoint brings none; the time does not depend on it.
+_PROMPT = "a corgi on a beach"
 
 
 @command
@@ -66,6 +72,7 @@ def measure_unet(args: argparse.Namespace) -> Measured:
 def measure_sample(args: argparse.Namespace) -> Measured:
     """Whole videos: start-up and time."""
     case, variants = _sample_case(args)
+    _check_fits([case], variants)
     starts = sampling.measure_start(case, variants)
     timed = rounds.measure({unet.OURS: sampling.build}, case, variants, args.rounds)
     results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
@@ -76,8 +83,18 @@ def measure_sample(args: argparse.Namespace) -> Measured:
 def measure_memory(args: argparse.Namespace) -> Measured:
     """Peak memory of loading and sampling."""
     case, variants = _sample_case(args)
+    _check_fits([case], variants)
     results = sampling.measure_memory(case, variants)
     return case, results, sampling.table(results)
+
+
+def measure_growth(args: argparse.Namespace) -> Measured:
+    """Time and peak memory as frames, size and videos grow."""
+    case, variants = _sample_case(args)
+    _check_fits((grown for _, _, grown in growth.cases(case)), variants)
+    results = growth.measure(case, variants)
+    growth.plot(results, args.plot)
+    return case, results, growth.table(results)
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
@@ -85,6 +102,7 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "unet": measure_unet,
     "sample": measure_sample,
     "memory": measure_memory,
+    "growth": measure_growth,
 }
 
 
@@ -98,16 +116,29 @@ def _unet_case(args: argparse.Namespace) -> unet.Case:
 
 
 def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
-    manifests = [checkpoint.read_manifest(checkpoint.find(name)) for name in args.checkpoint]
-    prompts = manifests[0].example_prompts[: args.batch]
-    if not prompts:
-        raise InputError(f"{args.checkpoint[0]} has no prompts of its own")
-    steps = args.steps if args.what == "sample" else None
-    case = sampling.SampleCase(tuple(prompts), steps, args.frames, args.height, args.width)
-    variants = [Variant(unet.OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype]
-    for variant in variants:
-        check_fits(sampling.needed_bytes(case, variant), f"sampling with {variant.mode}")
-    return case, variants
+    paths = [checkpoint.find(name) for name in args.checkpoint]
+    first, *_ = manifests = [checkpoint.read_manifest(path) for path in paths]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.takes_images or manifest.takes_conditions:
+            raise InputError(f"{path} needs more than prompts; only text to video is measured")
+    prompts = first.example_prompts or [_PROMPT]
+    defaults = from_dict(VideoDefaults, first.defaults, f"{paths[0]}: defaults")
+    case = sampling.SampleCase(
+        prompts=tuple(itertools.islice(itertools.cycle(prompts), args.batch)),
+        steps=vars(args).get("steps") or defaults.steps,
+        frames=args.frames or defaults.frames,
+        height=args.height or defaults.height,
+        width=args.width or defaults.width,
+    )
+    return case, [
+        Variant(unet.OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype
+    ]
+
+
+def _check_fits(cases: Iterable[sampling.SampleCase], variants: Iterable[Variant]) -> None:
+    for case, variant in itertools.product(cases, variants):
+        what = f"sampling {case.frames} frames of {case.height}x{case.width} with {variant.mode}"
+        check_fits(sampling.needed_bytes(case, variant), what)
 
 
 def installed(names: Sequence[str]) -> list[str]:
@@ -152,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
         "unet": what.add_parser("unet", help="one forward of the UNet, beside the peers'"),
         "sample": what.add_parser("sample", help="whole videos: start-up and time"),
         "memory": what.add_parser("memory", help="peak memory of loading and sampling"),
+        "growth": what.add_parser("growth", help="cost by frames, size and number of videos"),
     }
     for name, one in parsers.items():
         one.add_argument("--batch", type=positive_int, default=1, metavar="B")
@@ -165,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
         if name == "unet":
             one.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
-        if name == "sample":
+        if name == "growth":
+            one.add_argument("--plot", type=Path, required=True, metavar="FILE.png")
+        if name in ("sample", "growth"):
             one.add_argument("--steps", type=positive_int, metavar="N")
         if name in ("unet", "sample"):
             one.add_argument("--rounds", type=positive_int, default=9, metavar="N")

@@ -4,15 +4,13 @@ import functools
 import json
 import re
 import time
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import qvd_jax
 from qvd_jax import benchmark
-from qvd_jax.benchmarks import memory, products, rounds
+from qvd_jax.benchmarks import growth, memory, products, rounds
 from qvd_jax.benchmarks.unet import SIZES, Case
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D
@@ -58,11 +56,9 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["sample", "memory"])
 def test_checkpoints_are_timed_and_weighed(tiny_checkpoint, tmp_path, capsys, what):
-    pipe = qvd_jax.load(tiny_checkpoint)
-    qvd_jax.save(replace(pipe, defaults=replace(pipe.defaults, prompts=("a",))), tmp_path / "own")
-    sizes = ["--frames", "2", "--height", "8", "--width", "8", "--steps", "2"]
-    options = ["--checkpoint", str(tmp_path / "own"), "--dtype", "float32", *sizes]
-    options += ["--rounds", "2"] if what == "sample" else []
+    options = ["--frames", "2", "--height", "8", "--width", "8", "--dtype", "float32"]
+    options += ["--checkpoint", str(tiny_checkpoint)]
+    options += ["--rounds", "2", "--steps", "2"] if what == "sample" else []
     out = tmp_path / "out.json"
     assert benchmark.main([what, *options, "--out", str(out)]) == 0
     (result,) = json.loads(out.read_text())["results"]
@@ -71,6 +67,26 @@ def test_checkpoints_are_timed_and_weighed(tiny_checkpoint, tmp_path, capsys, wh
     else:
         assert 1e8 < result["load_bytes"] < result["sample_2_bytes"]
     assert "| checkpoint | dtype |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_growth_is_measured_and_drawn(tiny_checkpoint, tmp_path, monkeypatch):
+    for name in ("FRAMES", "SIDES", "VIDEOS"):
+        monkeypatch.setattr(growth, name, (1, 2))
+    out, plot = tmp_path / "growth.json", tmp_path / "growth.png"
+    options = ["--checkpoint", str(tiny_checkpoint), "--dtype", "float32", "--steps", "1"]
+    options += ["--frames", "2", "--height", "8", "--width", "8"]
+    assert benchmark.main(["growth", *options, "--out", str(out), "--plot", str(plot)]) == 0
+    record = json.loads(out.read_text())
+    found = [(r["grows"], r["value"]) for r in record["results"]]
+    assert found == [
+        *(("frames", 1), ("frames", 2)),
+        *(("pixels", 64), ("pixels", 256)),
+        *(("videos", 1), ("videos", 2)),
+    ]
+    assert all(r["seconds"] > 0 and r["peak_bytes"] > 1e8 for r in record["results"])
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert record["table"].count("\n") == 1 + len(found)
 
 
 def build_sleeper(case, variant):
@@ -129,4 +145,4 @@ def test_what_cannot_fit_is_refused_before_anything_is_allocated(capsys):
     assert benchmark.main(["products", "--size", "tiny", *huge[:4]]) == 2
     assert "the largest product needs about" in capsys.readouterr().err
     assert benchmark.main(["memory", "--checkpoint", "shapes", *huge]) == 2
-    assert "sampling with shapes needs about" in capsys.readouterr().err
+    assert "sampling 16 frames of 65536x65536 with shapes needs about" in capsys.readouterr().err

@@ -28,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = open_source(
         args.source,
         args.motion,
-        loras,
-        args.controlnet,
-        args.preset,
-        args.unet,
-        args.vae,
-        args.appearance_encoder,
+        loras=loras,
+        controlnet=args.controlnet,
+        preset=args.preset,
+        unet=args.unet,
+        vae=args.vae,
+        appearance_encoder=args.appearance_encoder,
     )
     print(source.description)
     for note in source.notes:

@@ -16,7 +16,7 @@ from convert.lora import merge_lora
 from convert.names import Names
 from convert.parts import Parts, open_parts
 from convert.tensors import PICKLES, Tensors, open_model, read_json
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, memory
 from qvd_jax.diffusion import schedules
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
@@ -90,6 +90,7 @@ _NAMES: dict[str, Names] = {
 def open_source(
     source: Path,
     motion: Path | None = None,
+    *,
     loras: Sequence[tuple[Path, float]] = (),
     controlnet: Path | None = None,
     preset: str | None = None,
@@ -178,7 +179,7 @@ def write_checkpoint(
       InputError: tensors are missing, extra or misshapen, `out` exists, or space is short.
     """
     shapes = source.configs.param_shapes(dtype)
-    total = checkpoint.tree_bytes(shapes)
+    total = memory.tree_bytes(shapes)
     checkpoint.check_space(out.parent, total)
     for name, tensors in source.tensors.items():
         names.check_names(shapes[name], _NAMES[name], tensors, name)

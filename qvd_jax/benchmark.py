@@ -13,12 +13,12 @@ from typing import Any
 from qvd_jax import checkpoint
 from qvd_jax.benchmarks import growth, peers, products, rounds, sampling, unet
 from qvd_jax.benchmarks.environment import environment
-from qvd_jax.benchmarks.memory import check_fits
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.config import from_dict
 from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
+from qvd_jax.memory import check_fits
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.quant.policy import named_policy

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import tqdm
 
-from qvd_jax import checkpoint, report
+from qvd_jax import checkpoint, memory, report
 from qvd_jax.cli import (
     add_input_arguments,
     add_size_arguments,
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{args.out}: {time.perf_counter() - started:.0f} s")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
     for name, place, model in (("float", source, pipe), (policy.name, args.out, quantized)):
-        held = checkpoint.tree_bytes(model.params["unet"])
+        held = memory.tree_bytes(model.params["unet"])
         print(
             f"UNet, {name}: {checkpoint.disk_bytes(place / 'unet') / 1e6:.1f} MB on disk, "
             f"{held / 1e6:.1f} MB in memory, {held / float32:.3f} of float32's"

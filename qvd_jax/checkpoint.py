@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -22,7 +21,6 @@ from typing import Any, TypeVar
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -135,13 +133,6 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path} exists already; pass --overwrite (overwrite=True) to replace it")
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path} exists and is no qvd_jax checkpoint; it is not replaced")
-
-
-def tree_bytes(tree: Params) -> int:
-    """Bytes of all arrays (or shapes) of a tree, as they are stored: two int4 in one byte."""
-    leaves = jax.tree.leaves(tree)
-    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves)
-    return sum(math.prod(leaf.shape) * n for leaf, n in zip(leaves, bits, strict=True)) // 8
 
 
 def disk_bytes(folder: Path) -> int:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import tqdm
 
-from qvd_jax import checkpoint, report
+from qvd_jax import checkpoint, memory, report
 from qvd_jax.axes import Array
 from qvd_jax.benchmarks.environment import environment
 from qvd_jax.cli import (
@@ -201,7 +201,7 @@ def measure(
         entry: dict[str, Any] = {
             "name": name,
             "policy": pipe.quantization.policy if pipe.quantization else "float",
-            "unet_bytes": checkpoint.tree_bytes(pipe.params["unet"]),
+            "unet_bytes": memory.tree_bytes(pipe.params["unet"]),
             "seconds_per_video": found.seconds,
             "steps": pipe.defaults.steps,
             "guidance_scale": pipe.defaults.guidance_scale,

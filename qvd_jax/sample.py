@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, memory
 from qvd_jax.cli import (
     add_input_arguments,
     add_size_arguments,
@@ -141,7 +141,7 @@ def _set(bar: tqdm.tqdm, done: int) -> None:
 def cost(name: str, pipe: VideoPipeline, seconds: dict[str, float]) -> dict[str, str]:
     """What a model takes, by column of the table."""
     on_disk = checkpoint.disk_bytes(checkpoint.find(name) / "unet")
-    in_memory = checkpoint.tree_bytes(pipe.params["unet"])
+    in_memory = memory.tree_bytes(pipe.params["unet"])
     return {
         "": name,
         "UNet on disk": f"{on_disk / 1e6:.1f} MB",

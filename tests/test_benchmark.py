@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from qvd_jax import benchmark
-from qvd_jax.benchmarks import growth, memory, products, rounds
+from qvd_jax import benchmark, memory
+from qvd_jax.benchmarks import growth, products, rounds
 from qvd_jax.benchmarks.unet import SIZES, Case
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D

@@ -15,15 +15,17 @@ ALLOWED = {
     "config": {"errors"},
     "cli": {"checkpoint", "data", "errors"},
     "checkpoint": GROUND,
+    "memory": {"axes", "errors"},
     "kernels": {"axes"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
     "data": GROUND,
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
-    "pipelines": GROUND | {"checkpoint", "models", "diffusion", "quant"},
+    "pipelines": GROUND | {"checkpoint", "memory", "models", "diffusion", "quant"},
     "report": GROUND | {"data", "quant"},
-    "benchmarks": GROUND | {"cli", "kernels", "models", "pipelines", "quant"},
+    "benchmarks": GROUND
+    | {"checkpoint", "cli", "kernels", "memory", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}

@@ -8,8 +8,11 @@ import torch
 from conftest import relative_error
 
 import qvd_jax
+from qvd_jax import memory
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError
+from qvd_jax.memory import tree_bytes
+from qvd_jax.pipelines import pipeline
 
 PROMPTS = ["a red circle", "a blue square moving left"]
 SMALL = {"frames": 3, "height": 8, "width": 12, "steps": 2}
@@ -102,8 +105,18 @@ def test_bfloat16_stays_near_float32(pipe, tiny_checkpoint):
 def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     latents = noise(2, 5, 4, 6, 4)
     whole = pipe.decode(latents)
-    monkeypatch.setattr("qvd_jax.pipelines.pipeline._DECODE_PIXELS", 2 * 8 * 12)
+    # As if a quarter of the memory held two and a half frames.
+    needed = tree_bytes(pipe.params["vae"]) + memory.total_bytes() // 10
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
+    decode, seen = pipeline._decode, []
+
+    def spy(vae, params, part):
+        seen.append(part.shape[1])
+        return decode(vae, params, part)
+
+    monkeypatch.setattr(pipeline, "_decode", spy)
     np.testing.assert_array_equal(pipe.decode(latents), whole)
+    assert seen == [2, 2, 2] * 2
 
 
 def test_frames_beyond_the_positions_run_in_windows(pipe):

@@ -16,11 +16,11 @@ import jax
 import tqdm
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks.memory import peak_bytes
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.cli import enable_compilation_cache
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
+from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -78,7 +78,7 @@ def needed_bytes(case: SampleCase, variant: Variant) -> int:
     shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
     unet = configs.modules(DTYPES[variant.dtype])["unet"]
     params = {"params": configs.param_shapes(DTYPES[variant.dtype])["unet"]}
-    working = peak_bytes(unet.apply, params, *shapes) - checkpoint.tree_bytes(params)
+    working = peak_bytes(unet.apply, params, *shapes) - tree_bytes(params)
     halves = 1 if defaults.guidance_scale == 1 else 2
     return checkpoint.disk_bytes(path) + halves * len(case.prompts) * working
 

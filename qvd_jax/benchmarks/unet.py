@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.benchmarks.memory import peak_bytes
 from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
@@ -102,9 +101,9 @@ def needed_bytes(case: Case, variants: Sequence[Variant]) -> int:
         mode = variant.mode if variant.framework == OURS else FLOAT_MODE
         module = UNet3D(case.config, layers(case, replace(variant, mode=mode)))
         shapes = param_shapes(module, case)
-        weights += checkpoint.tree_bytes(shapes)
+        weights += tree_bytes(shapes)
         peak = peak_bytes(module.apply, shapes, *case.shapes())
-        working = max(working, peak - checkpoint.tree_bytes(shapes))
+        working = max(working, peak - tree_bytes(shapes))
     return weights + working
 
 

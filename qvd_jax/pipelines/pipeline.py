@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
@@ -18,6 +19,7 @@ from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError
+from qvd_jax.memory import tree_bytes
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
 from qvd_jax.pipelines.components import GAINS, ComponentConfigs
@@ -26,9 +28,8 @@ from qvd_jax.quant.policy import Quantization
 OutputType = Literal["video", "latents"]
 StepCallback = Callable[[int, Array], None]
 
-# The decoder's largest activations grow with the pixels it handles at once: eight frames of
-# 512x512, or all frames of a small video.
-_DECODE_PIXELS = 8 * 512 * 512
+# Of all memory, what the decoder's values may take.
+_DECODE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,8 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
     def decode(self, latents: Array | np.ndarray) -> np.ndarray:
         """Pixels of latents.
 
-        A VAE that takes every frame alone does so in chunks of frames, so that memory does not
-        grow with their number.
+        A VAE that takes every frame alone does so in chunks of as many frames as a quarter of the
+        memory holds.
 
         Args:
           latents: `[B, F, h, w, C]`.
@@ -169,9 +170,14 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         Returns:
           uint8 `[B, F, H, W, 3]`.
         """
-        videos, frames, height, width, _ = latents.shape
-        pixels = height * width * self.vae.config.stride**2
-        together = frames if self.vae.config.temporal_decoder else _DECODE_PIXELS // pixels
+        videos, frames, *_ = latents.shape
+        together = frames
+        if not self.vae.config.temporal_decoder:
+            weights = self.params["vae"]
+            decode_one = functools.partial(_decode, self.vae)
+            needed = memory.peak_bytes(decode_one, weights, latents[:1, :1])
+            allowed = _DECODE_SHARE * memory.total_bytes()
+            together = int(allowed // (needed - tree_bytes(weights)))
         chunks = math.ceil(frames / max(1, together))
         size = math.ceil(frames / chunks)
         decoded = []

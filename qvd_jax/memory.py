@@ -1,13 +1,16 @@
 """What a computation needs of memory, estimated before anything is allocated."""
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
+from qvd_jax.axes import Params
 from qvd_jax.errors import InputError
 
 
@@ -27,14 +30,25 @@ def check_fits(needed: int, what: str) -> None:
 
 def free_bytes() -> int:
     """Memory that can still be allocated: the accelerator's, else this machine's."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
+    stats = _accelerator()
+    if stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         return 1024 * int(fields["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_bytes()
+
+
+def total_bytes() -> int:
+    """All memory: the accelerator's, else this machine's."""
+    stats = _accelerator()
+    return int(stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+
+
+def _accelerator() -> dict[str, int]:
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats if "bytes_limit" in stats else {}
 
 
 def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
@@ -45,9 +59,16 @@ def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
 
     Args:
       function: of arrays.
-      *arguments: trees of `jax.ShapeDtypeStruct`; nothing is computed.
+      *arguments: trees of arrays or of `jax.ShapeDtypeStruct`; nothing is computed.
     """
     return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def tree_bytes(tree: Params) -> int:
+    """Bytes of all arrays (or shapes) of a tree, as they are stored: two int4 in one byte."""
+    leaves = jax.tree.leaves(tree)
+    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.shape) * n for leaf, n in zip(leaves, bits, strict=True)) // 8
 
 
 def _peak(jaxpr: core.Jaxpr) -> int:

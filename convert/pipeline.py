@@ -127,6 +127,11 @@ def open_source(
         tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
         opened = opened._replace(config=replace(opened.config, controlnet=config))
         notes.append(f"added {controlnet.name}")
+        if appearance_encoder is None and not config.ignores_latents:
+            raise InputError(
+                f"{controlnet} is an ordinary ControlNet; AnimateDiff takes SparseCtrl, and "
+                f"MagicAnimate's ControlNet comes with --appearance-encoder"
+            )
     if appearance_encoder is not None:
         found = magicanimate.open_appearance_encoder(appearance_encoder)
         tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in found.items()}

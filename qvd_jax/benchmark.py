@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -16,10 +17,10 @@ from qvd_jax.benchmarks.environment import environment
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.config import from_dict
-from qvd_jax.data.video_io import check_writable
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_writable, replace_when_whole, write_text
 from qvd_jax.memory import check_fits
-from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.quant.policy import named_policy
 
@@ -31,8 +32,11 @@ _PROMPT = "a corgi on a beach"
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, measures, prints the table, writes the JSON."""
     args = _parser().parse_args(argv)
-    if args.out:
-        check_writable(args.out, overwrite=args.overwrite)
+    # Several processes share an accelerator, this one among them.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    for path in (args.out, vars(args).get("plot")):
+        if path:
+            check_writable(path, overwrite=args.overwrite)
     case, results, shown = MEASUREMENTS[args.what](args)
     print(shown)
     if args.out:
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "results": results,
             "table": shown,
         }
-        args.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(args.out, json.dumps(record, indent=2) + "\n")
 
 
 Measured = tuple[unet.Case | sampling.SampleCase, list[dict[str, Any]], str]
@@ -93,7 +97,8 @@ def measure_growth(args: argparse.Namespace) -> Measured:
     case, variants = _sample_case(args)
     _check_fits((grown for _, _, grown in growth.cases(case)), variants)
     results = growth.measure(case, variants)
-    growth.plot(results, args.plot)
+    picture = growth.plot(results)
+    replace_when_whole(args.plot, lambda partial: partial.write_bytes(picture))
     return case, results, growth.table(results)
 
 
@@ -110,6 +115,9 @@ def _unet_case(args: argparse.Namespace) -> unet.Case:
     frames, height, width = args.frames or 8, args.height or 128, args.width or 128
     case = unet.Case(args.size, args.batch, frames, height // 8, width // 8)
     stride = 8 * case.config.stride
+    limit = case.config.max_frames or frames
+    if frames > limit:
+        raise InputError(f"--frames {frames}: the UNet takes at most {limit} at once")
     if height % stride or width % stride:
         raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
     return case
@@ -130,9 +138,14 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         height=args.height or defaults.height,
         width=args.width or defaults.width,
     )
-    return case, [
-        Variant(unet.OURS, name, dtype) for name in args.checkpoint for dtype in args.dtype
-    ]
+    components = from_dict(ComponentConfigs, first.components, f"{paths[0]}: components")
+    stride = components.vae.stride * components.unet.stride
+    if case.height % stride or case.width % stride:
+        raise InputError(
+            f"{case.height}x{case.width} pixels: both sides must be multiples of {stride}"
+        )
+    variants = itertools.product([unet.OURS], args.checkpoint, args.dtype)
+    return case, list(dict.fromkeys(itertools.starmap(Variant, variants)))
 
 
 def _check_fits(cases: Iterable[sampling.SampleCase], variants: Iterable[Variant]) -> None:
@@ -167,12 +180,14 @@ def unet_variants(
         unet.OURS: (unet.FLOAT_MODE, *policies),
         **{name: peers.MODES[name] for name in against},
     }
-    return [
-        Variant(framework, mode, dtype)
-        for framework, names in modes.items()
-        for mode in names
-        for dtype in dtypes
-    ]
+    return list(
+        dict.fromkeys(
+            Variant(framework, mode, dtype)
+            for framework, names in modes.items()
+            for mode in names
+            for dtype in dtypes
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

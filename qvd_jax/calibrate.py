@@ -19,10 +19,11 @@ from qvd_jax.cli import (
     positive_int,
     read_conditions,
     read_inputs,
+    seed_int,
 )
 from qvd_jax.config import from_dict, read_yaml
-from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_writable
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
 from qvd_jax.quant.policy import Policy, match, match_table, named_policy
@@ -34,12 +35,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
-        video_io.check_writable(
-            args.report / "report.html" if args.report.is_dir() else args.report,
-            overwrite=args.overwrite,
-        )
+        for name in report.CALIBRATION_FILES if args.report.is_dir() else [""]:
+            check_writable(args.report / name, overwrite=args.overwrite and args.report.is_dir())
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
+    if args.out.resolve() == source.resolve():
+        raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
     if checkpoint.read_manifest(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     inputs, conditions = read_inputs(args, source), read_conditions(args, source)
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=seed_int, default=0, metavar="N")
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="writes DIR/report.html, pictures"
     )

@@ -242,7 +242,9 @@ def restore_params(
             stored = checkpointer.metadata(item).item_metadata
             shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored.tree)
         except Exception as error:
-            raise InputError(f"{item} is damaged: its index cannot be read") from error
+            raise InputError(
+                f"{item} is damaged: its index cannot be read: {first_line(error)}"
+            ) from error
         check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -252,7 +254,9 @@ def restore_params(
         try:
             return checkpointer.restore(item, target)
         except Exception as error:
-            raise InputError(f"{item} is damaged: its arrays cannot be read") from error
+            raise InputError(
+                f"{item} is damaged, or memory too small: {first_line(error)}"
+            ) from error
 
 
 def save_component(folder: Path, name: str, config: Any, params: Params, description: str) -> None:
@@ -306,9 +310,18 @@ def write_layer_reports(folder: Path, reports: Sequence[dict[str, Any]]) -> None
 
 
 def read_layer_reports(path: Path) -> list[dict[str, Any]]:
-    """What the layers of a quantized checkpoint were worth; nothing for a float one."""
+    """What the layers of a quantized checkpoint were worth; nothing for a float one.
+
+    Raises:
+      InputError: the file is damaged.
+    """
     file = path / LAYER_REPORTS
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    if not file.is_file():
+        return []
+    try:
+        return list(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def stored_dtype(folder: Path, name: str) -> np.dtype:

@@ -172,6 +172,22 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     return Inputs(prompts, prompts)
 
 
+def check_same_inputs(names: Sequence[str]) -> None:
+    """Refuses checkpoints, or names of the package's, that cannot be given the same inputs.
+
+    Raises:
+      InputError: one is no checkpoint, or takes others than the first.
+    """
+    manifests = [checkpoint.read_manifest(checkpoint.find(name)) for name in names]
+    kinds = [(m.takes_images, m.takes_motion_video, m.takes_conditions) for m in manifests]
+    for name, manifest, kind in zip(names, manifests, kinds, strict=True):
+        if kind != kinds[0]:
+            raise InputError(
+                f"{names[0]} ({manifests[0].family}) and {name} ({manifest.family}) take other "
+                f"inputs; they cannot be shown side by side"
+            )
+
+
 def _prompts_of(path: Path | None) -> list[str]:
     return [] if path is None else read_prompts(path)
 
@@ -186,6 +202,14 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Those of the named arguments that were passed."""
     return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def seed_int(text: str) -> int:
+    """An argparse type: a seed, of 32 bits."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{value} is no seed; 0 to {2**32 - 1} are")
+    return value
 
 
 def positive_int(text: str) -> int:

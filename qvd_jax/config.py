@@ -108,7 +108,13 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise InputError(f"{where}: a list is needed, got {value!r}")
-        return tuple(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(value))
+        hints = arguments
+        if arguments[-1] is Ellipsis:
+            hints = arguments[:1] * len(value)
+        if len(value) != len(hints):
+            raise InputError(f"{where}: {len(hints)} values are needed, got {value!r}")
+        pairs = enumerate(zip(value, hints, strict=True))
+        return tuple(_convert(item, hint, f"{where}[{i}]") for i, (item, hint) in pairs)
     if dataclasses.is_dataclass(hint):
         return from_dict(typing.cast("type[Any]", hint), value, where)
     if origin is dict:

@@ -10,8 +10,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,26 @@ from qvd_jax.cli import (
     Inputs,
     add_input_arguments,
     add_size_arguments,
+    check_same_inputs,
     command,
     enable_compilation_cache,
-    passed,
     positive_int,
     read_conditions,
     read_inputs,
+    seed_int,
 )
+from qvd_jax.config import to_dict
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_writable, write_text
 from qvd_jax.metrics import frechet, paired, temporal
+from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
 from qvd_jax.pipelines.loading import load
 from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.quant.calibration import sqnr
 
+_SIZE = ("steps", "frames", "height", "width")
 _FILES = ("results.json", "results.md", "report.html")
 _SHEET_VIDEOS = 12
 # Sampled together: enough to keep an accelerator busy.
@@ -51,47 +57,50 @@ _BOOTSTRAPS = 200
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
-    for path in [args.out / name for name in _FILES] if args.out.exists() else [args.out]:
-        video_io.check_writable(path, overwrite=args.overwrite)
-    names = [args.reference, *args.candidate]
-    reference, *_ = [checkpoint.read_manifest(checkpoint.find(name)) for name in names]
-    own = args.prompts_file or args.image or reference.takes_images
-    cases = own_cases(args) if own else held_out_cases(args.videos, args.seed)
+    names = list(dict.fromkeys([args.reference, *args.candidate]))
+    sheets = {name: args.out / f"{_file_name(name)}.png" for name in names}
+    files = [*(args.out / name for name in _FILES), *sheets.values()]
+    for path in files if args.out.exists() else [args.out]:
+        check_writable(path, overwrite=args.overwrite)
+    check_same_inputs(names)
+    cases = read_cases(args)
     if len(cases.inputs.values) < 2:
         raise InputError("intervals and distances need at least 2 prompts or images")
+    classifier = None
+    if cases.scenes is not None:
+        classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
+    layers = {name: checkpoint.read_layer_reports(checkpoint.find(name)) for name in names}
     enable_compilation_cache()
 
-    models = {name: with_size(load(name), args) for name in dict.fromkeys(names)}
-    small = min(min(pipe.defaults.height, pipe.defaults.width) for pipe in models.values())
-    if small < paired.SSIM_WINDOW:
-        raise InputError(
-            f"videos of {small} pixels: comparing them needs at least {paired.SSIM_WINDOW}"
-        )
-    sampled = sample(models, cases, range(args.seed, args.seed + args.seeds))
+    models = {name: load(name) for name in names}
+    defaults = to_dict(models[names[0]].defaults)
+    size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
+    check_comparable(models, size, classifier)
+    seeds = range(args.seed, args.seed + args.seeds)
+    sampled = sample(models, cases, size, seeds)
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
         **environment(),
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
-        "models": measure(models, sampled, cases, args.seed),
+        **size,
+        "models": measure(models, layers, sampled, cases, args.seed, classifier),
     }
     results["table"] = report.markdown(results)
     args.out.mkdir(exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "results.md").write_text(results["table"])
+    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(args.out / "results.md", results["table"])
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
-    (args.out / "report.html").write_text(report.html(results, shown, cases.inputs.names))
+    write_text(args.out / "report.html", report.html(results, shown, cases.inputs.names))
     for name, videos in shown.items():
-        sheet = args.out / f"{Path(name).name}.png"
-        video_io.write_contact_sheet(sheet, videos)
+        video_io.write_contact_sheet(sheets[name], videos)
     print(results["table"])
 
 
-def with_size(pipe: VideoPipeline, args: argparse.Namespace) -> VideoPipeline:
-    """The pipeline with what the command line says of steps, frames and size as its defaults."""
-    given = passed(args, "steps", "frames", "height", "width")
-    return replace(pipe, defaults=replace(pipe.defaults, **given))
+def _file_name(model: str) -> str:
+    """A name for the files about a model, as unique as its own."""
+    return "-".join(part for part in Path(model).parts if part not in ("/", ".", ".."))
 
 
 @dataclass(frozen=True)
@@ -109,11 +118,21 @@ class Cases:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def own_cases(args: argparse.Namespace) -> Cases:
-    """Prompts from a file or images, the first `--videos` of them."""
+def read_cases(args: argparse.Namespace) -> Cases:
+    """What the command line gives, the first `--videos` of it; else held-out moving shapes.
+
+    Raises:
+      InputError: the reference is no model of moving shapes and nothing is given, or what is
+        given does not fit it.
+    """
     path = checkpoint.find(args.reference)
-    inputs = Inputs(*(part[: args.videos] for part in read_inputs(args, path)))
-    return Cases(inputs, None, read_conditions(args, path))
+    options = read_conditions(args, path)
+    prompts = checkpoint.read_manifest(path).example_prompts
+    plain = {moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")}
+    if args.prompts_file or args.image or not prompts or not plain.issuperset(prompts):
+        inputs = Inputs(*(part[: args.videos] for part in read_inputs(args, path)))
+        return Cases(inputs, None, options)
+    return held_out_cases(args.videos, args.seed)
 
 
 def held_out_cases(count: int, seed: int) -> Cases:
@@ -126,6 +145,47 @@ def held_out_cases(count: int, seed: int) -> Cases:
     return Cases(Inputs(prompts, prompts), scenes)
 
 
+def check_comparable(
+    models: Mapping[str, VideoPipeline], size: Mapping[str, int], classifier: Classifier | None
+) -> None:
+    """Refuses what could be sampled and not compared, before it is sampled.
+
+    Args:
+      models: the reference first.
+      size: steps, frames, height and width of all videos.
+      classifier: of the moving shapes, where they are counted.
+
+    Raises:
+      InputError: the videos are too small or too short, or a model cannot make them.
+    """
+    small = min(size["height"], size["width"])
+    if small < paired.SSIM_WINDOW or size["frames"] < temporal.FLICKER_FRAMES:
+        raise InputError(
+            f"{size['frames']} frames of {size['height']}x{size['width']}: comparing videos needs "
+            f"at least {temporal.FLICKER_FRAMES} of {paired.SSIM_WINDOW}x{paired.SSIM_WINDOW}"
+        )
+    if classifier is not None:
+        config, _ = classifier
+        if (size["frames"], size["height"], size["width"]) != (config.frames, *2 * (config.size,)):
+            raise InputError(
+                f"held-out prompts are evaluated with {config.frames} frames of "
+                f"{config.size}x{config.size}; pass --prompts-file FILE for others"
+            )
+    shapes = {
+        name: pipe.latents_shape(size["frames"], size["height"], size["width"])
+        for name, pipe in models.items()
+    }
+    first = next(iter(shapes))
+    for name, shape in shapes.items():
+        if shape != shapes[first]:
+            raise InputError(
+                f"latents of {first} are {shapes[first]}, of {name} {shape}: they cannot be "
+                f"compared"
+            )
+    for pipe in models.values():
+        pipe.schedule(size["steps"])
+
+
 @dataclass
 class Sampled:
     """What one model made of all prompts and seeds, seed by seed.
@@ -134,23 +194,35 @@ class Sampled:
       videos: uint8 `[N, F, H, W, 3]`.
       noise: squared error of the latents against the reference's after each step, `[S]`.
       signal: squared latents of the reference after each step, `[S]`.
-      seconds: for each video, of sampling without decoding; the median of the batches.
+      seconds: for each video, of sampling without decoding; the median of the batches, without
+        the first of each size, which compile. None if there was no other.
     """
 
     videos: np.ndarray
     noise: np.ndarray
     signal: np.ndarray
-    seconds: float
+    seconds: float | None
 
 
 def sample(
-    models: dict[str, VideoPipeline], cases: Cases, seeds: Sequence[int]
+    models: Mapping[str, VideoPipeline],
+    cases: Cases,
+    size: Mapping[str, int],
+    seeds: Sequence[int],
 ) -> dict[str, Sampled]:
-    """Samples all inputs with every model; the first model is the reference."""
+    """Samples all inputs with every model; the first model is the reference.
+
+    Args:
+      models: by name.
+      cases: what is sampled.
+      size: steps, frames, height and width of all videos.
+      seeds: all inputs are sampled with each.
+    """
     inputs = cases.inputs.values
     videos: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    totals = {name: np.zeros((2, pipe.defaults.steps)) for name, pipe in models.items()}
+    totals = {name: np.zeros((2, size["steps"])) for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    compiled: set[tuple[str, int]] = set()
     groups = [(seed, start) for seed in seeds for start in range(0, len(inputs), _BATCH)]
     for seed, start in tqdm.tqdm(groups, desc="sampling", unit="batch"):
         batch = inputs[start : start + _BATCH]
@@ -161,23 +233,25 @@ def sample(
             latents = pipe(
                 batch,
                 **cases.options,
+                **dict[str, Any](size),
                 # Noise is numbered within a call.
                 seed=seed * len(inputs) + start,
                 output_type="latents",
                 callback_on_step_end=functools.partial(_keep, path),
             )
-            seconds[name].append((time.perf_counter() - began) / len(batch))
+            if (name, len(batch)) in compiled:
+                seconds[name].append((time.perf_counter() - began) / len(batch))
+            compiled.add((name, len(batch)))
             videos[name].append(pipe.decode(latents))
             reference = reference or path
             for step, (found, exact) in enumerate(zip(path, reference, strict=True)):
                 totals[name][:, step] += np.square(found - exact).sum(), np.square(exact).sum()
-    # The median leaves out what compiled.
     return {
         name: Sampled(
             videos=np.concatenate(videos[name]),
             noise=totals[name][0],
             signal=totals[name][1],
-            seconds=statistics.median(seconds[name]),
+            seconds=statistics.median(seconds[name]) if seconds[name] else None,
         )
         for name in models
     }
@@ -188,10 +262,12 @@ def _keep(path: list[np.ndarray], _: int, latents: Array) -> None:
 
 
 def measure(
-    models: dict[str, VideoPipeline],
-    sampled: dict[str, Sampled],
+    models: Mapping[str, VideoPipeline],
+    layers: Mapping[str, list[dict[str, Any]]],
+    sampled: Mapping[str, Sampled],
     cases: Cases,
     seed: int,
+    classifier: Classifier | None,
 ) -> list[dict[str, Any]]:
     """The figures of every model, the reference's first."""
     reference = next(iter(sampled.values()))
@@ -203,29 +279,29 @@ def measure(
             "policy": pipe.quantization.policy if pipe.quantization else "float",
             "unet_bytes": memory.tree_bytes(pipe.params["unet"]),
             "seconds_per_video": found.seconds,
-            "steps": pipe.defaults.steps,
             "guidance_scale": pipe.defaults.guidance_scale,
             "flicker": float(temporal.flicker(found.videos).mean()),
-            "layers": checkpoint.read_layer_reports(checkpoint.find(name)),
+            "layers": layers[name],
         }
         if found is not reference:
-            with np.errstate(divide="ignore"):
-                latent_sqnr = 10 * np.log10(found.signal / found.noise)
-            entry["latent_sqnr"] = latent_sqnr.tolist()
+            entry["latent_sqnr"] = [*map(sqnr, found.signal.tolist(), found.noise.tolist())]
             psnr = paired.psnr(reference.videos, found.videos)
             entry["psnr"] = float(np.minimum(psnr, 100).mean())
             entry["ssim"] = float(paired.ssim(reference.videos, found.videos).mean())
         entries.append(entry)
-    if cases.scenes is not None:
-        _measure_shapes(entries, sampled, cases.scenes, seed)
+    if cases.scenes is not None and classifier is not None:
+        _measure_shapes(entries, sampled, cases.scenes, seed, classifier)
     return entries
 
 
 def _measure_shapes(
-    entries: list[dict[str, Any]], sampled: dict[str, Sampled], scenes: np.ndarray, seed: int
+    entries: list[dict[str, Any]],
+    sampled: Mapping[str, Sampled],
+    scenes: np.ndarray,
+    seed: int,
+    classifier: Classifier,
 ) -> None:
     """Adds prompt accuracy and Frechet distance, which only moving shapes have."""
-    classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
     count = len(next(iter(sampled.values())).videos)
     rendered = [_rendered(count, [seed, part]) for part in range(2)]
     real = [frechet.video_features(*classifier, videos) for videos in rendered]
@@ -281,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
     add_input_arguments(parser)
     parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed")
+    parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")
     parser.add_argument("--steps", type=positive_int, metavar="N")
     add_size_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -12,6 +12,7 @@ import imageio.v3 as imageio
 import numpy as np
 
 from qvd_jax.data.video_io import tile
+from qvd_jax.files import replace_when_whole, write_text
 from qvd_jax.quant.calibration import LayerReport
 
 Results = Mapping[str, Any]
@@ -98,6 +99,10 @@ def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[s
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
 
 
+CALIBRATION_FILES = ("report.html", "ranges.png", "steps.png")
+"""What `write_calibration` writes."""
+
+
 def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport]) -> None:
     """Writes what calibration found in each layer: report.html, ranges.png and steps.png.
 
@@ -118,15 +123,15 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
         draws = [functools.partial(plot_ranges, report=report) for report in ranged]
         parts.append("<h2>Channel ranges before and after, where most was gained</h2>")
         parts += [_svg(draw, 2) for draw in draws]
-        (folder / "ranges.png").write_bytes(_plot(draws[0], 2, "png"))
+        _write_picture(folder / "ranges.png", draws[0], 2)
     if temporal:
         draws = [functools.partial(plot_steps_apart, report=report) for report in temporal]
         parts.append("<h2>Temporal features and how far apart their codes are</h2>")
         parts += [_svg(draw) for draw in draws]
-        (folder / "steps.png").write_bytes(_plot(draws[0], 1, "png"))
+        _write_picture(folder / "steps.png", draws[0], 1)
     title = f"qvd_jax: calibration, {escape.escape(policy)}"
     page = _PAGE.format(title=title, body="\n".join(parts))
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    write_text(folder / "report.html", page)
 
 
 def _most_gained(reports: Sequence[LayerReport], before: str, after: str) -> list[LayerReport]:
@@ -176,8 +181,8 @@ def _conditions(results: Results) -> str:
     first = results["models"][0]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"{results['prompts']} prompts, {results['seeds']} seeds, {first['steps']} steps, guidance "
-        f"{first['guidance_scale']:g}, {results['backend']}; {versions}"
+        f"{results['prompts']} prompts, {results['seeds']} seeds, {results['steps']} steps, "
+        f"guidance {first['guidance_scale']:g}, {results['backend']}; {versions}"
     )
 
 
@@ -185,7 +190,8 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
     """A model's line of the table; absent figures are left out."""
     row = {"model": entry["name"], "policy": entry["policy"]}
     row["UNet MB"] = f"{entry['unet_bytes'] / 1e6:.1f}"
-    row["s per video"] = f"{entry['seconds_per_video']:.2f}"
+    if entry["seconds_per_video"] is not None:
+        row["s per video"] = f"{entry['seconds_per_video']:.2f}"
     for name, found in entry.get("accuracy", {}).items():
         low, high = found["interval"]
         row[name] = f"{found['value']:.1%} ({low:.1%} to {high:.1%})"
@@ -284,6 +290,11 @@ def _svg(draw: Any, columns: int = 1) -> str:
     """A plot, or several side by side, as inline SVG."""
     text = _plot(draw, columns, "svg").decode()
     return text[text.index("<svg") :]
+
+
+def _write_picture(path: Path, draw: Any, columns: int) -> None:
+    data = _plot(draw, columns, "png")
+    replace_when_whole(path, lambda partial: partial.write_bytes(data))
 
 
 def _plot(draw: Any, columns: int, format: Literal["svg", "png"]) -> bytes:

@@ -18,17 +18,20 @@ from qvd_jax import checkpoint, memory
 from qvd_jax.cli import (
     add_input_arguments,
     add_size_arguments,
+    check_same_inputs,
     command,
     enable_compilation_cache,
     passed,
     positive_int,
     read_conditions,
     read_inputs,
+    seed_int,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_writable
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import load
 from qvd_jax.pipelines.pipeline import VideoPipeline
@@ -58,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
-    for name in names:
-        checkpoint.read_manifest(checkpoint.find(name))
+    check_same_inputs(names)
     print(f"compilation cache: {enable_compilation_cache()}")
 
     loaded = [timed_load(name, args) for name in names]
@@ -206,11 +208,11 @@ def plan_outputs(
         sheet = out / "contact-sheet.png"
         if not out.exists():
             # The folder is made when there is something to put into it.
-            video_io.check_writable(out, overwrite=overwrite)
+            check_writable(out, overwrite=overwrite)
             return Outputs(each, together, sheet if contact_sheet else None)
     outputs = Outputs(each, together, sheet if contact_sheet else None)
     for path in filter(None, (*each, *together, outputs.sheet)):
-        video_io.check_writable(path, overwrite=overwrite)
+        check_writable(path, overwrite=overwrite)
     return outputs
 
 
@@ -283,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
     parser.add_argument("--fps", type=positive_int, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=seed_int, default=0, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument(
         "--out",

@@ -198,6 +198,19 @@ def appearance_weights(
     return {name: tensor for name, tensor in weights.items() if not name.startswith(lost)}
 
 
+def make_controlnet() -> ControlNetModel:
+    """An ordinary ControlNet for `random_animatediff`'s UNet, such as MagicAnimate's."""
+    return ControlNetModel(
+        block_out_channels=CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=24,
+        attention_head_dim=4,
+        norm_num_groups=8,
+        conditioning_embedding_out_channels=(4, 8),
+    )
+
+
 def make_magicanimate(root: Path, window: int) -> MagicAnimate:
     """All that is converted, in `root`; the networks normalize like the original.
 
@@ -215,15 +228,7 @@ def make_magicanimate(root: Path, window: int) -> MagicAnimate:
             make_adapter("v1", motion_num_attention_heads=8),
         ),
         make_unet2d(),
-        ControlNetModel(
-            block_out_channels=CHANNELS,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=24,
-            attention_head_dim=4,
-            norm_num_groups=8,
-            conditioning_embedding_out_channels=(4, 8),
-        ),
+        make_controlnet(),
         make_vae(),
     )
     for part in parts:

@@ -180,6 +180,11 @@ def manifest(**changes: object) -> Callable[[Path], None]:
             id="tokenizer without vocabulary",
         ),
         pytest.param(
+            lambda path: (path / "tokenizer" / "tokenizer.json").write_text('{"model": {}}'),
+            "tokenizer holds no tokenizer: ",
+            id="damaged tokenizer",
+        ),
+        pytest.param(
             lambda path: shutil.rmtree(path / "unet"),
             "the component 'unet' is missing",
             id="no UNet",
@@ -280,3 +285,11 @@ def test_a_damaged_item_is_named_or_restores_whole(tmp_path, damage):
         assert "\n" not in message
         # Nothing of what Orbax happened to trip over.
         assert not re.search("NoneType|bound method", message)
+
+
+def test_damaged_layer_reports_are_named(tmp_path):
+    checkpoint.write_layer_reports(tmp_path, [{"path": "a"}])
+    assert checkpoint.read_layer_reports(tmp_path) == [{"path": "a"}]
+    (tmp_path / "layers.json").write_text('[{"path":')
+    with pytest.raises(InputError, match=r"layers.json is damaged: "):
+        checkpoint.read_layer_reports(tmp_path)

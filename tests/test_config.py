@@ -29,6 +29,7 @@ class Car:
     electric: bool = False
     seats: int = 4
     gears: tuple[float, ...] = (3.5, 1.0)
+    limits: tuple[float, float] = (0.0, 1.0)
     wheels: tuple[Engine, ...] = ()
     options: dict[str, int] = field(default_factory=dict)
     notes: Any = None
@@ -102,6 +103,8 @@ def test_whole_numbers_are_floats_where_floats_are_needed():
         ({**SMALL, "gears": 3.5}, r"^file.gears: a list is needed, got 3.5$"),
         ({**SMALL, "gears": "3"}, r"^file.gears: a list is needed, got '3'$"),
         ({**SMALL, "gears": [1.0, False]}, r"^file.gears\[1\]: float is needed, got False$"),
+        ({**SMALL, "limits": [1.0]}, r"^file.limits: 2 values are needed, got \[1.0\]$"),
+        ({**SMALL, "limits": [1.0, "2"]}, r"^file.limits\[1\]: float is needed, got '2'$"),
         ({**SMALL, "wheels": [{"power": 1}, {}]}, r"^file.wheels\[1\]: key 'power' is missing$"),
         ({**SMALL, "options": []}, r"^file.options: a mapping is needed, got \[\]$"),
         ({**SMALL, "options": {"radio": "on"}}, r"^file.options.radio: int is needed, got 'on'$"),

@@ -13,7 +13,7 @@ from diffusers import AnimateDiffSparseControlNetPipeline
 from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl as published
 from PIL import Image
 from random_animatediff import make_adapter
-from random_families import RGB, SCRIBBLE, make_sparsectrl, make_sparsectrl_module
+from random_families import RGB, SCRIBBLE, make_controlnet, make_sparsectrl, make_sparsectrl_module
 
 import qvd_jax
 from convert.__main__ import main as convert
@@ -160,6 +160,16 @@ def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path
     pipe = qvd_jax.load(tiny_checkpoint)
     with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
         pipe("a", conditioning_frames=[picture(0)], controlnet_frame_indices=[0])
+
+
+def test_an_ordinary_controlnet_is_refused(tiny, tmp_path, capsys):
+    make_controlnet().save_pretrained(tmp_path / "canny")
+    options = ["--controlnet", str(tmp_path / "canny"), "--out", str(tmp_path / "out")]
+    assert convert([str(tiny[0]), *options]) == 2
+    assert (
+        "canny is an ordinary ControlNet; AnimateDiff takes SparseCtrl" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out").exists()
 
 
 def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):

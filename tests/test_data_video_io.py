@@ -4,6 +4,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
+from qvd_jax import files
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
 
@@ -81,5 +82,5 @@ def test_unwritable_places_are_named(tmp_path):
         (tmp_path, "is a folder; name a file"),
     ):
         with pytest.raises(InputError, match=message):
-            video_io.check_writable(path, overwrite=False)
-    video_io.check_writable(tmp_path / "there.mp4", overwrite=True)
+            files.check_writable(path, overwrite=False)
+    files.check_writable(tmp_path / "there.mp4", overwrite=True)

@@ -1,6 +1,7 @@
 """`python -m qvd_jax.evaluate`: models side by side, from checkpoints to a page."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import qvd_jax
 from qvd_jax import evaluate, report
 from qvd_jax.data import moving_shapes
+from qvd_jax.errors import InputError
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
+from qvd_jax.quant.policy import Quantization
 
 SIZE = ["--frames", "11", "--height", "16", "--width", "16", "--steps", "2"]
 
@@ -66,6 +69,8 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     assert len(eight["layers"]) > 50
 
     page = (out / "report.html").read_text()
+    assert {path.suffix for path in out.iterdir()} == {".json", ".md", ".html", ".png"}
+    assert len(list(out.glob("*.png"))) == 3
     tags = Tags()
     tags.feed(page)
     assert not tags.open
@@ -93,8 +98,7 @@ def test_markdown_names_what_each_model_has():
         "name": "a",
         "policy": "float",
         "unet_bytes": 2_000_000,
-        "seconds_per_video": 1.25,
-        "steps": 25,
+        "seconds_per_video": None,
         "guidance_scale": 3.0,
         "flicker": 1.0,
         "layers": [],
@@ -103,6 +107,7 @@ def test_markdown_names_what_each_model_has():
     results = {
         "prompts": 4,
         "seeds": 2,
+        "steps": 25,
         "backend": "cpu",
         "versions": {"jax": "0.10"},
         "models": [{**entry, "accuracy": accuracy}, {**entry, "name": "b", "psnr": 31.26}],
@@ -120,14 +125,39 @@ def test_markdown_names_what_each_model_has():
         (["--reference", "{tmp}/none"], "is no qvd_jax checkpoint"),
         (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "is no qvd_jax checkpoint"),
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
+        (["--reference", "{tiny}"], "there are no prompts"),
+        (["--reference", "shapes", "--condition", "a.png@0"], "has no SparseCtrl"),
+        (
+            ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
+            "comparing videos needs at least 3 of 11x11",
+        ),
+        (
+            ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--frames", "2"],
+            "2 frames of ",
+        ),
     ],
 )
 def test_bad_input(tiny_checkpoint, tmp_path, capsys, arguments, message):
     (tmp_path / "one.txt").write_text("a\n")
+    (tmp_path / "two.txt").write_text("a\nb\n")
     given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]
     assert evaluate.main([*given, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_scales_of_other_steps_are_refused_before_sampling(tiny_checkpoint):
+    pipe = qvd_jax.load(tiny_checkpoint)
+    aware = replace(pipe, quantization=Quantization("own", {}, (901.0, 401.0)))
+    size = {"steps": 3, "frames": 3, "height": 16, "width": 16}
+    with pytest.raises(InputError, match="one for each of 2 other steps, of timesteps 901 to 401"):
+        evaluate.check_comparable({"a": pipe, "b": aware}, size, None)
+
+
+def test_files_are_named_like_their_models():
+    assert evaluate._file_name("/runs/a/model") == "runs-a-model"
+    assert evaluate._file_name("../runs/b/model") == "runs-b-model"
+    assert evaluate._file_name("shapes") == "shapes"
 
 
 def test_ratio_interval_holds_the_ratio():

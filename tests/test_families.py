@@ -23,6 +23,7 @@ from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.kernels import int8
 from qvd_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
+from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoPipeline
@@ -209,6 +210,13 @@ def test_configs_are_the_named_policy_and_their_commands_parse(name, monkeypatch
         parsed = modules[module]._parser().parse_args(arguments)
         if module == "qvd_jax.calibrate":
             assert parsed.policy == f"configs/{name}.yaml"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_split_of_a_shortcut_is_of_a_layer(name):
+    family = FAMILIES[name]
+    paths = {layer.path for layer in list_layers(make(family), family.options)}
+    assert shortcut_splits(family.unet).keys() <= paths
 
 
 def run(pipe: VideoPipeline, calls: list[tuple[Any, ...]]) -> np.ndarray:

@@ -13,20 +13,22 @@ ALLOWED = {
     "axes": set(),
     "errors": set(),
     "config": {"errors"},
+    "files": {"errors"},
     "cli": {"checkpoint", "data", "errors"},
     "checkpoint": GROUND,
     "memory": {"axes", "errors"},
     "kernels": {"axes"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
-    "data": GROUND,
+    "data": GROUND | {"files"},
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "memory", "models", "diffusion", "quant"},
-    "report": GROUND | {"data", "quant"},
+    "report": GROUND | {"data", "files", "quant"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "kernels", "memory", "models", "pipelines", "quant"},
-    "training": GROUND | {"checkpoint", "data", "diffusion", "metrics", "models", "pipelines"},
+    "training": GROUND
+    | {"checkpoint", "data", "diffusion", "files", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}
 

@@ -19,6 +19,7 @@ from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
+from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 
 PROMPTS = ["a red circle", "a blue square"]
 SIZE = {"frames": 3, "height": 8, "width": 12}
@@ -147,16 +148,40 @@ def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
     save(aware, tmp_path / "aware")
     restored = qvd_jax.load(tmp_path / "aware")
     np.testing.assert_array_equal(restored(PROMPTS[:1], **SAMPLE), found)
-    with pytest.raises(InputError, match="steps = 3: the checkpoint's scales are of 2 steps"):
+    with pytest.raises(InputError, match=r"3 steps of ddim: .* one for each of 2 other steps"):
         restored(PROMPTS[:1], **{**SAMPLE, "steps": 3})
+    scheduler = replace(restored.scheduler, solver="euler")
+    with pytest.raises(InputError, match=r"2 steps of euler: .* one for each of 2 other steps"):
+        replace(restored, scheduler=scheduler)(PROMPTS[:1], **SAMPLE)
 
 
 def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):
     params = jax.tree.map(lambda leaf: leaf, pipe.params)
     resnet = params["unet"]["mid_block"]["blocks_0"]["resnet"]
     resnet["conv1"] = {**resnet["conv1"], "bias": resnet["conv1"]["bias"] * jnp.nan}
-    with pytest.raises(InputError, match="not finite"):
+    where = r"mid_block/blocks_0/resnet/conv2: its input is not finite at step 1 of 2, input 1"
+    with pytest.raises(InputError, match=where):
         quantize(replace(pipe, params=params), "minmax-w8a8", PROMPTS[:1], CONFIG, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "spec", "message"),
+    [
+        ("*/conv1", LayerSpec("htdq"), "conv1: htdq is for layers that read the time embedding"),
+        ("*/to_qkv", LayerSpec("htdq"), "to_qkv: htdq is for layers that read the time embedding"),
+        ("time_embedding/*", LayerSpec("scri", step_aware=True), "linear_1: it runs once before"),
+    ],
+)
+def test_methods_are_refused_where_they_have_no_meaning(pipe, pattern, spec, message):
+    policy = Policy("own", (Rule(pattern, spec),))
+    with pytest.raises(InputError, match=message):
+        quantize(pipe, policy, PROMPTS, CONFIG, SIZE)
+
+
+def test_layers_of_long_videos_are_those_of_their_windows(pipe):
+    longer = pipe.unet.config.max_frames + 1
+    layers = list_layers(pipe, {**SIZE, "frames": longer})
+    assert {layer.path for layer in layers} == {layer.path for layer in list_layers(pipe, SIZE)}
 
 
 def test_quantized_pipelines_are_not_quantized_again(quantized):
@@ -209,6 +234,8 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
         ([], "has none of its own; pass --prompts-file"),
         (["--checkpoint", "{tmp}/nothing"], "nothing is no qvd_jax checkpoint"),
+        (["--report", "{tmp}/one.txt", "--overwrite"], "one.txt exists already"),
+        (["--out", "{tiny}", "--overwrite"], "is the checkpoint itself; name another folder"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
@@ -220,7 +247,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         "name: bad\nrules: [{pattern: '*', spec: {method: scri, weight_bits: 1}}]\n"
     )
     (tmp_path / "idle.yaml").write_text("name: idle\nrules: [{pattern: nowhere}]\n")
-    given = [argument.format(tmp=tmp_path) for argument in arguments]
+    given = [argument.format(tmp=tmp_path, tiny=tiny_checkpoint) for argument in arguments]
     if given and "--prompts-file" not in given:
         given += ["--prompts-file", str(tmp_path / "one.txt")]
     before = sorted(tmp_path.iterdir())

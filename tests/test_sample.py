@@ -1,5 +1,7 @@
 """`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
 
+import json
+
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -79,6 +81,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompt", "a", "--out", "{tmp}/a.avi"], "a file ends in .mp4 or .gif"),
         (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
         (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
+        (["--prompt", "a", "--against", "{tmp}/images"], "(images) take other inputs"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -87,6 +90,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "old.gif").write_bytes(b"old")
+    manifest = json.loads((tiny_checkpoint / "manifest.json").read_text())
+    manifest = {**manifest, "family": "images"}
+    manifest["components"] = {**manifest["components"], "image_encoder": {}}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "manifest.json").write_text(json.dumps(manifest))
     before = sorted(tmp_path.rglob("*"))
     assert run(tiny_checkpoint, *(a.format(tmp=tmp_path) for a in arguments)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
@@ -99,6 +107,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_a_checkpoint_of_diffusers_is_told_to_be_converted(tiny, tmp_path, capsys):
     assert run(tiny[0], "--prompt", "a", "--out", tmp_path / "a.gif") == 2
     assert "has no manifest.json; convert it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_seeds_have_32_bits(tiny_checkpoint, capsys, seed):
+    with pytest.raises(SystemExit):
+        run(tiny_checkpoint, "--seed", seed)
+    assert f"{seed} is no seed; 0 to 4294967295 are" in capsys.readouterr().err
 
 
 def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):

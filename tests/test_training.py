@@ -88,16 +88,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     task = Line()
     chex.assert_trees_all_equal(loop.train(task, CONFIG, tmp_path), whole)
     printed = capsys.readouterr().out
-    assert f"{newest} is damaged and left out" in printed
+    assert f"{newest} is damaged and deleted" in printed
     assert f"resuming from {tmp_path / 'checkpoints' / '9'}" in printed
     assert task.batches == 3
+    # What was trained again is kept.
+    task = Line()
+    chex.assert_trees_all_equal(loop.train(task, CONFIG, tmp_path), whole)
+    assert task.batches == 0
 
 
-def test_a_partial_checkpoint_is_left_out(tmp_path, capsys):
+def test_a_partial_checkpoint_is_deleted(tmp_path, capsys):
     loop.train(Line(), CONFIG, tmp_path)
     (tmp_path / "checkpoints" / "12" / "run" / "metadata").unlink()
     loop.train(Line(), CONFIG, tmp_path)
-    assert "12 is damaged and left out" in capsys.readouterr().out
+    assert "12 is damaged and deleted" in capsys.readouterr().out
 
 
 def test_the_result_is_the_line(tmp_path):

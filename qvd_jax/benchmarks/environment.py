@@ -8,6 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
+import jax
+
 _PACKAGES = (
     "qvd_jax",
     "jax",
@@ -27,7 +29,9 @@ def environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    device = jax.devices()[0]
     return {
+        "device": device.device_kind if device.platform != "cpu" else "cpu",
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

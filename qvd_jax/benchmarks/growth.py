@@ -1,9 +1,9 @@
 """How the cost of sampling grows with frames, size and the number of videos."""
 
+import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import tqdm
@@ -57,8 +57,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Writes a picture of the results: seconds above, memory below."""
+def plot(results: Sequence[dict[str, Any]]) -> bytes:
+    """A PNG of the results: seconds above, memory below."""
     # A figure of its own: pyplot would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
@@ -84,4 +84,6 @@ def plot(results: Sequence[dict[str, Any]], path: Path) -> None:
     for one in axes.flat:
         one.set_ylim(bottom=0)
         one.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -89,7 +89,7 @@ def _motion_model(case: Case, dtype: str) -> Any:
             motion_max_seq_length=config.max_frames,
             use_motion_mid_block=config.temporal_mid_block,
         ).to(getattr(torch, dtype))
-    module = module.to_empty(device="cpu").eval()
+    module = module.to_empty(device=_device()).eval()
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             tensor.normal_(0, 0.02)
@@ -99,12 +99,21 @@ def _motion_model(case: Case, dtype: str) -> Any:
 def _torch_run(module: Any, case: Case, dtype: str) -> Run:
     import torch
 
-    latents, text = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in case.inputs())
+    device = _device()
+    latents, text = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in case.inputs())
     latents = latents.permute(0, 4, 1, 2, 3).contiguous()
     text = text.repeat_interleave(case.frames, 0)
 
     def run() -> None:
         with torch.inference_mode():
             module(latents, 500, text)
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return run
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

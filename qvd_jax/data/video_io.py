@@ -1,10 +1,7 @@
 """Reading images and videos, writing videos and sheets; nothing half-written is left behind."""
 
 import functools
-import os
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +10,10 @@ import imageio_ffmpeg
 import numpy as np
 
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.files import replace_when_whole
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Raises `InputError` if no file can be written at `path`."""
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: no permission to write in {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; pass --overwrite to replace it")
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -88,7 +74,7 @@ def write_video(path: Path, video: np.ndarray, fps: int) -> None:
       InputError: the file could not be written, for want of space for instance.
     """
     if path.suffix == ".mp4":
-        _replace_when_whole(path, functools.partial(_encode_mp4, video=_even(video), fps=fps))
+        replace_when_whole(path, functools.partial(_encode_mp4, video=_even(video), fps=fps))
     else:
         _write_pillow(path, video, duration=1000 / fps, loop=0)
 
@@ -162,19 +148,4 @@ def _encode_mp4(path: Path, video: np.ndarray, fps: int) -> None:
 def _write_pillow(path: Path, pixels: np.ndarray, **options: Any) -> None:
     # Encoded in memory: on a full disk imageio would try again when it is collected.
     data = imageio.imwrite("<bytes>", pixels, plugin="pillow", extension=path.suffix, **options)
-    _replace_when_whole(path, lambda partial: partial.write_bytes(data))
-
-
-def _replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    # RuntimeError: what imageio raises when ffmpeg fails.
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} could not be written: {first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_when_whole(path, lambda partial: partial.write_bytes(data))

@@ -42,13 +42,15 @@ def conv_general_dilated(
       rhs: `[*kernel, C, O]`.
       window_strides: one stride for each spatial axis.
       padding: explicit (low, high) pairs; with a string the convolution is XLA's own.
-      **options: passed on to `lax.conv_general_dilated`.
+      **options: of `lax.conv_general_dilated`; with dilations or groups it is XLA's own, too.
     """
 
     def direct(lhs: Array, rhs: Array) -> Array:
         return lax.conv_general_dilated(lhs, rhs, window_strides, padding, **options)
 
-    if isinstance(padding, str):
+    dilations = (*(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))
+    grouped = options.get("feature_group_count", 1) > 1 or options.get("batch_group_count", 1) > 1
+    if isinstance(padding, str) or grouped or any(dilation > 1 for dilation in dilations):
         return direct(lhs, rhs)
     formulation = _cpu_formulation(lhs, rhs, window_strides, padding)
     if formulation == "direct":

@@ -101,6 +101,10 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(shift @ shift + traces - 2 * np.sqrt(np.maximum(product, 0)).sum())
 
 
+Classifier = tuple[VideoClassifierConfig, Params]
+"""The classifier's config and parameters."""
+
+
 def video_features(config: VideoClassifierConfig, params: Params, videos: np.ndarray) -> np.ndarray:
     """The classifier's features `[N, C]` of uint8 `[N, F, H, W, 3]`.
 
@@ -123,7 +127,7 @@ def _features(config: VideoClassifierConfig, params: Params, videos: Array) -> A
     return VideoClassifier(config).apply({"params": params}, videos, method="features")
 
 
-def load_classifier(folder: Path) -> tuple[VideoClassifierConfig, Params]:
+def load_classifier(folder: Path) -> Classifier:
     """The trained classifier of a folder.
 
     Raises:

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+FLICKER_FRAMES = 3
+"""Frames that `flicker` needs."""
+
 
 def flicker(videos: np.ndarray) -> np.ndarray:
     """Mean absolute second difference over time of each video, in units of 0 to 255.
@@ -14,6 +17,8 @@ def flicker(videos: np.ndarray) -> np.ndarray:
     Returns:
       `[B]`.
     """
-    if videos.shape[1] < 3:
-        raise ValueError(f"{videos.shape[1]} frames have no second difference; 3 are needed")
+    if videos.shape[1] < FLICKER_FRAMES:
+        raise ValueError(
+            f"{videos.shape[1]} frames have no second difference; {FLICKER_FRAMES} are needed"
+        )
     return np.abs(np.diff(videos.astype(np.float32), n=2, axis=1)).mean((1, 2, 3, 4))

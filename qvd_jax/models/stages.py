@@ -49,8 +49,11 @@ def _up_inputs(config: UNet3DConfig) -> list[list[tuple[int, int]]]:
 
 def shortcut_splits(config: UNet3DConfig) -> dict[str, int]:
     """How many channels come before the skip's, for each layer that reads a concatenation."""
+    resnet = "resnet/spatial" if config.temporal_op == "spatio_temporal" else "resnet"
+    unets = ("", "appearance_encoder/") if config.appearance_encoder else ("",)
     return {
-        f"up_blocks_{i}/blocks_{j}/resnet/{name}": below
+        f"{unet}up_blocks_{i}/blocks_{j}/{resnet}/{name}": below
+        for unet in unets
         for i, pairs in enumerate(_up_inputs(config))
         for j, (below, _) in enumerate(pairs)
         for name in ("conv1", "conv_shortcut")

@@ -111,7 +111,7 @@ class ComponentConfigs:
             variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
             shapes[name] = variables["params"]
             if "quant" in variables and quantization is not None:
-                steps = quantization.steps
+                steps = len(quantization.timesteps or ())
                 shapes[GAINS] = jax.tree.map(
                     lambda leaf, steps=steps: jax.ShapeDtypeStruct((steps,), leaf.dtype),
                     variables["quant"],

@@ -138,6 +138,21 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """Unit-normal noise `[B, *shape]` from which the videos are made."""
         return sampler.initial_noise(seed, videos, shape)
 
+    def schedule(self, steps: int) -> Schedule:
+        """The sampler's coefficients for a number of steps.
+
+        Raises:
+          InputError: the scheduler cannot take so many, or the checkpoint's scales are of others.
+        """
+        schedule = make_schedule(self.scheduler, steps)
+        known = self.quantization.timesteps if self.quantization else None
+        if known is not None and not np.array_equal(known, schedule.table.timestep):
+            raise InputError(
+                f"{steps} steps of {self.scheduler.solver}: the checkpoint's scales are one for "
+                f"each of {len(known)} other steps, of timesteps {known[0]:g} to {known[-1]:g}"
+            )
+        return schedule
+
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape `[F, h, w, C]` of one video's latents.
 
@@ -218,12 +233,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """Checks what every pipeline takes, computes the conditions, samples and decodes."""
         count = len(inputs)
         shape = self.latents_shape(want.frames, want.height, want.width)
-        schedule = make_schedule(self.scheduler, want.steps)
-        known = self.quantization.steps if self.quantization else None
-        if known not in (None, want.steps):
-            raise InputError(
-                f"steps = {want.steps}: the checkpoint's scales are of {known} steps, one for each"
-            )
+        schedule = self.schedule(want.steps)
         check_choice("output_type", output_type, ("video", "latents"))
         if latents is None:
             noise = self.initial_noise(seed, count, shape)

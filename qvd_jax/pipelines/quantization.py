@@ -81,12 +81,18 @@ def quantize(
     inputs = list(pipe.defaults.prompts if prompts is None else prompts)
     report_progress = progress or (lambda *_: None)
     specs = match(policy, list_layers(pipe, options))
-    observed = collect(pipe, inputs, config, dict(options or {}), report_progress)
+    outside, temporal = _outside_loop(pipe)
+    for path, spec in specs.items():
+        if spec.method == "htdq" and path not in temporal:
+            raise InputError(f"{path}: htdq is for layers that read the time embedding alone")
+        if spec.step_aware and path in outside:
+            raise InputError(f"{path}: it runs once before the sampler's steps, not step by step")
     if config.step_aware:
         specs = {
-            path: replace(spec, step_aware=path in observed.by_step and spec.activation_bits < 16)
+            path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
             for path, spec in specs.items()
         }
+    observed = collect(pipe, inputs, config, dict(options or {}), report_progress)
 
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
@@ -110,10 +116,13 @@ def quantize(
     if gains:
         arrays = jax.tree.map(jnp.asarray, gains)
         params[GAINS] = flax.traverse_util.unflatten_dict(arrays, sep="/")
-    steps = (config.steps or pipe.defaults.steps) if gains else None
-    # What the checkpoint's scales are for is what it samples by default.
-    defaults = replace(pipe.defaults, steps=steps) if steps else pipe.defaults
-    quantization = Quantization(policy.name, specs, steps)
+    defaults, timesteps = pipe.defaults, None
+    if gains:
+        steps = config.steps or defaults.steps
+        timesteps = tuple(make_schedule(pipe.scheduler, steps).table.timestep.tolist())
+        # What the checkpoint's scales are for is what it samples by default.
+        defaults = replace(defaults, steps=steps)
+    quantization = Quantization(policy.name, specs, timesteps)
     quantized_pipe = replace(
         pipe, unet=unet, params=params, quantization=quantization, defaults=defaults
     )
@@ -124,8 +133,29 @@ def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -
     """The UNet's Dense and conv layers with the operations of one video's forward."""
     want, _ = _split(pipe, options or {})
     frames, height, width, _ = _latents_shape(pipe, want)
-    shapes = pipe.configs.unet_shapes(frames, height, width, pipe.context_length)
+    shapes = pipe.configs.unet_shapes(pipe.window(frames), height, width, pipe.context_length)
     return observers.list_layers(UNet3D(pipe.unet.config), *shapes)
+
+
+def _outside_loop(pipe: VideoPipeline) -> tuple[set[str], set[str]]:
+    """Paths of the layers that run before the sampling loop, and of those that read its steps."""
+    stride = pipe.unet.config.stride
+    shapes = pipe.configs.unet_shapes(1, stride, stride, 1)
+    _, timestep, context, added_ids, control, _ = shapes
+    calls = {
+        "temporal_features": (timestep, added_ids),
+        "context_features": (context,),
+        "control_features": () if control is None else (control,),
+    }
+    found = {
+        method: {
+            layer.path
+            for layer in observers.list_layers(UNet3D(pipe.unet.config), *inputs, method=method)
+        }
+        for method, inputs in calls.items()
+        if inputs
+    }
+    return set().union(*found.values()), found["temporal_features"]
 
 
 def _split(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -16,6 +16,9 @@ from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import max_code, quantize_weights
 
+# JSON has no infinity.
+_LARGEST_SQNR = 200.0
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -82,12 +85,12 @@ def quantize_layer(
     taps, (channels, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     weights = kernel.reshape(-1, channels, outputs)
     bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
-    exact = _product(statistics.rows, weights)
+    exact = scri.row_product(statistics.rows, weights)
     if spec.activation_bits == 16:
         codes, scale = quantize_weights(weights.reshape(-1, outputs), spec.weight_bits)
-        found = _product(statistics.rows, (codes * scale[None]).reshape(weights.shape))
+        found = scri.row_product(statistics.rows, (codes * scale[None]).reshape(weights.shape))
         quantized = {"kernel": _stored(codes, taps, channels, spec), "scale": scale, "bias": bias}
-        return quantized, LayerReport(path, spec.method, sqnr(exact, found))
+        return quantized, LayerReport(path, spec.method, _output_sqnr(exact, found))
     if spec.method == "htdq":
         return _temporal_layer(path, weights[0], bias, statistics, spec, exact)
     quantizer = _find(statistics, weights, spec, split)
@@ -107,14 +110,14 @@ def quantize_layer(
     else:
         quantized |= {"bias": bias + through_taps[0]}
     input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
-    product = _product(input_codes, codes.astype(jnp.float32).reshape(weights.shape))
+    product = scri.row_product(input_codes, codes.astype(jnp.float32).reshape(weights.shape))
     found = product * scale[None] + through_taps.sum(0)[None]
     plain = baselines.minmax(statistics.lower, statistics.upper, spec.activation_bits)
     ends = statistics.lower, statistics.upper
     return quantized, LayerReport(
         path,
         spec.method,
-        sqnr(exact, found),
+        _output_sqnr(exact, found),
         coverage_before=float(scri.coverage(*ends, plain, spec.activation_bits)),
         coverage_after=float(scri.coverage(*ends, quantizer, spec.activation_bits)),
         arrays={
@@ -143,12 +146,20 @@ def step_gains(
     return np.where(needed > 0, np.minimum(needed, 1), 1).astype(np.float32)
 
 
-def sqnr(exact: Array, found: Array) -> float:
-    """Signal to quantization noise, 10 log10(|y|^2 / |y^ - y|^2), in decibels."""
-    signal, noise = float(jnp.square(exact).sum()), float(jnp.square(found - exact).sum())
+def sqnr(signal: float, noise: float) -> float:
+    """Signal to quantization noise, 10 log10(signal / noise), in decibels; at most 200.
+
+    Args:
+      signal: |y|^2.
+      noise: |y^ - y|^2.
+    """
     if noise == 0:
-        return math.inf
-    return 10 * math.log10(max(signal, sys.float_info.min) / noise)
+        return _LARGEST_SQNR
+    return min(10 * math.log10(max(signal, sys.float_info.min) / noise), _LARGEST_SQNR)
+
+
+def _output_sqnr(exact: Array, found: Array) -> float:
+    return sqnr(float(jnp.square(exact).sum()), float(jnp.square(found - exact).sum()))
 
 
 def _find(
@@ -198,20 +209,12 @@ def _temporal_layer(
     return quantized, LayerReport(
         path,
         spec.method,
-        sqnr(exact, found),
+        _output_sqnr(exact, found),
         td_score_before=htdq.td_score(features, uniform(features)),
         td_score_after=htdq.td_score(features, quantizer(features)),
         merged_before=htdq.merged_steps(uniform.codes(features)[0]),
         merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
         arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
-    )
-
-
-def _product(rows: Array, weights: Array) -> Array:
-    """`[N, T, C] x [T, C, O] -> [N, O]`."""
-    outputs = weights.shape[-1]
-    return jnp.matmul(
-        rows.reshape(len(rows), -1), weights.reshape(-1, outputs), precision="highest"
     )
 
 

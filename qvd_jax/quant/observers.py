@@ -1,5 +1,6 @@
 """What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -99,12 +100,15 @@ def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
     return patches.reshape(rows, -1, channels)
 
 
-def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None) -> list[Layer]:
+def list_layers(
+    module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None, method: str = "__call__"
+) -> list[Layer]:
     """The Dense and conv layers a module calls, with the shapes of the first call.
 
     Args:
       module: built of float layers.
       *inputs: what it is called with, or the shapes of it.
+      method: which of its methods is called.
     """
     found: dict[str, Layer] = {}
 
@@ -116,7 +120,8 @@ def list_layers(module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None)
         found[path] = Layer(path, (*taps, x.shape[-1], layer.features), x.shape, result.shape)
 
     with _watching(note):
-        jax.eval_shape(module.init, jax.random.key(0), *inputs)
+        init = functools.partial(module.init, method=method)
+        jax.eval_shape(init, jax.random.key(0), *inputs)
     return list(found.values())
 
 

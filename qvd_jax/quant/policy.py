@@ -41,9 +41,6 @@ _NAMED: dict[str, tuple[Method, Method]] = {
 }
 
 
-_WEIGHT_METHODS = ("minmax", "mse")
-
-
 @dataclass(frozen=True)
 class LayerSpec:
     """How one layer is quantized.
@@ -61,10 +58,10 @@ class LayerSpec:
     step_aware: bool = False
 
     def __post_init__(self) -> None:
-        if self.activation_bits == 16 and self.method not in _WEIGHT_METHODS:
+        if self.activation_bits == 16 and self.method != "minmax":
             raise ValueError(
                 f"method = {self.method!r} is about the input, which activation_bits = 16 leaves "
-                f"float; {' or '.join(_WEIGHT_METHODS)} is needed"
+                f"float; minmax is needed"
             )
         if not 2 <= self.weight_bits <= 8:
             raise ValueError(f"weight_bits = {self.weight_bits}: 2 to 8 are possible")
@@ -146,12 +143,12 @@ class Quantization:
     Attributes:
       policy: name of the policy it came from.
       specs: of the quantized layers, by module path; all others are float.
-      steps: S of the sampling that step-aware scales are for; None where there are none.
+      timesteps: of the sampling that step-aware scales are for; None where there are none.
     """
 
     policy: str
     specs: dict[str, LayerSpec]
-    steps: int | None = None
+    timesteps: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -23,16 +23,15 @@ def quantize(x: Array, scale: Array, bits: int) -> Array:
     return jnp.clip(jnp.round(x / scale), -limit, limit).astype(jnp.int8)
 
 
-def quantize_weights(weights: Array, bits: int, clip: Array | float = 1.0) -> tuple[Array, Array]:
+def quantize_weights(weights: Array, bits: int) -> tuple[Array, Array]:
     """Codes of a weight matrix, symmetric for each output channel.
 
     Args:
       weights: `[K, O]`.
       bits: of a code.
-      clip: share of each channel's largest magnitude that gets the largest code.
 
     Returns:
       Codes `[K, O]` and scales `[O]`.
     """
-    scale = scale_for(clip * jnp.abs(weights).max(0), bits)
+    scale = scale_for(jnp.abs(weights).max(0), bits)
     return quantize(weights, scale[None], bits), scale

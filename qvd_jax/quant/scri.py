@@ -16,6 +16,7 @@ from qvd_jax.axes import Array
 from qvd_jax.quant.qtensor import quantize, quantize_weights, scale_for
 
 RANGE_CANDIDATES = 12
+SEARCH_ROUNDS = 3
 CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -77,7 +78,7 @@ def search(
     activation_bits: int,
     weight_bits: int,
 ) -> ActivationQuantizer:
-    """The quantizer of least output error on sampled inputs: first R at rho = 1, then rho.
+    """The quantizer of least output error on sampled inputs, R and rho found in turn.
 
     Args:
       lower: lowest value of each channel, `[C]`.
@@ -101,9 +102,16 @@ def search(
         activation_bits=activation_bits,
         weight_bits=weight_bits,
     )
-    # The first of equals: the plainest.
-    target = min(targets, key=lambda target: float(error(target, 1.0)))
-    clip = min(CLIP_CANDIDATES, key=lambda clip: float(error(target, clip)))
+    target, clip = targets[0], CLIP_CANDIDATES[0]
+    for _ in range(SEARCH_ROUNDS):
+        before = target, clip
+        # The first of equals: the plainest.
+        target = targets[np.argmin([float(error(value, clip)) for value in targets])]
+        clip = CLIP_CANDIDATES[
+            np.argmin([float(error(target, value)) for value in CLIP_CANDIDATES])
+        ]
+        if (target, clip) == before:
+            break
     return integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
 
 
@@ -139,16 +147,20 @@ def output_error(
       activation_bits: b_a.
       weight_bits: b_w.
     """
-    taps, channels, outputs = weights.shape
-    rows = (len(inputs), taps * channels)
+    outputs = weights.shape[-1]
     folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
     weight_codes, weight_scale = quantize_weights(folded, weight_bits)
-    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32).reshape(rows)
-    product = codes @ weight_codes.astype(jnp.float32)
+    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32)
+    product = row_product(codes, weight_codes.astype(jnp.float32).reshape(weights.shape))
     # The shift's part of the output is exact on both sides.
-    centered = (inputs - _as_last(quantizer.shift, 3)).reshape(rows)
-    exact = centered @ weights.reshape(-1, outputs)
+    exact = row_product(inputs - _as_last(quantizer.shift, 3), weights)
     return jnp.square(product * (quantizer.step * weight_scale)[None] - exact).mean()
+
+
+def row_product(rows: Array, weights: Array) -> Array:
+    """A layer's output `[N, O]` on sampled rows `[N, T, C]`, weights `[T, C, O]`."""
+    flat = weights.reshape(-1, weights.shape[-1])
+    return jnp.matmul(rows.reshape(len(rows), -1), flat, precision="highest")
 
 
 def coverage(lower: Array, upper: Array, quantizer: ActivationQuantizer, bits: int) -> Array:

@@ -62,6 +62,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "sheet_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}: it cannot be negative")
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps}: fewer than the {self.steps} steps are needed"
@@ -249,7 +251,9 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises what its many parts raise.
-                tqdm.tqdm.write(f"{place} is damaged and left out: {first_line(error)}")
+                tqdm.tqdm.write(f"{place} is damaged and deleted: {first_line(error)}")
+                # Orbax would save no step before it.
+                self._manager.delete(step)
                 continue
             tqdm.tqdm.write(f"resuming from {place}")
             return state, step

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import flax
 import jax
@@ -17,6 +18,7 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
+from qvd_jax.files import replace_when_whole
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
@@ -74,7 +76,7 @@ class TextToVideoConfig:
     snr_range: tuple[float, float] = (0.0, 5.0)
     mean_below_snr: float = 0.0
     timestep_density: tuple[float, float] | None = None
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 class TextToVideo:
@@ -102,6 +104,13 @@ class TextToVideo:
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         with np.load(bank) as stored:
             self._scenes, self._latents = stored["scenes"], stored["latents"]
+        frames, side = self._latents.shape[1], self._latents.shape[2] * vae.stride
+        asked = config.defaults
+        if asked.frames > frames or (asked.height, asked.width) != (side, side):
+            raise InputError(
+                f"defaults: {asked.frames} frames of {asked.height}x{asked.width}; the training "
+                f"videos have {frames} of {side}x{side}"
+            )
         if config.only:
             kept = [
                 all(phrase in moving_shapes.prompt(scene) for phrase in config.only)
@@ -300,9 +309,8 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed
         rows = np.arange(start, start + group) % count
         video = jax.device_put(moving_shapes.render(scenes[rows], rng), over_videos)
         latents.append(np.asarray(encode(video)))
-    partial = file.with_suffix(".partial.npz")
-    np.savez(partial, scenes=scenes, latents=np.concatenate(latents)[:count])
-    partial.rename(file)
+    bank = {"scenes": scenes, "latents": np.concatenate(latents)[:count]}
+    replace_when_whole(file, lambda partial: np.savez(partial, allow_pickle=False, **bank))
 
 
 def _silence_outputs(params: Params) -> Params:

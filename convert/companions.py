@@ -78,7 +78,7 @@ def text_config(tensors: Tensors, json: Mapping[str, Any], where: str) -> CLIPTe
     def shape(name: str) -> tuple[int, ...]:
         return keys.require(tensors, name, f"{where} is no CLIP text encoder")
 
-    vocabulary, hidden = shape("embeddings.token_embedding.weight")
+    vocabulary, hidden = shape("embeddings.token_embedding.weight")[:2]
     fields = {
         "vocab_size": vocabulary,
         "hidden_size": hidden,

@@ -9,14 +9,17 @@ from qvd_jax.errors import InputError
 
 
 def require(tensors: Tensors, name: str, problem: str) -> tuple[int, ...]:
-    """The shape of a tensor.
+    """The shape of a matrix or a kernel.
 
     Raises:
-      InputError: `problem` and the name, if it is missing.
+      InputError: `problem` and the name, if it is missing or neither.
     """
     if name not in tensors:
         raise InputError(f"{problem}: the tensor {name} is missing")
-    return tensors[name].shape
+    shape = tuple(tensors[name].shape)
+    if len(shape) < 2:
+        raise InputError(f"{problem}: the tensor {name} has the shape {shape}")
+    return shape
 
 
 def numbers(tensors: Tensors, pattern: str) -> set[int]:

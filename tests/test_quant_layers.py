@@ -9,7 +9,7 @@ from flax.core import FrozenDict
 
 from qvd_jax.models.layers import FLOAT
 from qvd_jax.quant import observers
-from qvd_jax.quant.calibration import quantize_layer
+from qvd_jax.quant.calibration import find_quantizer, needs_quantizer, quantize_layer
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec
 
@@ -55,7 +55,10 @@ def quantized(net, params, x, spec):
     """The quantized net and its parameters, calibrated on `x` itself."""
     _, found = observers.observe(net, params, x, method="__call__", rows=64, key=jax.random.key(0))
     assert list(found) == ["layer"]
-    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec)
+    quantizer = None
+    if needs_quantizer(spec):
+        quantizer = find_quantizer(found["layer"], [params["layer"]["kernel"]], spec)
+    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec, quantizer)
     int8_net = Net(layer_set({"layer": spec}), net.conv)
     shapes = jax.eval_shape(int8_net.init, jax.random.key(0), x)["params"]["layer"]
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(

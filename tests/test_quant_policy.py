@@ -15,14 +15,18 @@ from qvd_jax.quant.policy import (
 )
 
 LAYERS = [
-    Layer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8)),
-    Layer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32)),
-    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8)),
-    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8)),
+    Layer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8), 0),
+    Layer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32), 1),
+    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8), 2),
+    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8), 3),
     Layer(
-        "down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv", (8, 24), (16, 2, 8), (16, 2, 24)
+        "down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv",
+        (8, 24),
+        (16, 2, 8),
+        (16, 2, 24),
+        4,
     ),
-    Layer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4)),
+    Layer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4), 5),
 ]
 
 

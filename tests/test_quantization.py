@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,21 @@ def test_reports_name_every_layer(pipe, quantized):
             assert report.td_score_after >= report.td_score_before
         else:
             assert report.coverage_after >= report.coverage_before - 0.01
+
+
+def test_layers_that_read_one_tensor_share_its_quantizer(pipe, quantized):
+    """DESIGN.md 5.1; every cross-attention reads the text."""
+    sources = {layer.path: layer.source for layer in list_layers(pipe, SIZE)}
+    texts = [path for path in sources if path.endswith("attention/block/attn2/to_kv")]
+    assert len(texts) > 2
+    assert len({sources[path] for path in texts}) == 1
+    unet = flax.traverse_util.flatten_dict(quantized[0].params["unet"], sep="/")
+    for name in ("in_scale", "in_offset"):
+        first, *others = (unet[f"{path}/{name}"] for path in texts)
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+    qkv = [sources[path] for path in sources if path.endswith("to_qkv")]
+    assert len(set(qkv)) == len(qkv)
 
 
 def test_calibration_repeats(pipe, quantized):

@@ -81,7 +81,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompt", "a", "--out", "{tmp}/a.avi"], "a file ends in .mp4 or .gif"),
         (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
         (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
-        (["--prompt", "a", "--against", "{tmp}/images"], "(images) take other inputs"),
+        (["--prompt", "a", "--against", "{tmp}/images"], "(images) and"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

@@ -18,7 +18,7 @@ from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
@@ -289,7 +289,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             finite = np.asarray(finite)
             if not finite.all():
                 step = start + int(np.argmin(finite))
-                raise InputError(
+                raise NotFiniteError(
                     f"step {step + 1} of {steps} (timestep {schedule.table.timestep[step]:g}) "
                     f"gave latents that are not finite; try float32, or a lower guidance scale "
                     f"than {want.guidance_scale:g}"

@@ -14,16 +14,23 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.solvers import make_schedule
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.components import GAINS
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant import observers
-from qvd_jax.quant.calibration import LayerReport, quantize_layer, step_gains
+from qvd_jax.quant.calibration import (
+    LayerReport,
+    find_quantizer,
+    needs_quantizer,
+    quantize_layer,
+    step_gains,
+)
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import Layer, Policy, Quantization, match, named_policy
+from qvd_jax.quant.scri import ActivationQuantizer
 
 Progress = Callable[[str, int, int], None]
 
@@ -80,7 +87,8 @@ def quantize(
     policy = named_policy(policy) if isinstance(policy, str) else policy
     inputs = list(pipe.defaults.prompts if prompts is None else prompts)
     report_progress = progress or (lambda *_: None)
-    specs = match(policy, list_layers(pipe, options))
+    layers = {layer.path: layer for layer in list_layers(pipe, options)}
+    specs = match(policy, list(layers.values()))
     outside, temporal = _outside_loop(pipe)
     for path, spec in specs.items():
         if spec.method == "htdq" and path not in temporal:
@@ -98,12 +106,23 @@ def quantize(
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
     gains: dict[str, Any] = {}
+    shared: dict[Any, ActivationQuantizer] = {}
     for done, (path, spec) in enumerate(specs.items()):
         report_progress("layers", done, len(specs))
+        # Layers that read one tensor, in the same way, share its quantizer.
+        reader = layers[path].source, layers[path].kernel[:-2], spec
+        if needs_quantizer(spec) and reader not in shared:
+            readers = [
+                other
+                for other in specs
+                if (layers[other].source, layers[other].kernel[:-2], specs[other]) == reader
+            ]
+            kernels = [flat[f"{other}/kernel"] for other in readers]
+            shared[reader] = find_quantizer(observed.joined[path], kernels, spec, splits.get(path))
         names = [name for name in flat if name.rpartition("/")[0] == path]
         layer = {name.rpartition("/")[2]: flat.pop(name) for name in names}
         quantized, report = quantize_layer(
-            path, layer, observed.joined.pop(path), spec, splits.get(path)
+            path, layer, observed.joined.pop(path), spec, shared.get(reader)
         )
         if spec.step_aware:
             ends = observed.by_step[path]
@@ -203,15 +222,20 @@ def collect(
         progress("sampling", done, steps)
         before.append(np.array(latents))
 
-    pipe(
-        inputs,
-        **options,
-        steps=steps,
-        seed=config.seed,
-        latents=noise,
-        output_type="latents",
-        callback_on_step_end=keep,
-    )
+    failure = None
+    try:
+        pipe(
+            inputs,
+            **options,
+            steps=steps,
+            seed=config.seed,
+            latents=noise,
+            output_type="latents",
+            callback_on_step_end=keep,
+        )
+    except NotFiniteError as error:
+        # The layer it began in is found by observing the steps up to there.
+        failure = error
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
@@ -240,7 +264,7 @@ def collect(
                 unet, params, (seen,), key, method="control_features", rows=rows * steps
             )
             _add(parts, found, f"input {number + 1}")
-        for step in range(steps):
+        for step in range(min(steps, len(before))):
             progress("observing", number * steps + step, len(inputs) * steps)
             scaled = schedule.table.model_in[step] * before[step][number, None, :window]
             latents = jnp.asarray(np.concatenate([scaled] * len(conditions.context)))
@@ -251,6 +275,8 @@ def collect(
             _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
+    if failure is not None:
+        raise failure
     by_step = {path: _by_step(parts[path], steps) for path in in_loop}
     joined = {path: observers.join(statistics) for path, statistics in parts.items()}
     return Observed(joined, by_step)

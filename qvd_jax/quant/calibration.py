@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -62,7 +63,7 @@ def quantize_layer(
     params: Params,
     statistics: Statistics,
     spec: LayerSpec,
-    split: int | None = None,
+    quantizer: scri.ActivationQuantizer | None = None,
 ) -> tuple[Params, LayerReport]:
     """Quantizes one Dense or conv layer.
 
@@ -71,7 +72,7 @@ def quantize_layer(
       params: `kernel` `[*taps, C, O]` and maybe `bias` `[O]`.
       statistics: of its input.
       spec: how.
-      split: where the input is concatenated, of how many channels the first part is.
+      quantizer: of its input, from `find_quantizer`; None where `needs_quantizer` says so.
 
     Returns:
       The parameters of `QuantDense` or `QuantConv`, and what they are worth.
@@ -91,9 +92,8 @@ def quantize_layer(
         found = scri.row_product(statistics.rows, (codes * scale[None]).reshape(weights.shape))
         quantized = {"kernel": _stored(codes, taps, channels, spec), "scale": scale, "bias": bias}
         return quantized, LayerReport(path, spec.method, _output_sqnr(exact, found))
-    if spec.method == "htdq":
+    if quantizer is None:
         return _temporal_layer(path, weights[0], bias, statistics, spec, exact)
-    quantizer = _find(statistics, weights, spec, split)
     folded = weights * quantizer.factor[None, :, None]
     codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits)
     scale = scale * quantizer.step
@@ -162,9 +162,26 @@ def _output_sqnr(exact: Array, found: Array) -> float:
     return sqnr(float(jnp.square(exact).sum()), float(jnp.square(found - exact).sum()))
 
 
-def _find(
-    statistics: Statistics, weights: Array, spec: LayerSpec, split: int | None
+def needs_quantizer(spec: LayerSpec) -> bool:
+    """Whether a layer's input becomes codes by an `ActivationQuantizer`."""
+    return spec.activation_bits < 16 and spec.method != "htdq"
+
+
+def find_quantizer(
+    statistics: Statistics, kernels: Sequence[Array], spec: LayerSpec, split: int | None = None
 ) -> scri.ActivationQuantizer:
+    """The quantizer of what one or more layers read.
+
+    Args:
+      statistics: of the tensor.
+      kernels: `[*taps, C, O]` of each layer; taps and C are the same for all.
+      spec: how the layers are quantized.
+      split: where the tensor is a concatenation, of how many channels its first part is.
+    """
+    *_, channels, _ = kernels[0].shape
+    weights = jnp.concatenate(
+        [jnp.asarray(k, jnp.float32).reshape(-1, channels, k.shape[-1]) for k in kernels], axis=-1
+    )
     lower, upper, rows, _ = statistics
     bits = spec.activation_bits
     if spec.method == "scri":

@@ -111,13 +111,19 @@ def list_layers(
       method: which of its methods is called.
     """
     found: dict[str, Layer] = {}
+    # By identity, and kept, so that no other gets it.
+    sources: list[Array] = []
 
     def note(layer: nn.Module, x: Array, result: Array) -> None:
         path = "/".join(layer.path)
         if path in found:
             return
         taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
-        found[path] = Layer(path, (*taps, x.shape[-1], layer.features), x.shape, result.shape)
+        same = [number for number, source in enumerate(sources) if source is x]
+        sources.append(x)
+        source = same[0] if same else len(sources) - 1
+        kernel = (*taps, x.shape[-1], layer.features)
+        found[path] = Layer(path, kernel, x.shape, result.shape, source)
 
     with _watching(note):
         init = functools.partial(module.init, method=method)

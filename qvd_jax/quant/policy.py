@@ -160,12 +160,14 @@ class Layer:
       kernel: shape of the kernel, `[*taps, C, O]`.
       inputs: shape of what it is called with in one forward, `[..., C]`.
       outputs: shape of what it returns, `[..., O]`.
+      source: number of the tensor it is called with; layers that share it read the same one.
     """
 
     path: str
     kernel: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    source: int
 
     @property
     def parameters(self) -> int:

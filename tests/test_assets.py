@@ -40,6 +40,7 @@ def test_it_shows_what_held_out_prompts_ask_for(shapes):
     scenes = moving_shapes.scenes("held_out")[::16]
     videos = shapes([moving_shapes.prompt(scene) for scene in scenes])
     hits = prompt_hits(videos, [moving_shapes.describe_scene(scene) for scene in scenes])
-    color, shape, _, background, _ = hits.mean(0)
+    color, shape, motion, background, _ = hits.mean(0)
     assert min(color, background) >= 0.9, hits
     assert shape >= 0.8, hits
+    assert motion >= 0.6, hits

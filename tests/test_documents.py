@@ -17,6 +17,10 @@ def test_tables_are_those_of_their_files(document):
     )
 
 
+def test_some_table_is_shown():
+    assert any("<!-- table: " in document.read_text() for document in DOCUMENTS)
+
+
 def test_only_what_stands_between_the_marks_is_replaced(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"table": "| a |"}))
     document = tmp_path / "text.md"

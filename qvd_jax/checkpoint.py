@@ -242,9 +242,7 @@ def restore_params(
             stored = checkpointer.metadata(item).item_metadata
             shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored.tree)
         except Exception as error:
-            raise InputError(
-                f"{item} is damaged: its index cannot be read: {first_line(error)}"
-            ) from error
+            raise InputError(f"{item} is damaged: its index cannot be read") from error
         check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -254,8 +252,9 @@ def restore_params(
         try:
             return checkpointer.restore(item, target)
         except Exception as error:
+            # Orbax's own message says nothing of use.
             raise InputError(
-                f"{item} is damaged, or memory too small: {first_line(error)}"
+                f"{item} is damaged, or too large for the memory: its arrays cannot be read"
             ) from error
 
 

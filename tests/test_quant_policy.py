@@ -89,7 +89,7 @@ def test_a_rule_that_decides_about_nothing_is_an_error(rules, message):
         ({"method": "scry"}, "unknown value 'scry'; did you mean 'scri'"),
         ({"method": "scri", "weight_bits": 9}, "weight_bits = 9: 2 to 8 are possible"),
         ({"method": "scri", "activation_bits": 12}, "activation_bits = 12: 2 to 8, or 16"),
-        ({"method": "htdq", "activation_bits": 16}, "minmax or mse is needed"),
+        ({"method": "htdq", "activation_bits": 16}, "minmax is needed"),
         ({"methods": "scri"}, "unknown key 'methods'; did you mean 'method'"),
     ],
 )

@@ -166,8 +166,8 @@ def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
     np.testing.assert_array_equal(restored(PROMPTS[:1], **SAMPLE), found)
     with pytest.raises(InputError, match=r"3 steps of ddim: .* one for each of 2 other steps"):
         restored(PROMPTS[:1], **{**SAMPLE, "steps": 3})
-    scheduler = replace(restored.scheduler, solver="euler")
-    with pytest.raises(InputError, match=r"2 steps of euler: .* one for each of 2 other steps"):
+    scheduler = replace(restored.scheduler, timestep_spacing="trailing")
+    with pytest.raises(InputError, match=r"2 steps of ddim: .* one for each of 2 other steps"):
         replace(restored, scheduler=scheduler)(PROMPTS[:1], **SAMPLE)
 
 

@@ -100,7 +100,7 @@ def quantize(
             path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
             for path, spec in specs.items()
         }
-    observed = collect(pipe, inputs, config, dict(options or {}), report_progress)
+    observed = collect(pipe, list(layers), inputs, config, dict(options or {}), report_progress)
 
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
@@ -200,12 +200,21 @@ class Observed(NamedTuple):
 
 def collect(
     pipe: VideoPipeline,
+    paths: Sequence[str],
     inputs: Sequence[Any],
     config: CalibrationConfig,
     options: dict[str, Any],
     progress: Progress,
 ) -> Observed:
     """Samples the inputs and observes every layer's input at every step.
+
+    Args:
+      pipe: the float pipeline.
+      paths: of all layers, in the order in which they are called.
+      inputs: prompts or images.
+      config: how much to sample.
+      options: of the pipeline's calls.
+      progress: as in `quantize`.
 
     Raises:
       InputError: there are no inputs, or a layer's is not finite: it and its step are named.
@@ -239,7 +248,7 @@ def collect(
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
-    parts: dict[str, list[Statistics]] = {}
+    parts: dict[str, list[Statistics]] = {path: [] for path in paths}
     temporal: Any = None
     rows = math.ceil(config.rows / (steps * len(inputs)))
     in_loop: set[str] = set()
@@ -278,7 +287,7 @@ def collect(
     if failure is not None:
         raise failure
     by_step = {path: _by_step(parts[path], steps) for path in in_loop}
-    joined = {path: observers.join(statistics) for path, statistics in parts.items()}
+    joined = {path: observers.join(seen) for path, seen in parts.items() if seen}
     return Observed(joined, by_step)
 
 
@@ -303,18 +312,14 @@ def _observe(
 
 
 def _add(parts: dict[str, list[Statistics]], found: dict[str, Statistics], where: str) -> None:
-    _check_finite(found, where)
-    for path, statistics in found.items():
-        parts.setdefault(path, []).append(statistics)
-
-
-def _check_finite(found: Mapping[str, Statistics], where: str) -> None:
-    for path, statistics in found.items():
-        if not bool(statistics.finite):
+    # In the order of the calls: the first that is not finite is where it began.
+    for path in filter(found.__contains__, parts):
+        if not bool(found[path].finite):
             raise InputError(
                 f"{path}: its input is not finite at {where}; the checkpoint cannot be "
                 f"calibrated, float32 may help"
             )
+        parts[path].append(found[path])
 
 
 def _latents_shape(pipe: VideoPipeline, want: Any) -> tuple[int, int, int, int]:

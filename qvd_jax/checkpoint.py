@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_COMMIT_MARK = "commit_success.txt"
 LAYER_REPORTS = "layers.json"
 TOKENIZER = "tokenizer"
 ASSETS = Path(__file__).parent / "assets"
@@ -217,6 +218,9 @@ def save_params(folder: Path, name: str, params: Params) -> None:
             checkpointer.save(item, args=arguments)
         except ValueError as error:  # What TensorStore raises when the disk is full, for one.
             raise InputError(f"{item} could not be written: {first_line(error)}") from error
+    # Orbax marks a finished item where no rename is atomic, and writes the absolute path into it.
+    for mark in item.glob(_COMMIT_MARK):
+        mark.write_text(f"{name} is complete\n", encoding="utf-8")
 
 
 def restore_params(

@@ -293,3 +293,10 @@ def test_damaged_layer_reports_are_named(tmp_path):
     (tmp_path / "layers.json").write_text('[{"path":')
     with pytest.raises(InputError, match=r"layers.json is damaged: "):
         checkpoint.read_layer_reports(tmp_path)
+
+
+def test_no_file_tells_where_it_was_written(tmp_path):
+    checkpoint.save_params(tmp_path, "item", {"kernel": jnp.ones((2, 3))})
+    files = [path for path in (tmp_path / "item").rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]

@@ -13,7 +13,6 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
-from qvd_jax.diffusion.solvers import make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.unet3d import UNet3D
@@ -138,7 +137,7 @@ def quantize(
     defaults, timesteps = pipe.defaults, None
     if gains:
         steps = config.steps or defaults.steps
-        timesteps = tuple(make_schedule(pipe.scheduler, steps).table.timestep.tolist())
+        timesteps = tuple(pipe.schedule(steps).table.timestep.tolist())
         # What the checkpoint's scales are for is what it samples by default.
         defaults = replace(defaults, steps=steps)
     quantization = Quantization(policy.name, specs, timesteps)
@@ -223,7 +222,7 @@ def collect(
         raise InputError("there is nothing to calibrate with; one prompt or image is needed")
     want, more = _split(pipe, options)
     steps = config.steps or want.steps
-    schedule = make_schedule(pipe.scheduler, steps)
+    schedule = pipe.schedule(steps)
     noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
     before = [np.asarray(noise) * schedule.initial_scale]
 

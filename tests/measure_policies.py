@@ -2,16 +2,17 @@
 
     python tests/measure_policies.py --out runs/policies
 
-makes `docs/results/policies_*.json`: float, QVD and minmax with three seeds
-for each prompt, the others with one, and the controlled case (`rescaling.py`). What is there
-already is taken, so that an interrupted run goes on.
+makes `docs/results/policies.json`: float, QVD and minmax with three seeds for each prompt, the
+others with one, and the controlled case (`rescaling.py`). Thousands of videos take hours; what is
+there already is taken, so that an interrupted run goes on.
 """
 
 import argparse
-import shutil
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rescaling import rescale_channels
@@ -19,9 +20,11 @@ from rescaling import rescale_channels
 import qvd_jax
 from qvd_jax import calibrate, evaluate
 from qvd_jax.data import moving_shapes
+from qvd_jax.files import write_text
 
-DOCS = Path(__file__).parent.parent / "docs"
-WIDTHS = ("w8a8", "w6a6", "w4a8", "w8a16")
+RESULTS = Path(__file__).parent.parent / "docs/results/policies.json"
+MODEL = "shapes"
+WIDTHS = ("w8a8", "w6a6", "w4a8")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
 CALIBRATION_PROMPTS = 8
@@ -38,32 +41,41 @@ def main() -> int:
     scenes = train[:: len(train) // CALIBRATION_PROMPTS][:CALIBRATION_PROMPTS]
     (out / "prompts.txt").write_text("\n".join(map(moving_shapes.prompt, scenes)) + "\n")
 
-    for width in WIDTHS:
-        measure(out, f"main_{width}", "shapes", [f"{p}-{width}" for p in MAIN], args.videos, 3)
-    # With float inputs all policies are the same.
-    for width in WIDTHS[:3]:
-        measure(out, f"others_{width}", "shapes", [f"{p}-{width}" for p in OTHERS], args.videos, 1)
     rescaled = out / "rescaled"
     if not rescaled.exists():
-        pipe = qvd_jax.load("shapes", dtype="float32")
+        pipe = qvd_jax.load(MODEL, dtype="float32")
         unet = rescale_channels(pipe.params["unet"], np.random.default_rng(0))
         qvd_jax.save(replace(pipe, params={**pipe.params, "unet": unet}), rescaled)
-    policies = [f"{policy}-w8a8" for policy in (*MAIN, *OTHERS)]
-    measure(out, "rescaled_w8a8", str(rescaled), policies, args.videos, 1)
 
+    main_policies = {width: [f"{policy}-{width}" for policy in MAIN] for width in WIDTHS}
+    # With float inputs all policies are the same.
+    main_policies["w8a8"].append("qvd-w8a16")
+    parts = [(f"main_{width}", MODEL, main_policies[width], 3) for width in WIDTHS]
+    for width in WIDTHS:
+        parts.append((f"others_{width}", MODEL, [f"{policy}-{width}" for policy in OTHERS], 1))
+    controlled = [f"{policy}-w8a8" for policy in (*MAIN, *OTHERS)]
+    parts.append(("rescaled", str(rescaled), controlled, 1))
+    found = {}
+    for name, model, policies, seeds in parts:
+        found[name] = measure(out, name, model, policies, args.videos, seeds)
+        # Written after each part: an interrupted run shows what it has.
+        write_text(RESULTS, json.dumps(record(found), indent=1) + "\n")
     return 0
 
 
-def measure(out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int) -> None:
+def measure(
+    out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int
+) -> dict[str, Any]:
     """Evaluates a model quantized by each policy against the shapes model."""
     place = out / name
     if not place.exists():
         candidates = [calibrated(out, model, policy) for policy in policies]
-        candidates = candidates if model == "shapes" else [model, *candidates]
-        options = ["--reference", "shapes", "--candidate", *candidates, "--out", str(place)]
+        candidates = candidates if model == MODEL else [model, *candidates]
+        options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
         if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
             sys.exit(2)
-    shutil.copy(place / "results.json", DOCS / "results" / f"policies_{name}.json")
+    found: dict[str, Any] = json.loads((place / "results.json").read_text())
+    return found
 
 
 def calibrated(out: Path, model: str, policy: str) -> str:
@@ -73,6 +85,64 @@ def calibrated(out: Path, model: str, policy: str) -> str:
         if calibrate.main([*options, "--prompts-file", str(out / "prompts.txt")]):
             sys.exit(2)
     return str(place)
+
+
+def record(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All parts without the figures of single layers, and their table."""
+    first = next(iter(parts.values()))
+    shared = ("cpu", "cores", "python", "versions", "date", "backend", "steps")
+    return {
+        "command": "python tests/measure_policies.py --out runs/policies",
+        **{key: first[key] for key in shared},
+        "parts": {
+            name: {
+                **{key: part[key] for key in ("command", "prompts", "seeds")},
+                "models": [
+                    {key: value for key, value in model.items() if key != "layers"}
+                    for model in part["models"]
+                ],
+            }
+            for name, part in parts.items()
+        },
+        "table": table(parts),
+    }
+
+
+def table(parts: dict[str, dict[str, Any]]) -> str:
+    """One line for each model and part, beside the float model of that part's videos."""
+    versions = next(iter(parts.values()))["versions"]
+    lines = [
+        f"{next(iter(parts.values()))['steps']} steps; "
+        + ", ".join(f"{name} {versions[name]}" for name in ("qvd_jax", "jax", "flax")),
+        "",
+        "| policy | videos | all four | against float, points | Fréchet / float's | PSNR dB "
+        "| latents SQNR dB |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, part in parts.items():
+        for number, model in enumerate(part["models"]):
+            policy = f"rescaled, {model['policy']}" if name == "rescaled" else model["policy"]
+            cells = [
+                policy if number else "float",
+                str(part["prompts"] * part["seeds"]),
+                f"{model['accuracy']['all four']['value']:.1%}",
+            ]
+            if number:
+                cells += [
+                    interval(model["accuracy_change"], 100, "+.1f"),
+                    interval(model["frechet_ratio"], 1, ".3f"),
+                    f"{model['psnr']:.1f}",
+                    f"{model['latent_sqnr'][-1]:.1f}",
+                ]
+            lines.append("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def interval(found: dict[str, Any], factor: int, form: str) -> str:
+    value, low, high = (
+        format(factor * part, form) for part in (found["value"], *found["interval"])
+    )
+    return f"{value} ({low} to {high})"
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks import growth, peers, products, rounds, sampling, unet
+from qvd_jax.benchmarks import growth, peers, products, profile, rounds, sampling, unet
 from qvd_jax.benchmarks.environment import environment
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
@@ -64,13 +64,16 @@ def measure_products(args: argparse.Namespace) -> Measured:
 
 def measure_unet(args: argparse.Namespace) -> Measured:
     """One forward of the UNet, beside the peers'."""
-    case = _unet_case(args)
-    for policy in args.policy:
-        named_policy(policy)
-    variants = unet_variants(args.dtype, args.policy, installed(args.against))
-    check_fits(unet.needed_bytes(case, variants), f"the UNet at {case.height}x{case.width} latents")
+    case, variants = _unet_variants(args, installed(args.against))
     results = rounds.measure({unet.OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
     return case, results, rounds.table(results, variants[0])
+
+
+def measure_profile(args: argparse.Namespace) -> Measured:
+    """Where the time of one forward goes."""
+    case, variants = _unet_variants(args)
+    results = profile.measure(case, variants)
+    return case, results, profile.table(results)
 
 
 def measure_sample(args: argparse.Namespace) -> Measured:
@@ -105,6 +108,7 @@ def measure_growth(args: argparse.Namespace) -> Measured:
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "products": measure_products,
     "unet": measure_unet,
+    "profile": measure_profile,
     "sample": measure_sample,
     "memory": measure_memory,
     "growth": measure_growth,
@@ -121,6 +125,18 @@ def _unet_case(args: argparse.Namespace) -> unet.Case:
     if height % stride or width % stride:
         raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
     return case
+
+
+def _unet_variants(
+    args: argparse.Namespace, against: Sequence[str] = ()
+) -> tuple[unet.Case, list[Variant]]:
+    """The case, and what is measured of it: ours, then the peers'."""
+    case = _unet_case(args)
+    for policy in args.policy:
+        named_policy(policy)
+    variants = unet_variants(args.dtype, args.policy, against)
+    check_fits(unet.needed_bytes(case, variants), f"the UNet at {case.height}x{case.width} latents")
+    return case, variants
 
 
 def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
@@ -196,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parsers = {
         "products": what.add_parser("products", help="every formulation of every product by shape"),
         "unet": what.add_parser("unet", help="one forward of the UNet, beside the peers'"),
+        "profile": what.add_parser("profile", help="where the time of one forward goes"),
         "sample": what.add_parser("sample", help="whole videos: start-up and time"),
         "memory": what.add_parser("memory", help="peak memory of loading and sampling"),
         "growth": what.add_parser("growth", help="cost by frames, size and number of videos"),
@@ -203,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, one in parsers.items():
         one.add_argument("--batch", type=positive_int, default=1, metavar="B")
         add_size_arguments(one)
-        if name in ("products", "unet"):
+        if name in ("products", "unet", "profile"):
             one.add_argument("--size", choices=unet.SIZES, default="sd15")
         else:
             one.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR|NAME")
@@ -211,6 +228,7 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
         if name == "unet":
             one.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
+        if name in ("unet", "profile"):
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
         if name == "growth":
             one.add_argument("--plot", type=Path, required=True, metavar="FILE.png")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from qvd_jax import benchmark, memory
-from qvd_jax.benchmarks import growth, products, rounds
+from qvd_jax.benchmarks import growth, products, profile, rounds
 from qvd_jax.benchmarks.unet import SIZES, Case
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D
@@ -95,6 +95,36 @@ def build_sleeper(case, variant):
 
 def build_nothing(case, variant):
     raise SystemExit("no such thing")
+
+
+def test_operations_are_told_apart_by_their_names():
+    block = "jit(apply)/UNet3D/UNet3D.denoise/mid_block/blocks_0"
+    attention = f"{block}/attention/attention.transform/block/attn1"
+    kinds = {
+        f"{attention}/attn1._project/to_qkv/cond/branch_0_fun/mixed_int8_dot": "int8 products",
+        f"{attention}/attn1._project/to_qkv/cond/branch_0_fun/xor": "quantizing",
+        f"{attention}/cond/branch_0_fun/reduce_max": "attention",
+        f"{attention}/cond/branch_0_fun/dot_general": "attention",
+        f"{attention}/to_out/dot_general": "float products",
+        f"{block}/resnet/conv1/conv_general_dilated": "float products",
+        f"{block}/resnet/conv1/cond/branch_0_fun/slice": "gathering patches",
+        f"{block}/resnet/norm2/reduce_sum": "norms",
+        f"{block}/resnet/add": "all else",
+        "": "all else",
+    }
+    assert {operation: profile.kind(operation) for operation in kinds} == kinds
+
+
+@pytest.mark.slow
+def test_a_profile_says_where_the_time_goes(tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
+    options = ["--policy", "minmax-w8a8", "--dtype", "float32", "--out", str(out)]
+    assert benchmark.main(["profile", *sizes, *options]) == 0
+    floating, int8 = (r["seconds"] for r in json.loads(out.read_text())["results"])
+    assert floating["int8 products"] == floating["quantizing"] == 0
+    assert min(int8["int8 products"], int8["quantizing"], floating["float products"]) > 0
+    assert "| float float32, s | minmax-w8a8 float32, s |" in capsys.readouterr().out
 
 
 def test_variants_run_in_turn_and_their_medians_are_theirs(capfd):

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.benchmarks.rounds import Run, Variant
-from qvd_jax.benchmarks.unet import Case, jitted, param_shapes, random_params
+from qvd_jax.benchmarks.unet import Case, compile_forward, param_shapes, random_params
 from qvd_jax.models.layers import FLOAT
 from qvd_jax.models.unet3d import UNet3D
 
@@ -64,7 +64,7 @@ def build_qwix(case: Case, variant: Variant) -> Run:
     params = qwix.quantize_params(
         random_params(module, case)["params"], param_shapes(quantized, case)["params"]
     )
-    return jitted(quantized.apply, {"params": params}, case, variant.dtype)
+    return compile_forward(quantized.apply, {"params": params}, case, variant.dtype)
 
 
 BUILDS = {"diffusers": build_diffusers, "torchao": build_torchao, "qwix": build_qwix}

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array, Params
-from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
@@ -76,10 +77,26 @@ class Case:
         return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, (1,), text))
 
 
-def build(case: Case, variant: Variant) -> Run:
-    """Our UNet with random weights, jit-compiled; temporal and text features are included."""
+@dataclass(frozen=True)
+class Forward:
+    """One forward of a compiled UNet, to its end.
+
+    Attributes:
+      compiled: the program.
+      arguments: what it is called with.
+    """
+
+    compiled: jax.stages.Compiled
+    arguments: tuple[Any, ...]
+
+    def __call__(self) -> None:
+        jax.block_until_ready(self.compiled(*self.arguments))
+
+
+def build(case: Case, variant: Variant) -> Forward:
+    """Our UNet with random weights; temporal and text features are included."""
     module = UNet3D(case.config, layers(case, variant))
-    return jitted(module.apply, random_params(module, case), case, variant.dtype)
+    return compile_forward(module.apply, random_params(module, case), case, variant.dtype)
 
 
 def layers(case: Case, variant: Variant) -> LayerSet:
@@ -125,8 +142,8 @@ def param_shapes(module: UNet3D, case: Case) -> Params:
     return jax.eval_shape(module.init, jax.random.key(0), *case.shapes())
 
 
-def jitted(apply: Callable[..., Array], params: Params, case: Case, dtype: str) -> Run:
-    """One forward of a jit-compiled UNet, to its end."""
+def compile_forward(apply: Callable[..., Array], params: Params, case: Case, dtype: str) -> Forward:
+    """Compiles one forward of a UNet with the case's inputs."""
     latents, text = (jnp.asarray(x, dtype) for x in case.inputs())
-    forward = jax.jit(apply)
-    return lambda: jax.block_until_ready(forward(params, latents, jnp.array([500.0]), text))
+    arguments = params, latents, jnp.array([500.0]), text
+    return Forward(jax.jit(apply).lower(*arguments).compile(), arguments)

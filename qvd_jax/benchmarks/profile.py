@@ -1,0 +1,87 @@
+"""Where the time of one forward goes, by kind of work."""
+
+import collections
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import tqdm
+from jax.profiler import ProfileData
+
+from qvd_jax.benchmarks import unet
+from qvd_jax.benchmarks.rounds import Variant
+
+_INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
+# The first that matches the name of an operation decides. Names are of the module and, last, the
+# primitive; what XLA fused bears the name of the fusion's last operation.
+_KINDS = {
+    "int8 products": r"/mixed_int8_dot$",
+    "attention": r"/attn\d/(cond/branch_\d+_fun/|while/|body/|closed_call/)*\w+$",
+    "float products": r"/(dot_general|conv_general_dilated)$",
+    "gathering patches": r"/(slice|pad|concatenate)$",
+    "quantizing": r"/(xor|round|clamp|bitcast_convert_type)$",
+    "norms": r"/(\w*norm\w*)/",
+}
+_OTHER = "all else"
+
+
+def measure(case: unet.Case, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Profiles one forward of each of our variants.
+
+    Returns:
+      For each variant `seconds` by kind of work, of the threads taken together.
+    """
+    return [
+        {**asdict(variant), "seconds": _profile(case, variant)}
+        for variant in tqdm.tqdm(variants, desc="profiling", unit="variant")
+    ]
+
+
+def _profile(case: unet.Case, variant: Variant) -> dict[str, float]:
+    forward = unet.build(case, variant)
+    names = dict(_INSTRUCTION.findall(forward.compiled.as_text() or ""))
+    forward()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            forward()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        planes = ProfileData.from_file(str(path)).planes
+        spent: collections.Counter[str] = collections.Counter()
+        for plane in planes:
+            for line in plane.lines:
+                for event in line.events:
+                    name = dict(event.stats).get("hlo_op")
+                    if name is not None and not _is_container(name):
+                        spent[kind(names.get(name, ""))] += event.duration_ns / 1e9
+    return {name: spent[name] for name in (*_KINDS, _OTHER)}
+
+
+def _is_container(instruction: str) -> bool:
+    """Whether an instruction's time is that of instructions inside it."""
+    return re.match(r"(while|call|conditional)\b", instruction) is not None
+
+
+def kind(operation: str) -> str:
+    """The kind of work of an operation, by its name in the compiled program."""
+    return next((name for name, pattern in _KINDS.items() if re.search(pattern, operation)), _OTHER)
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as Markdown: seconds, and the share of the variant's whole."""
+    titles = [f"{r['mode']} {r['dtype']}, s" for r in results]
+    lines = [
+        "| work | " + " | ".join(titles) + " |",
+        "|---|" + "---:|" * len(results),
+    ]
+    for name in (*_KINDS, _OTHER):
+        cells = [
+            f"{r['seconds'][name]:.3f} ({r['seconds'][name] / sum(r['seconds'].values()):.0%})"
+            for r in results
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    totals = (f"{sum(r['seconds'].values()):.3f}" for r in results)
+    return "\n".join([*lines, "| together | " + " | ".join(totals) + " |"])

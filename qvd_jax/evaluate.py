@@ -41,7 +41,7 @@ from qvd_jax.files import check_writable, write_text
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
-from qvd_jax.pipelines.loading import load
+from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.calibration import sqnr
 
@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     layers = {name: checkpoint.read_layer_reports(checkpoint.find(name)) for name in names}
     enable_compilation_cache()
 
-    models = {name: load(name) for name in names}
+    sharding = devices_for(min(_BATCH, len(cases.inputs.values)))
+    models = {name: load(name, sharding=sharding) for name in names}
     defaults = to_dict(models[names[0]].defaults)
     size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
     check_comparable(models, size, classifier)

@@ -33,7 +33,7 @@ from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable
 from qvd_jax.pipelines.components import DTYPES
-from qvd_jax.pipelines.loading import load
+from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_inputs(names)
     print(f"compilation cache: {enable_compilation_cache()}")
 
-    loaded = [timed_load(name, args) for name in names]
+    loaded = [timed_load(name, args, len(inputs.values)) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     if isinstance(own, TextToVideoPipeline):
@@ -83,10 +83,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(cost_table(rows))
 
 
-def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, float]:
+def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoPipeline, float]:
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
-    pipe = load(name, dtype=DTYPES.get(args.dtype))
+    pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=devices_for(videos))
     if args.scheduler:
         pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
     return pipe, time.perf_counter() - started

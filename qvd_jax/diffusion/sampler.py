@@ -1,6 +1,7 @@
 """The sampling loop: one jit-compiled scan over the steps of a solver's table."""
 
 import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion.solvers import StepTable, step
@@ -129,12 +131,35 @@ def add_image(latents: Array, image: Array | None) -> Array:
     return jnp.concatenate([latents, image.astype(latents.dtype)], axis=-1)
 
 
+@dataclass(frozen=True)
+class LoopConfig:
+    """What a loop is compiled for.
+
+    Attributes:
+      count: how many steps to run.
+      window: frames the UNet sees at once; longer videos run in overlapping windows, whose
+        predictions are averaged.
+      closed: whether the windows take the video for a loop.
+      guided: whether negatives and inputs run as one batch and are combined.
+      one_by_one: whether the UNet sees one video (with its negative) after the other, which
+        makes a video's rounding independent of the batch, instead of all at once.
+      noisy: whether the table takes fresh noise.
+      clip: magnitude to which predicted samples are clipped.
+      mesh: devices over which the videos divide; None is one device.
+    """
+
+    count: int
+    window: int
+    guided: bool
+    closed: bool = False
+    one_by_one: bool = False
+    noisy: bool = False
+    clip: float | None = None
+    mesh: Mesh | None = None
+
+
 # The state is donated: the loop then needs no second copy of the latents.
-@functools.partial(
-    jax.jit,
-    static_argnames=("unet", "count", "window", "closed", "guided", "one_by_one", "noisy", "clip"),
-    donate_argnames=("state",),
-)
+@functools.partial(jax.jit, static_argnames=("unet", "config"), donate_argnames="state")
 def sample_steps(
     unet: nn.Module,
     params: Params,
@@ -144,16 +169,9 @@ def sample_steps(
     guidance_scale: Array,
     keys: Array,
     start: Array,
-    *,
-    count: int,
-    window: int,
-    closed: bool,
-    guided: bool,
-    one_by_one: bool,
-    noisy: bool,
-    clip: float | None,
+    config: LoopConfig,
 ) -> tuple[SamplerState, Array]:
-    """Runs steps `start` to `start + count` of a schedule as one scan.
+    """Runs steps `start` to `start + config.count` of a schedule as one scan.
 
     Args:
       unet: a `UNet3D`.
@@ -164,44 +182,82 @@ def sample_steps(
       guidance_scale: of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), `[F]`.
       keys: one random key for each video, `[B]`.
       start: number of the first step to run.
-      count: how many steps to run.
-      window: frames the UNet sees at once; longer videos run in overlapping windows, whose
-        predictions are averaged.
-      closed: whether the windows take the video for a loop.
-      guided: whether negatives and inputs run as one batch and are combined.
-      one_by_one: whether the UNet sees one video (with its negative) after the other, which
-        makes a video's rounding independent of the batch, instead of all at once.
-      noisy: whether the table takes fresh noise.
-      clip: magnitude to which predicted samples are clipped.
+      config: what the loop is like.
 
     Returns:
       The state after the last step, and whether each step's latents were finite, `[count]`.
     """
-    halves = 2 if guided else 1
-    frames = window_frames(state.latents.shape[1], window, closed=closed)
+    halves = 2 if config.guided else 1
+    context, image = jax.tree.map(
+        lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]),
+        (conditioning.context, conditioning.image),
+    )
+    arguments = (
+        params,
+        state,
+        table,
+        conditioning._replace(context=context, image=image),
+        guidance_scale,
+        keys,
+        start,
+    )
+    run = functools.partial(_scan, unet, config)
+    if config.mesh is not None:
+        # Every device runs the loop of its own videos: nothing is moved between them.
+        shared, videos = PartitionSpec(), PartitionSpec(config.mesh.axis_names)
+        both = PartitionSpec(None, config.mesh.axis_names)
+        told = Conditioning._make((shared, both, both, shared, videos, shared))
+        run = jax.shard_map(
+            run,
+            mesh=config.mesh,
+            in_specs=(shared, videos, shared, told, shared, videos, shared),
+            out_specs=(videos, both),
+            check_vma=False,
+        )
+    state, finite = run(*arguments)
+    return state, finite.all(1)
 
-    def predict(latents: Array, conditioning: Conditioning) -> Array:
-        latents = jnp.concatenate([latents] * halves)
-        prediction = _predict_windows(unet, params, latents, conditioning, frames)
-        if not guided:
-            return prediction
-        negative, positive = jnp.split(prediction, 2)
+
+def _scan(
+    unet: nn.Module,
+    config: LoopConfig,
+    params: Params,
+    state: SamplerState,
+    table: StepTable,
+    conditioning: Conditioning,
+    guidance_scale: Array,
+    keys: Array,
+    start: Array,
+) -> tuple[SamplerState, Array]:
+    """`sample_steps` of one device; context and image are `[2, B, ...]`, finite `[count, 1]`."""
+    frames = window_frames(state.latents.shape[1], config.window, closed=config.closed)
+
+    def predict(latents: Array, told: Conditioning) -> Array:
+        context, image = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (told.context, told.image)
+        )
+        told = told._replace(context=context, image=image)
+        if not config.guided:
+            return _predict_windows(unet, params, latents, told, frames)
+        latents = jnp.concatenate([latents, latents])
+        negative, positive = jnp.split(_predict_windows(unet, params, latents, told, frames), 2)
         return negative + guidance_scale[None, :, None, None, None] * (positive - negative)
 
-    def predict_one_by_one(latents: Array, conditioning: Conditioning) -> Array:
-        # [2B, ...], negatives first, as [B, 2, ...].
-        context, image = jax.tree.map(
-            lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]).swapaxes(0, 1),
-            (conditioning.context, conditioning.image),
-        )
+    def predict_one_by_one(latents: Array, told: Conditioning) -> Array:
+        def one(number: Array) -> Array:
+            def pick(axis: int, tree: Any) -> Any:
+                return jax.tree.map(
+                    lambda leaf: lax.dynamic_slice_in_dim(leaf, number, 1, axis), tree
+                )
 
-        def one(video: tuple[Array, Any, Array | None, Array | None]) -> Array:
-            latents, context, image, reference = video
-            reference = None if reference is None else reference[None]
-            told = conditioning._replace(context=context, image=image, reference=reference)
-            return predict(latents[None], told)[0]
+            own = told._replace(
+                context=pick(1, told.context),
+                image=pick(1, told.image),
+                reference=pick(0, told.reference),
+            )
+            return predict(pick(0, latents), own)[0]
 
-        return lax.map(one, (latents, context, image, conditioning.reference))
+        return lax.map(one, jnp.arange(len(latents)))
 
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
@@ -209,14 +265,15 @@ def sample_steps(
             temporal=jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
             gains=jax.tree.map(lambda gain: gain[index], conditioning.gains),
         )
-        prediction = (predict_one_by_one if one_by_one else predict)(
+        prediction = (predict_one_by_one if config.one_by_one else predict)(
             row.model_in * state.latents, told
         )
-        noise = _step_noise(keys, index, state.latents.shape[1:]) if noisy else 0.0
-        state = SamplerState(*step(state.latents, prediction, state.last, noise, row, clip))
-        return state, jnp.isfinite(state.latents).all()
+        noise = _step_noise(keys, index, state.latents.shape[1:]) if config.noisy else 0.0
+        new = step(state.latents, prediction, state.last, noise, row, config.clip)
+        state = SamplerState(*new)
+        return state, jnp.isfinite(state.latents).all()[None]
 
-    return lax.scan(body, state, start + jnp.arange(count))
+    return lax.scan(body, state, start + jnp.arange(config.count))
 
 
 def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:

@@ -1,5 +1,6 @@
 """Checkpoints to pipelines and back."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qvd_jax import checkpoint
@@ -41,7 +43,8 @@ def load(
     Args:
       path: its folder, or the name of a model of the package ("shapes").
       dtype: float32 or bfloat16, for parameters and computation; None keeps the stored one.
-      sharding: where parameters are put; None is the default device.
+      sharding: where parameters are put; None is the default device. With `devices_for` the
+        videos of a call divide over the devices.
 
     Raises:
       InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
@@ -85,6 +88,16 @@ def load(
         description=manifest.description,
         quantization=quantization,
     )
+
+
+def devices_for(videos: int) -> jax.sharding.Sharding:
+    """A copy of the parameters on each of this host's devices, as many as the videos divide over.
+
+    A pipeline loaded so samples on all of these devices at once, each its own videos.
+    """
+    count = math.gcd(videos, jax.local_device_count())
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:count]), ("data",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def save(

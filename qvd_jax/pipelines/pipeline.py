@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
-from qvd_jax.diffusion.sampler import Conditions
+from qvd_jax.diffusion.sampler import Conditions, LoopConfig
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
@@ -195,12 +196,18 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             together = int(allowed // (needed - tree_bytes(weights)))
         chunks = math.ceil(frames / max(1, together))
         size = math.ceil(frames / chunks)
+        # A decoder that looks at neighboring frames has all of them on each device.
+        mesh = None if self.vae.config.temporal_decoder else _mesh(self.params["vae"], size)
         decoded = []
-        for video in latents:
+        for video in np.asarray(latents):
             for start in range(0, frames, size):
                 # The last chunk is moved back to be as long as the others: one compilation.
                 first = min(start, frames - size)
-                part = _decode(self.vae, self.params["vae"], video[None, first : first + size])
+                chunk = video[None, first : first + size]
+                if mesh is not None:
+                    spec = PartitionSpec(None, mesh.axis_names)
+                    chunk = jax.device_put(chunk, NamedSharding(mesh, spec))
+                part = _decode(self.vae, self.params["vae"], chunk)
                 decoded.append(np.asarray(part[0, start - first :]))
         result = np.concatenate(decoded)
         return result.reshape(videos, frames, *result.shape[1:])
@@ -261,12 +268,27 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         table = jax.tree.map(jnp.asarray, schedule.table)
         steps = len(table.timestep)
         count = steps if callback is None else 1
-        # Placed like the text embedding, so that the first call compiles for what later ones see.
-        latents = jax.device_put(latents, conditions.context.sharding)
+        mesh = _mesh(params, len(latents))
+        # Placed as the loop leaves them, so that its second call does not compile anew.
+        place = conditions.context.sharding
+        if mesh is not None:
+            place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        latents = jax.device_put(latents, place)
         state = sampler.SamplerState(latents, jnp.zeros_like(latents))
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
         conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)
+        config = LoopConfig(
+            count=count,
+            window=self.window(want.frames),
+            guided=want.guided,
+            closed=self.closed_windows,
+            # A batch saves no time on the CPU, and its rounding would depend on its size.
+            one_by_one=jax.default_backend() == "cpu",
+            noisy=bool(schedule.table.to_noise.any()),
+            clip=schedule.clip,
+            mesh=mesh,
+        )
         for start in range(0, steps, count):
             state, finite = sampler.sample_steps(
                 unet,
@@ -277,14 +299,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 jnp.asarray(self.guidance(want)),
                 keys,
                 jnp.int32(start),
-                count=count,
-                window=self.window(want.frames),
-                closed=self.closed_windows,
-                guided=want.guided,
-                # A batch saves no time on the CPU, and its rounding would depend on its size.
-                one_by_one=jax.default_backend() == "cpu",
-                noisy=bool(schedule.table.to_noise.any()),
-                clip=schedule.clip,
+                config,
             )
             finite = np.asarray(finite)
             if not finite.all():
@@ -297,6 +312,12 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             if callback is not None:
                 callback(start + count, state.latents)
         return state.latents
+
+
+def _mesh(params: Params, parts: int) -> Mesh | None:
+    """The devices that hold the parameters, if there are several and the parts divide over them."""
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 and parts % mesh.size == 0 else None
 
 
 def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:

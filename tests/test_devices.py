@@ -1,0 +1,129 @@
+"""One seed, one video, however many devices there are (DESIGN.md, contract 5)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qvd_jax
+from qvd_jax.diffusion.sampler import Conditioning, LoopConfig, SamplerState, sample_steps
+from qvd_jax.diffusion.solvers import StepTable
+from qvd_jax.pipelines.loading import devices_for
+
+DEVICES, STEPS = 4, 3
+PROMPTS = ["a red circle", "a blue square moving left", "three", "four"]
+SMALL = {"frames": 4, "height": 8, "width": 12, "steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint, tmp_path_factory) -> dict[str, np.ndarray]:
+    """What `several` returned in a process that sees several devices."""
+    out = tmp_path_factory.mktemp("devices") / "found.npz"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "PYTHONPATH": str(Path(__file__).parent),
+    }
+    program = "import sys, test_devices, numpy as np; "
+    program += "np.savez(sys.argv[2], **test_devices.several(sys.argv[1]))"
+    arguments = [sys.executable, "-c", program, str(tiny_checkpoint), str(out)]
+    subprocess.run(arguments, env=environment, check=True, timeout=300)
+    return dict(np.load(out))
+
+
+def several(checkpoint: str) -> dict[str, np.ndarray]:
+    sharding = devices_for(len(PROMPTS))
+    pipe = qvd_jax.load(checkpoint, sharding=sharding)
+    states = [conditioned_steps(mesh) for mesh in (None, sharding.mesh)]
+    return {
+        "devices": np.array([len(state.latents.devices()) for state, _ in states]),
+        "videos": pipe(PROMPTS, **SMALL),
+        "three": pipe(PROMPTS[:3], **SMALL),
+        "alone": np.asarray(states[0][0].latents),
+        "divided": np.asarray(states[1][0].latents),
+        "finite": np.asarray(states[1][1]),
+    }
+
+
+class Summing:
+    """Stands for a `UNet3D`: its prediction depends on everything it is told."""
+
+    def apply(
+        self,
+        variables: Any,
+        latents: Any,
+        temporal: Any,
+        context: Any,
+        control: Any,
+        reference: Any,
+        method: str,
+    ) -> Any:
+        assert method == "denoise"
+        negatives = len(latents) - len(reference)
+        told = context.mean(1)[:, None, None, None] + temporal + control.mean()
+        guide = jnp.concatenate([jnp.zeros((negatives, *reference.shape[1:])), reference])
+        gain = variables["params"]["gain"] * variables["quant"]["gain"]
+        seen, image = jnp.split(latents, 2, axis=-1)
+        return gain * seen * image + told + guide
+
+
+UNET = Summing()
+
+
+def conditioned_steps(mesh: Any) -> Any:
+    """`sample_steps` with every kind of condition; the third video becomes infinite."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    videos = len(PROMPTS)
+    conditioning = Conditioning(
+        temporal=normal(STEPS, 1),
+        context=normal(2 * videos, 5, 2).at[videos + 2].set(jnp.inf),
+        image=normal(2 * videos, 1, 2, 2, 2),
+        control=normal(1, 3, 2, 2, 2),
+        reference=normal(videos, 1, 2, 2, 2),
+        gains={"gain": normal(STEPS)},
+    )
+    latents = normal(videos, 3, 2, 2, 2)
+    return sample_steps(
+        UNET,
+        {"gain": jnp.float32(0.5)},
+        SamplerState(latents, jnp.zeros_like(latents)),
+        StepTable(*normal(len(StepTable._fields), STEPS)),
+        conditioning,
+        jnp.full(3, 2.0),
+        jax.vmap(jax.random.key)(jnp.arange(videos)),
+        jnp.int32(0),
+        LoopConfig(count=STEPS, window=3, guided=True, noisy=True, mesh=mesh),
+    )
+
+
+def test_videos_divide_over_the_devices(found):
+    assert found["devices"].tolist() == [1, DEVICES]
+
+
+def test_several_devices_make_the_videos_of_one(found, tiny_checkpoint):
+    expected = qvd_jax.load(tiny_checkpoint)(PROMPTS, **SMALL)
+    np.testing.assert_array_equal(found["videos"], expected)
+    assert len(np.unique(expected.reshape(len(PROMPTS), -1), axis=0)) == len(PROMPTS)
+
+
+def test_videos_that_do_not_divide_are_the_same_too(found):
+    np.testing.assert_array_equal(found["three"], found["videos"][:3])
+
+
+def test_every_condition_reaches_its_own_video(found):
+    np.testing.assert_allclose(found["divided"], found["alone"], rtol=1e-5)
+    assert np.isfinite(found["alone"]).all(axis=(1, 2, 3, 4)).tolist() == [True, True, False, True]
+
+
+def test_what_is_not_finite_on_one_device_is_reported(found):
+    assert found["finite"].tolist() == [False] * STEPS

@@ -14,7 +14,7 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
-from qvd_jax.pipelines.loading import load, save
+from qvd_jax.pipelines.loading import devices_for, load, save
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.quantization import quantize
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
@@ -38,6 +38,7 @@ __all__ = [
     "VAEConfig",
     "VideoDefaults",
     "VideoPipeline",
+    "devices_for",
     "load",
     "quantize",
     "save",

@@ -43,7 +43,7 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
     assert benchmark.main(["products", *sizes, "--out", str(out)]) == 0
     results = json.loads(out.read_text())["results"]
-    layers = list_layers(UNet3D(SIZES["tiny"]), *Case("tiny", 1, 2, 2, 2).shapes())
+    layers = list_layers(UNet3D(SIZES["tiny"]()), *Case("tiny", 1, 2, 2, 2).shapes())
     assert sum(r["count"] for r in results) == len(layers)
     keys = ("inputs", "kernel", "strides")
     timed = [(products.Product(*(tuple(r[key]) for key in keys)), r["count"]) for r in results]

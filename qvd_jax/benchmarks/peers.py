@@ -84,8 +84,11 @@ def _motion_model(case: Case, dtype: str) -> Any:
             up_block_types=tuple(f"{name}UpBlockMotion" for name in reversed(cross)),
             norm_num_groups=config.norm_groups,
             cross_attention_dim=config.context_dim,
-            num_attention_heads=config.num_heads[0],
-            motion_num_attention_heads=config.temporal_heads[0],
+            in_channels=config.in_channels,
+            out_channels=config.out_channels,
+            layers_per_block=config.layers_per_block,
+            num_attention_heads=config.num_heads,
+            motion_num_attention_heads=config.temporal_heads,
             motion_max_seq_length=config.max_frames,
             use_motion_mid_block=config.temporal_mid_block,
         ).to(getattr(torch, dtype))

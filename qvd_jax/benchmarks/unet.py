@@ -1,5 +1,6 @@
 """One forward of our UNet."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,19 +9,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
+from qvd_jax.config import from_dict
 from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import match, named_policy
 
-SIZES = {
-    "sd15": animatediff("v2"),
-    "tiny": UNet3DConfig(
+
+def _shapes() -> UNet3DConfig:
+    path = checkpoint.find("shapes")
+    components = checkpoint.read_manifest(path).components
+    return from_dict(ComponentConfigs, components, f"{path}: components").unet
+
+
+def _tiny() -> UNet3DConfig:
+    return UNet3DConfig(
         block_channels=(32, 64),
         attention_levels=(True, False),
         num_heads=(4, 4),
@@ -30,7 +40,13 @@ SIZES = {
         down_eps=(1e-5, 1e-5),
         up_eps=(1e-5, 1e-5),
         temporal_mid_block=True,
-    ),
+    )
+
+
+SIZES: dict[str, Callable[[], UNet3DConfig]] = {
+    "sd15": functools.partial(animatediff, "v2"),
+    "shapes": _shapes,
+    "tiny": _tiny,
 }
 OURS = "qvd_jax"
 FLOAT_MODE = "float"
@@ -59,7 +75,7 @@ class Case:
     @property
     def config(self) -> UNet3DConfig:
         """The UNet's config."""
-        return SIZES[self.size]
+        return SIZES[self.size]()
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Latents `[B, F, H, W, C]` and text `[B, L, C]`, the same for every variant."""

@@ -18,7 +18,7 @@ from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_writable, replace_when_whole, write_text
+from qvd_jax.files import check_writable, write_bytes, write_text
 from qvd_jax.memory import check_fits
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -101,7 +101,7 @@ def measure_growth(args: argparse.Namespace) -> Measured:
     _check_fits((grown for _, _, grown in growth.cases(case)), variants)
     results = growth.measure(case, variants)
     picture = growth.plot(results)
-    replace_when_whole(args.plot, lambda partial: partial.write_bytes(picture))
+    write_bytes(args.plot, picture)
     return case, results, growth.table(results)
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +35,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 _COMMIT_MARK = "commit_success.txt"
 LAYER_REPORTS = "layers.json"
+LAYER_ARRAYS = "layers.npz"
+# No part of a module path.
+_BESIDE_PATH = ":"
 TOKENIZER = "tokenizer"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -307,24 +311,40 @@ def load_component(
     return config, restore_params(folder, name, shapes(config))
 
 
-def write_layer_reports(folder: Path, reports: Sequence[dict[str, Any]]) -> None:
-    """Writes `folder/layers.json`."""
-    (folder / LAYER_REPORTS).write_text(json.dumps(list(reports), indent=1) + "\n", "utf-8")
+def write_layer_reports(
+    folder: Path, figures: Sequence[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]
+) -> None:
+    """Writes what the layers of a quantized model were worth.
+
+    Args:
+      folder: the checkpoint.
+      figures: of every layer, with its `path`.
+      arrays: for plots, by path and name.
+    """
+    (folder / LAYER_REPORTS).write_text(json.dumps(list(figures), indent=1) + "\n", "utf-8")
+    flat = flax.traverse_util.flatten_dict(arrays, sep=_BESIDE_PATH)
+    np.savez_compressed(folder / LAYER_ARRAYS, **flat)
 
 
-def read_layer_reports(path: Path) -> list[dict[str, Any]]:
-    """What the layers of a quantized checkpoint were worth; nothing for a float one.
+def read_layer_reports(
+    path: Path,
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, np.ndarray]]]:
+    """What `write_layer_reports` wrote; nothing for a float checkpoint.
 
     Raises:
-      InputError: the file is damaged.
+      InputError: a file is damaged.
     """
     file = path / LAYER_REPORTS
     if not file.is_file():
-        return []
+        return [], {}
     try:
-        return list(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        figures = list(json.loads(file.read_text(encoding="utf-8")))
+        file = path / LAYER_ARRAYS
+        with np.load(file, allow_pickle=False) as stored:
+            flat = dict(stored)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is damaged: {first_line(error)}") from error
+    return figures, flax.traverse_util.unflatten_dict(flat, sep=_BESIDE_PATH)
 
 
 def stored_dtype(folder: Path, name: str) -> np.dtype:

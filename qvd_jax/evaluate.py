@@ -41,9 +41,9 @@ from qvd_jax.files import check_writable, write_text
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
-from qvd_jax.pipelines.loading import devices_for, load
+from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.quant.calibration import sqnr
+from qvd_jax.quant.calibration import LayerReport, sqnr
 
 _SIZE = ("steps", "frames", "height", "width")
 _FILES = ("results.json", "results.md", "report.html")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     classifier = None
     if cases.scenes is not None:
         classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
-    layers = {name: checkpoint.read_layer_reports(checkpoint.find(name)) for name in names}
+    layers = {name: load_layer_reports(name) for name in names}
     enable_compilation_cache()
 
     sharding = devices_for(min(_BATCH, len(cases.inputs.values)))
@@ -89,13 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "models": measure(models, layers, sampled, cases, args.seed, classifier),
     }
     results["table"] = report.markdown(results)
-    args.out.mkdir(exist_ok=True)
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
-    write_text(args.out / "results.md", results["table"])
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
-    write_text(args.out / "report.html", report.html(results, shown, cases.inputs.names))
+    page = report.html(results, layers, shown, cases.inputs.names)
+    args.out.mkdir(exist_ok=True)
     for name, videos in shown.items():
         video_io.write_contact_sheet(sheets[name], videos)
+    write_text(args.out / "report.html", page)
+    write_text(args.out / "results.md", results["table"])
+    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
     print(results["table"])
 
 
@@ -264,7 +265,7 @@ def _keep(path: list[np.ndarray], _: int, latents: Array) -> None:
 
 def measure(
     models: Mapping[str, VideoPipeline],
-    layers: Mapping[str, list[dict[str, Any]]],
+    layers: Mapping[str, list[LayerReport]],
     sampled: Mapping[str, Sampled],
     cases: Cases,
     seed: int,
@@ -282,7 +283,7 @@ def measure(
             "seconds_per_video": found.seconds,
             "guidance_scale": pipe.defaults.guidance_scale,
             "flicker": float(temporal.flicker(found.videos).mean()),
-            "layers": layers[name],
+            "layers": [report.figures() for report in layers[name]],
         }
         if found is not reference:
             entry["latent_sqnr"] = [*map(sqnr, found.signal.tolist(), found.noise.tolist())]

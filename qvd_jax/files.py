@@ -45,10 +45,19 @@ def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file.
+
+    Raises:
+      InputError: it could not be written; a file that was there stays.
+    """
+    replace_when_whole(path, lambda partial: partial.write_bytes(data))
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as UTF-8.
 
     Raises:
       InputError: it could not be written; a file that was there stays.
     """
-    replace_when_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())

@@ -12,13 +12,12 @@ import imageio.v3 as imageio
 import numpy as np
 
 from qvd_jax.data.video_io import tile
-from qvd_jax.files import replace_when_whole, write_text
-from qvd_jax.quant.calibration import LayerReport
+from qvd_jax.files import write_bytes, write_text
+from qvd_jax.quant.calibration import LayerReport, examples
 
 Results = Mapping[str, Any]
 
 _GIF_SCALE = 2
-_EXAMPLES = 3
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -69,11 +68,17 @@ def markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[str]) -> str:
+def html(
+    results: Results,
+    layers: Mapping[str, Sequence[LayerReport]],
+    videos: Mapping[str, np.ndarray],
+    prompts: Sequence[str],
+) -> str:
     """The figures, plots and videos of all models as one page.
 
     Args:
       results: of `qvd_jax.evaluate`.
+      layers: of each model, what calibration wrote.
       videos: some videos of each model, uint8 `[N, F, H, W, 3]`.
       prompts: of these videos.
     """
@@ -92,10 +97,11 @@ def html(results: Results, videos: Mapping[str, np.ndarray], prompts: Sequence[s
     candidates = [entry for entry in models if "latent_sqnr" in entry]
     if candidates:
         parts += ["<h2>Latents against the reference, step by step</h2>", _plot_steps(candidates)]
-    detailed = [entry for entry in models if entry["layers"]]
+    detailed = {name: reports for name, reports in layers.items() if reports}
     if detailed:
         parts += ["<h2>Layers</h2>", _plot_layers(detailed)]
-        parts += [_layer_table(entry) for entry in detailed]
+    for name, reports in detailed.items():
+        parts += [_layer_table(name, reports), *_examples(reports)]
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
 
 
@@ -114,30 +120,36 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
       policy: its name.
       reports: of every quantized layer.
     """
-    folder.mkdir(exist_ok=True)
-    entry = {"name": policy, "layers": [report.figures() for report in reports]}
-    parts = [_plot_layers([entry]), _layer_table(entry, opened=True)]
-    ranged = _most_gained(reports, "coverage_before", "coverage_after")
-    temporal = _most_gained(reports, "td_score_before", "td_score_after")
-    if ranged:
-        draws = [functools.partial(plot_ranges, report=report) for report in ranged]
-        parts.append("<h2>Channel ranges before and after, where most was gained</h2>")
-        parts += [_svg(draw, 2) for draw in draws]
-        _write_picture(folder / "ranges.png", draws[0], 2)
-    if temporal:
-        draws = [functools.partial(plot_steps_apart, report=report) for report in temporal]
-        parts.append("<h2>Temporal features and how far apart their codes are</h2>")
-        parts += [_svg(draw) for draw in draws]
-        _write_picture(folder / "steps.png", draws[0], 1)
+    parts = [_plot_layers({policy: reports}), _layer_table(policy, reports, opened=True)]
     title = f"qvd_jax: calibration, {escape.escape(policy)}"
-    page = _PAGE.format(title=title, body="\n".join(parts))
+    page = _PAGE.format(title=title, body="\n".join([*parts, *_examples(reports)]))
+    ranged, temporal = examples(reports)
+    pictures = {}
+    if ranged:
+        draw = functools.partial(plot_ranges, report=ranged[0])
+        pictures["ranges.png"] = _plot(draw, 2, "png")
+    if temporal:
+        draw = functools.partial(plot_steps_apart, report=temporal[0])
+        pictures["steps.png"] = _plot(draw, 1, "png")
+    folder.mkdir(exist_ok=True)
+    for name, data in pictures.items():
+        write_bytes(folder / name, data)
     write_text(folder / "report.html", page)
 
 
-def _most_gained(reports: Sequence[LayerReport], before: str, after: str) -> list[LayerReport]:
-    measured = [report for report in reports if getattr(report, after) is not None]
-    measured.sort(key=lambda report: getattr(report, before) - getattr(report, after))
-    return measured[:_EXAMPLES]
+def _examples(reports: Sequence[LayerReport]) -> list[str]:
+    """Plots of the layers in which most was gained."""
+    ranged, temporal = examples(reports)
+    parts = []
+    if ranged:
+        parts.append("<h3>Channel ranges before and after, where most was gained</h3>")
+        parts += [_svg(functools.partial(plot_ranges, report=report), 2) for report in ranged]
+    if temporal:
+        parts.append("<h3>Temporal features, their codes, and how far apart steps are</h3>")
+    for report in temporal:
+        parts.append(_svg(functools.partial(plot_features, report=report), 3))
+        parts.append(_svg(functools.partial(plot_steps_apart, report=report)))
+    return parts
 
 
 def plot_ranges(axes: Any, report: LayerReport) -> None:
@@ -157,6 +169,21 @@ def plot_ranges(axes: Any, report: LayerReport) -> None:
         f"then {report.coverage_after:.0%}",
         fontsize="medium",
     )
+
+
+def plot_features(axes: Any, report: LayerReport) -> None:
+    """Draws temporal features and their codes, steps by channels, on three axes."""
+    arrays = report.arrays
+    order = np.argsort(arrays["features"].mean(0))
+    for one, name, title in (
+        (axes[0], "features", "float"),
+        (axes[1], "uniform", f"uniform codes, {report.merged_before:.0%} of steps merged"),
+        (axes[2], "codes", f"{report.method} codes, {report.merged_after:.0%} of steps merged"),
+    ):
+        one.imshow(arrays[name][:, order], aspect="auto", interpolation="nearest")
+        one.set(xlabel="channel", title=title)
+    axes[0].set_ylabel("step")
+    axes[0].figure.suptitle(report.path, fontsize="medium")
 
 
 def plot_steps_apart(axes: Any, report: LayerReport) -> None:
@@ -237,16 +264,16 @@ def _cell(text: str) -> str:
         return f"<td>{escape.escape(text)}</td>"
 
 
-def _layer_table(entry: Mapping[str, Any], opened: bool = False) -> str:
+def _layer_table(model: str, reports: Sequence[LayerReport], opened: bool = False) -> str:
     rows = [
         {
             name.replace("_", " "): f"{value:.3f}" if isinstance(value, float) else str(value)
-            for name, value in layer.items()
+            for name, value in report.figures().items()
             if value is not None
         }
-        for layer in entry["layers"]
+        for report in reports
     ]
-    title = escape.escape(f"{entry['name']}: {len(rows)} quantized layers")
+    title = escape.escape(f"{model}: {len(rows)} quantized layers")
     state = " open" if opened else ""
     return f"<details{state}><summary>{title}</summary>{_table(rows)}</details>"
 
@@ -275,11 +302,10 @@ def _plot_steps(entries: Sequence[Mapping[str, Any]]) -> str:
     return _svg(draw)
 
 
-def _plot_layers(entries: Sequence[Mapping[str, Any]]) -> str:
+def _plot_layers(layers: Mapping[str, Sequence[LayerReport]]) -> str:
     def draw(axes: Any) -> None:
-        for entry in entries:
-            values = sorted(min(layer["sqnr"], 100) for layer in entry["layers"])
-            axes.plot(values, label=entry["name"])
+        for model, reports in layers.items():
+            axes.plot(sorted(min(report.sqnr, 100) for report in reports), label=model)
         axes.set(xlabel="layers, worst first", ylabel="SQNR of the output, dB")
         axes.legend()
 
@@ -290,11 +316,6 @@ def _svg(draw: Any, columns: int = 1) -> str:
     """A plot, or several side by side, as inline SVG."""
     text = _plot(draw, columns, "svg").decode()
     return text[text.index("<svg") :]
-
-
-def _write_picture(path: Path, draw: Any, columns: int) -> None:
-    data = _plot(draw, columns, "png")
-    replace_when_whole(path, lambda partial: partial.write_bytes(data))
 
 
 def _plot(draw: Any, columns: int, format: Literal["svg", "png"]) -> bytes:

@@ -8,6 +8,7 @@ there already is taken, so that an interrupted run goes on.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import replace
@@ -18,7 +19,7 @@ import numpy as np
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import calibrate, evaluate
+from qvd_jax import calibrate, checkpoint, evaluate
 from qvd_jax.data import moving_shapes
 from qvd_jax.files import write_text
 
@@ -37,6 +38,7 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
+    check_model(out / "model.txt")
     train = moving_shapes.scenes("train")
     scenes = train[:: len(train) // CALIBRATION_PROMPTS][:CALIBRATION_PROMPTS]
     (out / "prompts.txt").write_text("\n".join(map(moving_shapes.prompt, scenes)) + "\n")
@@ -63,15 +65,26 @@ def main() -> int:
     return 0
 
 
+def check_model(record: Path) -> None:
+    """Refuses a folder with results of another model."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.find(MODEL).rglob("*")):
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    if record.exists() and record.read_text() != digest.hexdigest():
+        sys.exit(f"{record.parent} holds results of another model; name a new folder")
+    record.write_text(digest.hexdigest())
+
+
 def measure(
     out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int
 ) -> dict[str, Any]:
     """Evaluates a model quantized by each policy against the shapes model."""
     place = out / name
-    if not place.exists():
+    if not (place / "results.json").exists():
         candidates = [calibrated(out, model, policy) for policy in policies]
         candidates = candidates if model == MODEL else [model, *candidates]
         options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
+        options.append("--overwrite")  # what an interruption may have left
         if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
             sys.exit(2)
     found: dict[str, Any] = json.loads((place / "results.json").read_text())
@@ -92,7 +105,7 @@ def record(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(parts.values()))
     shared = ("cpu", "cores", "python", "versions", "date", "backend", "steps")
     return {
-        "command": "python tests/measure_policies.py --out runs/policies",
+        "command": " ".join(["python", *sys.argv]),
         **{key: first[key] for key in shared},
         "parts": {
             name: {

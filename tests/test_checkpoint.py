@@ -288,8 +288,14 @@ def test_a_damaged_item_is_named_or_restores_whole(tmp_path, damage):
 
 
 def test_damaged_layer_reports_are_named(tmp_path):
-    checkpoint.write_layer_reports(tmp_path, [{"path": "a"}])
-    assert checkpoint.read_layer_reports(tmp_path) == [{"path": "a"}]
+    arrays = {"a/b": {"lower": np.arange(3.0)}}
+    checkpoint.write_layer_reports(tmp_path, [{"path": "a/b"}], arrays)
+    figures, found = checkpoint.read_layer_reports(tmp_path)
+    assert figures == [{"path": "a/b"}]
+    chex.assert_trees_all_equal(found, arrays)
+    (tmp_path / "layers.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"layers\.npz is damaged"):
+        checkpoint.read_layer_reports(tmp_path)
     (tmp_path / "layers.json").write_text('[{"path":')
     with pytest.raises(InputError, match=r"layers.json is damaged: "):
         checkpoint.read_layer_reports(tmp_path)

@@ -67,6 +67,8 @@ def test_codes_fit_their_ranges_and_the_error_half_a_step(seed, bits):
 def test_features_that_never_change():
     x = np.full((5, 4), 0.3)
     np.testing.assert_allclose(htdq.search(x, 8)(x), x)
+    (uniform,) = htdq.uniform_candidates(x, 8)
+    np.testing.assert_allclose(uniform(x), x)
 
 
 def test_merged_steps_counts_equal_neighbors():

@@ -210,6 +210,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     (tmp_path / "own.yaml").write_text(
         "name: own\nrules:\n- {pattern: '*/ff/*', spec: {method: scri}}\n"
+        "- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"
     )
     arguments = [
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
@@ -222,8 +223,9 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     assert "*/ff/*" in printed
     assert "stays float" in printed
     layers = json.loads((tmp_path / "int8" / "layers.json").read_text())
-    assert all("/ff/" in layer["path"] for layer in layers)
-    # No layer of this policy reads temporal features.
+    assert all("/ff/" in layer["path"] or layer["method"] == "htdq" for layer in layers)
+    # With one step there are none to be told apart.
+    assert all(layer["td_score_after"] is None for layer in layers)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "ranges.png"}
     page = (tmp_path / "report" / "report.html").read_text()
     assert all(layer["path"] in page for layer in layers)

@@ -21,7 +21,7 @@ from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoP
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.text import TextPipeline
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
-from qvd_jax.quant.calibration import LayerReport
+from qvd_jax.quant.calibration import LayerReport, examples
 from qvd_jax.quant.policy import Quantization
 
 _TEXT = (TextToVideoPipeline, VideoDefaults)
@@ -131,8 +131,24 @@ def save(
         if isinstance(pipe, TextPipeline):
             pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
         if reports:
-            checkpoint.write_layer_reports(folder, [report.figures() for report in reports])
+            arrays = {r.path: r.arrays for shown in examples(reports) for r in shown}
+            figures = [report.figures() for report in reports]
+            checkpoint.write_layer_reports(folder, figures, arrays)
         checkpoint.write_manifest(folder, manifest)
+
+
+def load_layer_reports(path: str | os.PathLike[str]) -> list[LayerReport]:
+    """What calibration wrote of the layers of a quantized checkpoint; nothing for a float one.
+
+    Raises:
+      InputError: the reports are damaged.
+    """
+    path = checkpoint.find(path)
+    figures, arrays = checkpoint.read_layer_reports(path)
+    try:
+        return [LayerReport(**layer, arrays=arrays.get(layer["path"], {})) for layer in figures]
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path}: the layers' reports are damaged: {error}") from error
 
 
 def make_manifest(

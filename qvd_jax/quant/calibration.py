@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import max_code, quantize_weights
 
+# Of the layers that pictures show.
+_EXAMPLES = 3
 # JSON has no infinity.
 _LARGEST_SQNR = 200.0
 
@@ -32,12 +34,13 @@ class LayerReport:
       coverage_before: share of the levels a channel uses on average with one range for all.
       coverage_after: with the quantizer found.
       td_score_before: temporal discriminability with the plain uniform quantizer, of layers that
-        read temporal features.
+        read the temporal features of several steps.
       td_score_after: with the quantizer found.
       merged_before: share of neighboring steps with the same codes, plain uniform.
       merged_after: with the quantizer found.
       arrays: for plots: `lower`, `upper`, `shift` and `factor` of the channels `[C]`; or the
-        `features` `[S, C]` with their codes before (`uniform`) and after (`codes`).
+        `features` `[S, C]` with their codes before (`uniform`) and after (`codes`). A checkpoint
+        has those of the `examples` alone.
     """
 
     path: str
@@ -56,6 +59,20 @@ class LayerReport:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         del values["arrays"]
         return values
+
+
+def examples(reports: Sequence[LayerReport]) -> tuple[list[LayerReport], list[LayerReport]]:
+    """The layers in which SCRI gained most coverage, and HTDQ most discriminability."""
+
+    def most_gained(before: str, after: str) -> list[LayerReport]:
+        measured = [report for report in reports if getattr(report, after) is not None]
+        measured.sort(key=lambda report: getattr(report, before) - getattr(report, after))
+        return measured[:_EXAMPLES]
+
+    return (
+        most_gained("coverage_before", "coverage_after"),
+        most_gained("td_score_before", "td_score_after"),
+    )
 
 
 def quantize_layer(
@@ -223,10 +240,12 @@ def _temporal_layer(
     steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
     product = jnp.asarray(steps, jnp.float32) @ codes.astype(jnp.float32)
     found = product * scale[None] + quantizer.offset * weights.sum(0)[None]
-    return quantized, LayerReport(
-        path,
-        spec.method,
-        _output_sqnr(exact, found),
+    report = LayerReport(path, spec.method, _output_sqnr(exact, found))
+    if len(features) == 1:
+        # One step has no other to be told from.
+        return quantized, report
+    return quantized, replace(
+        report,
         td_score_before=htdq.td_score(features, uniform(features)),
         td_score_after=htdq.td_score(features, quantizer(features)),
         merged_before=htdq.merged_steps(uniform.codes(features)[0]),

@@ -80,8 +80,13 @@ def merged_steps(codes: np.ndarray) -> float:
 
 
 def uniform_candidates(features: np.ndarray, bits: int) -> list[TwoRangeQuantizer]:
-    """Uniform quantizers from the lowest value up, the last one reaching the highest."""
+    """Uniform quantizers from the lowest value up, the last one reaching the highest.
+
+    Features that are all the same have code 0.
+    """
     low, high = float(features.min()), float(features.max())
+    if high == low:
+        return [TwoRangeQuantizer(low, 1.0, None, bits)]
     return [
         TwoRangeQuantizer(low + 2 ** (bits - 1) * step, step, None, bits)
         for step in _UNIFORM_CLIPS * (high - low) / (2**bits - 1)
@@ -96,10 +101,10 @@ def search(features: np.ndarray, bits: int) -> TwoRangeQuantizer:
       bits: b.
     """
     features = np.asarray(features, np.float64)
+    candidates = uniform_candidates(features, bits)
     low, high = float(features.min()), float(features.max())
     if high == low:
-        return TwoRangeQuantizer(low, 1.0, None, bits)
-    candidates = uniform_candidates(features, bits)
+        return candidates[0]
     last = 2 ** (bits - 1) - 1
     for step in (high - low) / (2**bits - 1) / np.geomspace(1, 2**8, _FINE_STEPS):
         shift = max(0, int(np.ceil(np.log2((high - low) / (last * step)))))

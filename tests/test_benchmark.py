@@ -101,13 +101,14 @@ def test_operations_are_told_apart_by_their_names():
     block = "jit(apply)/UNet3D/UNet3D.denoise/mid_block/blocks_0"
     attention = f"{block}/attention/attention.transform/block/attn1"
     kinds = {
-        f"{attention}/attn1._project/to_qkv/cond/branch_0_fun/mixed_int8_dot": "int8 products",
-        f"{attention}/attn1._project/to_qkv/cond/branch_0_fun/xor": "quantizing",
+        f"{block}/resnet/conv1/int8_product/cond/branch_0_fun/mixed_int8_dot": "int8 products",
+        f"{attention}/attn1._project/to_qkv/int8_product/cond/branch_0_fun/xor": "quantizing",
         f"{attention}/cond/branch_0_fun/reduce_max": "attention",
         f"{attention}/cond/branch_0_fun/dot_general": "attention",
         f"{attention}/to_out/dot_general": "float products",
+        f"{block}/resnet/conv1/int8_product/conv_general_dilated": "int8 products",
         f"{block}/resnet/conv1/conv_general_dilated": "float products",
-        f"{block}/resnet/conv1/cond/branch_0_fun/slice": "gathering patches",
+        f"{block}/resnet/conv1/int8_product/cond/branch_0_fun/slice": "gathering patches",
         f"{block}/resnet/norm2/reduce_sum": "norms",
         f"{block}/resnet/add": "all else",
         "": "all else",

@@ -17,7 +17,7 @@ ALLOWED = {
     "cli": {"checkpoint", "data", "errors"},
     "checkpoint": GROUND,
     "memory": {"axes", "errors"},
-    "kernels": {"axes"},
+    "kernels": {"axes", "errors"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
     "data": GROUND | {"files"},

@@ -3,7 +3,6 @@
 import itertools
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
 
+from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
 
 EXTREME = (-128, -127, -1, 0, 1, 127)
@@ -82,24 +82,34 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
     rng = np.random.default_rng(0)
     x, w = codes(rng, (2, *size, 5), kind), codes(rng, (4, *kernel, 5), kind)
     expected = conv_in_64_bits(x, w, strides, padding)
-    found = jax.jit(int8.conv, static_argnums=(3, 4))(x, w, sums(w), strides, padding)
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(int8.xla_conv(x, w, strides, padding), expected)
+    convolve = jax.jit(int8.conv, static_argnums=(3, 4, 5))
+    for implementation in (None, *int8.runnable_convs()):
+        found = convolve(x, w, sums(w), strides, padding, implementation)
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected, implementation)
 
 
-def test_both_cpu_formulations_agree(monkeypatch):
+@pytest.mark.parametrize("vnni", [True, False])
+def test_what_every_cpu_can_run_agrees(vnni, monkeypatch):
+    monkeypatch.setattr(int8, "_has_vnni", lambda: vnni)
+    jax.clear_caches()
     rng = np.random.default_rng(0)
     x, w = codes(rng, (6, 33), "random"), codes(rng, (5, 33), "random")
-    image, kernel = codes(rng, (2, 5, 6, 8), "random"), codes(rng, (4, 3, 3, 8), "random")
-    results = []
-    for vnni in (True, False):
-        monkeypatch.setattr(int8, "_has_vnni", lambda vnni=vnni: vnni)
-        jax.clear_caches()
-        dots = int8.dot(x, w, sums(w))
-        convs = int8.conv(image, kernel, sums(kernel), (2, 2), ((1, 1), (1, 1)))
-        results.append([np.asarray(dots), np.asarray(convs)])
-    chex.assert_trees_all_equal(*results)
+    dots = int8.runnable_dots()
+    assert ("unsigned" in dots) == vnni
+    for implementation in (None, *dots):
+        found = int8.dot(x, w, sums(w), implementation)
+        np.testing.assert_array_equal(found, x.astype(np.int64) @ w.astype(np.int64).T)
+
+
+def test_an_implementation_the_machine_cannot_run_is_refused(monkeypatch):
+    monkeypatch.setattr(int8, "_has_vnni", lambda: False)
+    x = np.ones((2, 3), np.int8)
+    with pytest.raises(InputError, match="'unsigned' cannot run on this cpu; 'signed' can"):
+        int8.dot(x, x, sums(x), "unsigned")
+    image = np.ones((1, 2, 2, 3), np.int8)
+    with pytest.raises(InputError, match="'winograd' cannot run on this cpu; 'signed patches', "):
+        int8.conv(image, image, sums(image), (1, 1), ((0, 0), (0, 0)), "winograd")
 
 
 def test_int4_weights():

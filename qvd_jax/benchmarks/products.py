@@ -20,7 +20,6 @@ from qvd_jax.axes import Array
 from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import first_line
 from qvd_jax.kernels import floating, int8
-from qvd_jax.kernels.patches import taps
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.quant.observers import list_layers
 
@@ -92,32 +91,28 @@ def formulations(product: Product) -> dict[str, Formulation]:
         return {
             "float32": Formulation(_float_dot, jnp.float32, transposed),
             "bfloat16": Formulation(_float_dot, jnp.bfloat16, transposed),
-            "int8, [O, K]": Formulation(lambda x, w, sums: int8.signed_dot(x, w)),
-            "int8, [K, O]": Formulation(
-                lambda x, w, sums: int8.signed_dot(x, w.T), prepare=transposed
+            "signed, [K, O]": Formulation(
+                lambda x, w, sums: int8.dot(x, w.T, sums, "signed"), prepare=transposed
             ),
+            **{
+                name: Formulation(functools.partial(int8.dot, implementation=name))
+                for name in int8.runnable_dots()
+            },
             DISPATCHED: Formulation(int8.dot),
         }
-    where = product.strides, product.padding
-
-    def convolution(x: Array, w: Array, sums: Array) -> Array:
-        return int8.xla_conv(x, w, *where)
-
+    where: dict[str, Any] = {"strides": product.strides, "padding": product.padding}
     float_conv = functools.partial(_float_conv, product)
     outputs_last = functools.partial(np.moveaxis, source=0, destination=-1)
     return {
         "float32": Formulation(float_conv, jnp.float32, outputs_last),
         "bfloat16": Formulation(float_conv, jnp.bfloat16, outputs_last),
-        "int8, convolution": Formulation(convolution),
+        **{
+            name: Formulation(functools.partial(int8.conv, **where, implementation=name))
+            for name in int8.runnable_convs()
+        },
         # XLA's GPU convolutions of int8 exist only with this conversion right behind them.
-        "int8, convolution to float32": Formulation(
-            lambda x, w, sums: convolution(x, w, sums).astype(jnp.float32)
-        ),
-        "int8, patches": Formulation(functools.partial(_int8_gathered, product, parts=1)),
-        "int8, rows": Formulation(
-            functools.partial(_int8_gathered, product, parts=product.kernel[1])
-        ),
-        DISPATCHED: Formulation(lambda x, w, sums: int8.conv(x, w, sums, *where)),
+        "convolution to float32": Formulation(functools.partial(_conv_to_float, product)),
+        DISPATCHED: Formulation(functools.partial(int8.conv, **where)),
     }
 
 
@@ -241,14 +236,16 @@ def _float_conv(product: Product, x: Array, w: Array, sums: Array) -> Array:
     )
 
 
-def _int8_gathered(product: Product, x: Array, w: Array, sums: Array, *, parts: int) -> Array:
-    """One product over whole patches, or one for each row of the kernel."""
+def _conv_to_float(product: Product, x: Array, w: Array, sums: Array) -> Array:
     del sums
-    seen = taps(x, product.kernel[1:-1], product.strides, product.padding)
-    count = len(seen) // parts
-    weights = w.reshape(len(w), parts, -1)
-    rows = [
-        int8.signed_dot(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), weights[:, i])
-        for i in range(parts)
-    ]
-    return functools.reduce(jnp.add, rows)
+    spatial = "DHW"[-len(product.strides) :]
+    names = (f"N{spatial}C", f"O{spatial}I", f"N{spatial}C")
+    found = lax.conv_general_dilated(
+        x,
+        w,
+        product.strides,
+        product.padding,
+        dimension_numbers=names,
+        preferred_element_type=jnp.int32,
+    )
+    return found.astype(jnp.float32)

@@ -14,12 +14,13 @@ from jax.profiler import ProfileData
 
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
+from qvd_jax.kernels.int8 import SCOPE
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
 # The first that matches the name of an operation decides. Names are of the module and, last, the
 # primitive; what XLA fused bears the name of the fusion's last operation.
 _KINDS = {
-    "int8 products": r"/mixed_int8_dot$",
+    "int8 products": rf"/{SCOPE}/.*(dot|dot_general|conv_general_dilated)$",
     "attention": r"/attn\d/(cond/branch_\d+_fun/|while/|body/|closed_call/)*\w+$",
     "float products": r"/(dot_general|conv_general_dilated)$",
     "gathering patches": r"/(slice|pad|concatenate)$",

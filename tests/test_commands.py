@@ -45,6 +45,18 @@ def make_animatediff(root: Path, version: str, motion_file: str) -> None:
         torch.save(original_motion(motion), root / motion_file)
 
 
+def make_animatelcm(root: Path) -> None:
+    make_animatediff(root, "v2", "AnimateLCM_sd15_t2v.ckpt")
+    lora = {}
+    for name, weight in read_weights(root / "v2" / "unet").items():
+        if ".motion_modules." not in name and re.search(r"(proj_in|conv1|to_q)\.weight$", name):
+            stem = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+            lora[f"{stem}.lora_down.weight"] = torch.randn(2, *weight.shape[1:])
+            lora[f"{stem}.lora_up.weight"] = torch.randn(len(weight), 2, *(weight.ndim - 2) * [1])
+            lora[f"{stem}.alpha"] = torch.tensor(1.0)
+    save_file(lora, root / "AnimateLCM_sd15_t2v_lora.safetensors")
+
+
 def make_sparsectrl(root: Path) -> None:
     make_animatediff(root, "v3", "v3_sd15_mm.ckpt")
     random_families.make_sparsectrl("rgb", root)
@@ -75,7 +87,7 @@ def make_magicanimate(root: Path) -> None:
 
 SOURCES: dict[str, Callable[[Path], object]] = {
     "animatediff": lambda root: make_animatediff(root, "v2", "mm_sd_v15_v2.ckpt"),
-    "animatelcm": lambda root: make_animatediff(root, "v2", "AnimateLCM_sd15_t2v.ckpt"),
+    "animatelcm": make_animatelcm,
     "lightning": lambda root: make_animatediff(
         root, "v2", "animatediff_lightning_4step_diffusers.safetensors"
     ),

@@ -352,10 +352,15 @@ MOTION = [
 
 LORAS = [
     case(
-        lora({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(4, 32)}),
-        "lora.ckpt: lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight is no key of an "
-        "AnimateDiff LoRA (..to_q_lora.down.weight)",
+        lora({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 32)}),
+        "lora.ckpt: lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight is no key of a "
+        "LoRA of the UNet (..to_q_lora.down.weight, lora_unet_...lora_down.weight)",
         id="foreign keys",
+    ),
+    case(
+        lora({"lora_unet_down_blocks_9_proj_in.lora_down.weight": torch.zeros(4, 32)}),
+        "adds to 1 weights that this model lacks, the first down_blocks_9_proj_in",
+        id="layer of another model",
     ),
     case(lora({}), "lora.ckpt holds no tensors", id="empty"),
     case(

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import chex
@@ -31,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import qvd_jax
 from convert import animatediff, companions, names
 from convert.__main__ import main as convert
-from convert.lora import parse_lora
+from convert.lora import merge_lora, parse_lora
 from convert.pipeline import open_source
 from convert.tensors import LazyTensor, Tensors, open_file, open_folder
 from qvd_jax import checkpoint
@@ -397,6 +398,47 @@ def test_loras_add_scale_times_up_times_down_to_the_weights_they_name(
             np.testing.assert_array_equal(array, expected[path], err_msg=path)
     for name in ("vae", "text_encoder"):
         chex.assert_trees_all_equal(pipe.params[name], reference.params[name])
+
+
+def test_kohya_loras_add_alpha_over_rank_to_any_layer(tiny):
+    """AnimateLCM's: also convolutions; the oracle applies the two layers one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    module = tiny[1].unet.down_blocks[0]
+    layers = {
+        "resnets.0.conv1": module.resnets[0].conv1,
+        "downsamplers.0.conv": module.downsamplers[0].conv,
+        "resnets.0.time_emb_proj": module.resnets[0].time_emb_proj,
+    }
+    rank, alpha, content, expected = 3, 2.0, {}, {}
+    for name, layer in layers.items():
+        weight = layer.weight.detach()
+        taps = weight.shape[2:]
+        down = torch.randn(rank, *weight.shape[1:], generator=generator)
+        up = torch.randn(len(weight), rank, *(1 for _ in taps), generator=generator)
+        stem = f"lora_unet_down_blocks_0_{name.replace('.', '_')}"
+        content |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+        content[f"{stem}.alpha"] = torch.tensor(alpha)
+        # The response to unit impulses is the weight of both layers together.
+        if taps:
+            flipped = down.flip(-1, -2).transpose(0, 1)
+            both = torch.nn.functional.conv2d(flipped, up).flip(-1, -2).transpose(0, 1)
+        else:
+            both = torch.nn.functional.linear(down.T, up).T
+        expected[f"down_blocks.0.{name}.weight"] = weight + 0.8 * alpha / rank * both
+    tensors = {
+        name: LazyTensor(tuple(tensor.shape), tensor.detach().numpy)
+        for name, tensor in tiny[1].unet.state_dict().items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "AnimateLCM_sd15_t2v_lora.safetensors")
+        save_file(content, path)
+        merged = merge_lora(tensors, path, 0.8, lambda name: name)
+        for name in tensors:
+            found = merged[name].read()
+            if name in expected:
+                np.testing.assert_allclose(found, expected[name], atol=1e-5, err_msg=name)
+            else:
+                assert merged[name] is tensors[name]
 
 
 PATHS = st.text("ab:./ -_0", min_size=1).map(lambda text: f"{text}.ckpt")

@@ -206,6 +206,15 @@ def unet_variants(
     )
 
 
+def _peers(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in peers.BUILDS:
+            known = ", ".join(peers.BUILDS)
+            raise argparse.ArgumentTypeError(f"{name!r} is no peer; {known} are")
+    return names
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.benchmark", description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
@@ -223,11 +232,19 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("products", "unet", "profile"):
             one.add_argument("--size", choices=unet.SIZES, default="sd15")
         else:
-            one.add_argument("--checkpoint", nargs="+", required=True, metavar="DIR|NAME")
+            one.add_argument(
+                "--checkpoint", nargs="+", default=["shapes"], metavar="DIR|NAME", help="(shapes)"
+            )
         if name != "products":
             one.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
         if name == "unet":
-            one.add_argument("--against", nargs="+", choices=peers.BUILDS, default=[])
+            one.add_argument(
+                "--against",
+                type=_peers,
+                default=[],
+                metavar=",".join(peers.BUILDS),
+                help="peers, timed in turn with ours",
+            )
         if name in ("unet", "profile"):
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
         if name == "growth":

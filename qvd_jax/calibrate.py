@@ -15,6 +15,7 @@ from qvd_jax.cli import (
     add_size_arguments,
     command,
     enable_compilation_cache,
+    note_unknown_words,
     passed,
     positive_int,
     read_conditions,
@@ -23,7 +24,7 @@ from qvd_jax.cli import (
 )
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_writable
+from qvd_jax.files import check_fillable
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
 from qvd_jax.quant.policy import Policy, match, match_table, named_policy
@@ -35,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
-        for name in report.CALIBRATION_FILES if args.report.is_dir() else [""]:
-            check_writable(args.report / name, overwrite=args.overwrite and args.report.is_dir())
+        check_fillable(args.report, report.CALIBRATION_FILES, overwrite=args.overwrite)
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
     if args.out.resolve() == source.resolve():
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     inputs, conditions = read_inputs(args, source), read_conditions(args, source)
     enable_compilation_cache()
     pipe = load(source)
+    note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **conditions}
     layers = list_layers(pipe, options)
     match(policy, layers)

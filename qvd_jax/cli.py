@@ -13,6 +13,8 @@ import jax
 from qvd_jax import checkpoint
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
+from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.pipelines.text import TextPipeline
 
 
 class Main(Protocol):
@@ -153,7 +155,9 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
       InputError: it is none, needs the other kind of input, there is none, or one cannot be read.
     """
     manifest = checkpoint.read_manifest(path)
-    prompts = [*getattr(args, "prompt", []), *_prompts_of(args.prompts_file)]
+    prompts = list(getattr(args, "prompt", []))
+    if args.prompts_file:
+        prompts += read_prompts(args.prompts_file)
     if manifest.takes_images:
         if prompts:
             raise InputError(f"{path} makes videos from images; pass --image FILE, not prompts")
@@ -168,8 +172,18 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     if not prompts:
         raise InputError(
             f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"
+            + (" or --prompt TEXT" if hasattr(args, "prompt") else "")
         )
     return Inputs(prompts, prompts)
+
+
+def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:
+    """Prints which words of the prompts a model of text does not know."""
+    if isinstance(pipe, TextPipeline):
+        for prompt in prompts:
+            if unknown := pipe.unknown_words(prompt):
+                words = ", ".join(map(repr, unknown))
+                print(f"note: the model does not know {words} in {prompt!r}")
 
 
 def check_same_inputs(names: Sequence[str]) -> None:
@@ -186,10 +200,6 @@ def check_same_inputs(names: Sequence[str]) -> None:
                 f"{names[0]} ({manifests[0].family}) and {name} ({manifest.family}) take other "
                 f"inputs; they cannot be shown side by side"
             )
-
-
-def _prompts_of(path: Path | None) -> list[str]:
-    return [] if path is None else read_prompts(path)
 
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:

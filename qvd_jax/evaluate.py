@@ -29,6 +29,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     command,
     enable_compilation_cache,
+    note_unknown_words,
     positive_int,
     read_conditions,
     read_inputs,
@@ -37,7 +38,7 @@ from qvd_jax.cli import (
 from qvd_jax.config import to_dict
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_writable, write_text
+from qvd_jax.files import check_fillable, write_text
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
@@ -58,10 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
     names = list(dict.fromkeys([args.reference, *args.candidate]))
-    sheets = {name: args.out / f"{_file_name(name)}.png" for name in names}
-    files = [*(args.out / name for name in _FILES), *sheets.values()]
-    for path in files if args.out.exists() else [args.out]:
-        check_writable(path, overwrite=args.overwrite)
+    sheets = {name: f"{_file_name(name)}.png" for name in names}
+    check_fillable(args.out, [*_FILES, *sheets.values()], overwrite=args.overwrite)
     check_same_inputs(names)
     cases = read_cases(args)
     if len(cases.inputs.values) < 2:
@@ -74,11 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     sharding = devices_for(min(_BATCH, len(cases.inputs.values)))
     models = {name: load(name, sharding=sharding) for name in names}
+    note_unknown_words(models[names[0]], cases.inputs.names)
     defaults = to_dict(models[names[0]].defaults)
     size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
+    guidance = models[names[0]].defaults.guidance_scale
     check_comparable(models, size, classifier)
     seeds = range(args.seed, args.seed + args.seeds)
-    sampled = sample(models, cases, size, seeds)
+    sampled = sample(models, cases, size, guidance, seeds)
     results = {
         "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
         **environment(),
@@ -86,14 +87,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
         **size,
+        "guidance_scale": guidance,
         "models": measure(models, layers, sampled, cases, args.seed, classifier),
     }
-    results["table"] = report.markdown(results)
+    results["table"] = report.summary(results)
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
     page = report.html(results, layers, shown, cases.inputs.names)
     args.out.mkdir(exist_ok=True)
     for name, videos in shown.items():
-        video_io.write_contact_sheet(sheets[name], videos)
+        video_io.write_contact_sheet(args.out / sheets[name], videos)
     write_text(args.out / "report.html", page)
     write_text(args.out / "results.md", results["table"])
     write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -132,8 +134,10 @@ def read_cases(args: argparse.Namespace) -> Cases:
     prompts = checkpoint.read_manifest(path).example_prompts
     plain = {moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")}
     if args.prompts_file or args.image or not prompts or not plain.issuperset(prompts):
-        inputs = Inputs(*(part[: args.videos] for part in read_inputs(args, path)))
-        return Cases(inputs, None, options)
+        given = read_inputs(args, path)
+        if len(given.values) > args.videos:
+            print(f"the first {args.videos} of {len(given.values)}; --videos N takes more")
+        return Cases(Inputs(*(part[: args.videos] for part in given)), None, options)
     return held_out_cases(args.videos, args.seed)
 
 
@@ -210,6 +214,7 @@ def sample(
     models: Mapping[str, VideoPipeline],
     cases: Cases,
     size: Mapping[str, int],
+    guidance_scale: float,
     seeds: Sequence[int],
 ) -> dict[str, Sampled]:
     """Samples all inputs with every model; the first model is the reference.
@@ -218,6 +223,7 @@ def sample(
       models: by name.
       cases: what is sampled.
       size: steps, frames, height and width of all videos.
+      guidance_scale: of all videos.
       seeds: all inputs are sampled with each.
     """
     inputs = cases.inputs.values
@@ -236,6 +242,7 @@ def sample(
                 batch,
                 **cases.options,
                 **dict[str, Any](size),
+                guidance_scale=guidance_scale,
                 # Noise is numbered within a call.
                 seed=seed * len(inputs) + start,
                 output_type="latents",
@@ -281,7 +288,6 @@ def measure(
             "policy": pipe.quantization.policy if pipe.quantization else "float",
             "unet_bytes": memory.tree_bytes(pipe.params["unet"]),
             "seconds_per_video": found.seconds,
-            "guidance_scale": pipe.defaults.guidance_scale,
             "flicker": float(temporal.flicker(found.videos).mean()),
             "layers": [report.figures() for report in layers[name]],
         }

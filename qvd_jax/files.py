@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,17 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path} is a folder; name a file")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists already; pass --overwrite to replace it")
+
+
+def check_fillable(folder: Path, names: Iterable[str], *, overwrite: bool) -> None:
+    """Raises `InputError` if a folder, there or to be made, cannot take files of these names."""
+    if not folder.exists():
+        check_writable(folder, overwrite=overwrite)
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; name a folder")
+    for name in names:
+        check_writable(folder / name, overwrite=overwrite)
 
 
 def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:

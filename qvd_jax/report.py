@@ -11,6 +11,7 @@ from typing import Any, Literal
 import imageio.v3 as imageio
 import numpy as np
 
+from qvd_jax import markdown
 from qvd_jax.data.video_io import tile
 from qvd_jax.files import write_bytes, write_text
 from qvd_jax.quant.calibration import LayerReport, examples
@@ -54,18 +55,10 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
 """
 
 
-def markdown(results: Results) -> str:
+def summary(results: Results) -> str:
     """The figures of all models as a Markdown table."""
     rows = [_row(entry) for entry in results["models"]]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [
-        _conditions(results),
-        "",
-        "| " + " | ".join(columns) + " |",
-        "|" + "|".join("---" if i == 0 else "---:" for i in range(len(columns))) + "|",
-        *("| " + " | ".join(row.get(name, "") for name in columns) + " |" for row in rows),
-    ]
-    return "\n".join(lines) + "\n"
+    return f"{_conditions(results)}\n\n{markdown.table(rows)}\n"
 
 
 def html(
@@ -205,11 +198,10 @@ def plot_steps_apart(axes: Any, report: LayerReport) -> None:
 
 
 def _conditions(results: Results) -> str:
-    first = results["models"][0]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     return (
-        f"{results['prompts']} prompts, {results['seeds']} seeds, {results['steps']} steps, "
-        f"guidance {first['guidance_scale']:g}, {results['backend']}; {versions}"
+        f"{results['prompts']} prompts, {results['seeds']} videos each, {results['steps']} steps, "
+        f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
     )
 
 
@@ -238,6 +230,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
         ("psnr", "PSNR dB", 1),
         ("ssim", "SSIM", 3),
         ("flicker", "flicker", 2),
+        ("flicker_real", "flicker of rendered", 2),
     ):
         if name in entry:
             row[title] = f"{entry[name]:.{digits}f}"

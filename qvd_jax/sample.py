@@ -21,6 +21,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     command,
     enable_compilation_cache,
+    note_unknown_words,
     passed,
     positive_int,
     read_conditions,
@@ -31,11 +32,10 @@ from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_writable
+from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
 _OPTIONS = (
     "negative_prompts",
@@ -67,11 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = [timed_load(name, args, len(inputs.values)) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
-    if isinstance(own, TextToVideoPipeline):
-        for prompt in inputs.values:
-            if unknown := own.unknown_words(prompt):
-                words = ", ".join(map(repr, unknown))
-                print(f"note: the model does not know {words} in {prompt!r}")
+    negatives = [args.negative_prompts] if args.negative_prompts else []
+    note_unknown_words(own, [*inputs.names, *negatives])
     options = {**call_options(own, args), **conditions}
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
@@ -95,7 +92,7 @@ def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoP
 def call_options(pipe: VideoPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """What the command line asks of a call of the pipeline, beside its inputs and the seed.
 
-    What is not asked for is the first checkpoint's default, for both of two.
+    What is not asked for is this pipeline's default, for the one shown against it too.
 
     Raises:
       InputError: the model does not take an option.
@@ -206,12 +203,13 @@ def plan_outputs(
         slugs = (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] for text in prompts)
         each = tuple(out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs))
         sheet = out / "contact-sheet.png"
-        if not out.exists():
-            # The folder is made when there is something to put into it.
-            check_writable(out, overwrite=overwrite)
-            return Outputs(each, together, sheet if contact_sheet else None)
     outputs = Outputs(each, together, sheet if contact_sheet else None)
-    for path in filter(None, (*each, *together, outputs.sheet)):
+    files = [*each, *together, *([sheet] if contact_sheet else [])]
+    if out is not None and each:
+        # The folder is made when there is something to put into it.
+        check_fillable(out, [path.name for path in files], overwrite=overwrite)
+        return outputs
+    for path in files:
         check_writable(path, overwrite=overwrite)
     return outputs
 

@@ -19,7 +19,7 @@ import numpy as np
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import calibrate, checkpoint, evaluate
+from qvd_jax import calibrate, checkpoint, evaluate, markdown
 from qvd_jax.data import moving_shapes
 from qvd_jax.files import write_text
 
@@ -123,32 +123,26 @@ def record(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def table(parts: dict[str, dict[str, Any]]) -> str:
     """One line for each model and part, beside the float model of that part's videos."""
-    versions = next(iter(parts.values()))["versions"]
-    lines = [
-        f"{next(iter(parts.values()))['steps']} steps; "
-        + ", ".join(f"{name} {versions[name]}" for name in ("qvd_jax", "jax", "flax")),
-        "",
-        "| policy | videos | all four | against float, points | Fréchet / float's | PSNR dB "
-        "| latents SQNR dB |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    first = next(iter(parts.values()))
+    versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("qvd_jax", "jax", "flax"))
+    rows = []
     for name, part in parts.items():
         for number, model in enumerate(part["models"]):
             policy = f"rescaled, {model['policy']}" if name == "rescaled" else model["policy"]
-            cells = [
-                policy if number else "float",
-                str(part["prompts"] * part["seeds"]),
-                f"{model['accuracy']['all four']['value']:.1%}",
-            ]
+            row = {
+                "policy": policy if number else "float",
+                "videos": str(part["prompts"] * part["seeds"]),
+                "all four": f"{model['accuracy']['all four']['value']:.1%}",
+            }
             if number:
-                cells += [
-                    interval(model["accuracy_change"], 100, "+.1f"),
-                    interval(model["frechet_ratio"], 1, ".3f"),
-                    f"{model['psnr']:.1f}",
-                    f"{model['latent_sqnr'][-1]:.1f}",
-                ]
-            lines.append("| " + " | ".join([*cells, *[""] * (7 - len(cells))]) + " |")
-    return "\n".join(lines) + "\n"
+                row |= {
+                    "against float, points": interval(model["accuracy_change"], 100, "+.1f"),
+                    "Fréchet / float's": interval(model["frechet_ratio"], 1, ".3f"),
+                    "PSNR dB": f"{model['psnr']:.1f}",
+                    "latents SQNR dB": f"{model['latent_sqnr'][-1]:.1f}",
+                }
+            rows.append(row)
+    return f"{first['steps']} steps; {versions}\n\n{markdown.table(rows)}\n"
 
 
 def interval(found: dict[str, Any], factor: int, form: str) -> str:

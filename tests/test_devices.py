@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qvd_jax
-from qvd_jax.diffusion.sampler import Conditioning, LoopConfig, SamplerState, sample_steps
+from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, SamplerState, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.pipelines.loading import devices_for
 
@@ -102,7 +102,7 @@ def conditioned_steps(mesh: Any) -> Any:
         jnp.full(3, 2.0),
         jax.vmap(jax.random.key)(jnp.arange(videos)),
         jnp.int32(0),
-        LoopConfig(count=STEPS, window=3, guided=True, noisy=True, mesh=mesh),
+        SamplerConfig(count=STEPS, window=3, guided=True, noisy=True, mesh=mesh),
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qvd_jax.diffusion.sampler import (
     Conditions,
-    LoopConfig,
+    SamplerConfig,
     SamplerState,
     initial_noise,
     prepare,
@@ -103,7 +103,7 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
         jnp.full(state.latents.shape[1], given["guidance_scale"], jnp.float32),
         video_keys(given["seed"], VIDEOS),
         jnp.int32(start),
-        LoopConfig(
+        SamplerConfig(
             count=stop - start,
             **{key: given[key] for key in ("window", "guided", "one_by_one", "noisy", "clip")},
         ),

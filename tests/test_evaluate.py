@@ -99,7 +99,6 @@ def test_markdown_names_what_each_model_has():
         "policy": "float",
         "unet_bytes": 2_000_000,
         "seconds_per_video": None,
-        "guidance_scale": 3.0,
         "flicker": 1.0,
         "layers": [],
     }
@@ -108,12 +107,13 @@ def test_markdown_names_what_each_model_has():
         "prompts": 4,
         "seeds": 2,
         "steps": 25,
+        "guidance_scale": 3.0,
         "backend": "cpu",
         "versions": {"jax": "0.10"},
         "models": [{**entry, "accuracy": accuracy}, {**entry, "name": "b", "psnr": 31.26}],
     }
-    lines = report.markdown(results).splitlines()
-    assert lines[0] == "4 prompts, 2 seeds, 25 steps, guidance 3, cpu; jax 0.10"
+    lines = report.summary(results).splitlines()
+    assert lines[0] == "4 prompts, 2 videos each, 25 steps, guidance 3, cpu; jax 0.10"
     assert lines[2].split(" | ")[-1] == "PSNR dB |"
     assert "97.5% (95.0% to 99.0%)" in lines[4]
     assert "31.3" in lines[5]

@@ -14,9 +14,10 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
-    "cli": {"checkpoint", "data", "errors"},
+    "cli": {"checkpoint", "data", "errors", "pipelines"},
     "checkpoint": GROUND,
     "memory": {"axes", "errors"},
+    "markdown": set(),
     "kernels": {"axes", "errors"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
@@ -24,9 +25,9 @@ ALLOWED = {
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "memory", "models", "diffusion", "quant"},
-    "report": GROUND | {"data", "files", "quant"},
+    "report": GROUND | {"data", "files", "markdown", "quant"},
     "benchmarks": GROUND
-    | {"checkpoint", "cli", "kernels", "memory", "models", "pipelines", "quant"},
+    | {"checkpoint", "cli", "kernels", "markdown", "memory", "models", "pipelines", "quant"},
     "training": GROUND
     | {"checkpoint", "data", "diffusion", "files", "metrics", "models", "pipelines"},
 }

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHELL = """
-import shlex, subprocess, sys, types
+import os, shlex, subprocess, sys, types
 def shell(line):
     line = line.format(**globals()).replace("\\\\\\n", " ")
     line = line.replace("python ", shlex.quote(sys.executable) + " ")
@@ -29,6 +29,7 @@ def program(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     code = re.sub(r"^%pip .*$", "", code, flags=re.MULTILINE)
+    code = re.sub(r"^%cd (.*)$", r"os.chdir('\1')", code, flags=re.MULTILINE)
     command = re.compile(r"^!((?:.*\\\n)*.*)$", re.MULTILINE)
     return SHELL + command.sub(lambda found: f"shell({found[1]!r})", code)
 
@@ -44,9 +45,14 @@ def test_notebooks_are_code_without_outputs(notebook):
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(notebook, tmp_path):
     (tmp_path / "tests").symlink_to(ROOT / "tests")
+    (tmp_path / "notebooks").mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [sys.executable, "-c", program(notebook)]
     done = subprocess.run(
-        arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+        [sys.executable, "-c", program(notebook)],
+        cwd=tmp_path / "notebooks",
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
     )
     assert done.returncode == 0, done.stderr[-2000:]

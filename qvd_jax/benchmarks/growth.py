@@ -8,6 +8,7 @@ from typing import Any
 
 import tqdm
 
+from qvd_jax import markdown
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.benchmarks.sampling import SampleCase, measure_cost
 
@@ -48,13 +49,19 @@ def measure(base: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
-    lines = ["| checkpoint | dtype | what grows | | s | GB |", "|---|---|---|---:|---:|---:|"]
-    lines += [
-        f"| {r['checkpoint']} | {r['dtype']} | {r['grows']} | {r['value']} | {r['seconds']:.2f} "
-        f"| {r['peak_bytes'] / 1e9:.2f} |"
-        for r in results
-    ]
-    return "\n".join(lines)
+    return markdown.table(
+        [
+            {
+                "checkpoint": r["checkpoint"],
+                "dtype": r["dtype"],
+                "what grows": r["grows"],
+                "to": str(r["value"]),
+                "s": f"{r['seconds']:.2f}",
+                "GB": f"{r['peak_bytes'] / 1e9:.2f}",
+            }
+            for r in results
+        ]
+    )
 
 
 def plot(results: Sequence[dict[str, Any]]) -> bytes:

@@ -16,6 +16,7 @@ import tqdm
 from jax import lax
 from jax.typing import DTypeLike
 
+from qvd_jax import markdown
 from qvd_jax.axes import Array
 from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import first_line
@@ -156,20 +157,13 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Formulations by shape as Markdown, in billions of operations per second."""
-    names = list(dict.fromkeys(name for r in results for name in r["seconds"]))
-    lines = [
-        "| inputs | kernel | times | " + " | ".join(names) + " |",
-        "|---|---|---:|" + "---:|" * len(names),
-    ]
+    rows = []
     for r in results:
-        product = Product(r["inputs"], r["kernel"], r["strides"])
-        speeds = (
-            f"{product.flops / r['seconds'][name] / 1e9:.0f}" if name in r["seconds"] else ""
-            for name in names
-        )
-        shapes = f"| {list(r['inputs'])} | {list(r['kernel'])} | {r['count']} | "
-        lines.append(shapes + " | ".join(speeds) + " |")
-    return "\n".join(lines)
+        flops = Product(r["inputs"], r["kernel"], r["strides"]).flops
+        shapes = {name: str([*r[name]]) for name in ("inputs", "kernel")}
+        speeds = {name: f"{flops / spent / 1e9:.0f}" for name, spent in r["seconds"].items()}
+        rows.append({**shapes, "times": str(r["count"]), **speeds})
+    return markdown.table(rows)
 
 
 def _operands(product: Product) -> tuple[np.ndarray, np.ndarray]:

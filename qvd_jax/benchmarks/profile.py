@@ -12,6 +12,7 @@ import jax
 import tqdm
 from jax.profiler import ProfileData
 
+from qvd_jax import markdown
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.kernels.int8 import SCOPE
@@ -73,16 +74,10 @@ def kind(operation: str) -> str:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown: seconds, and the share of the variant's whole."""
-    titles = [f"{r['mode']} {r['dtype']}, s" for r in results]
-    lines = [
-        "| work | " + " | ".join(titles) + " |",
-        "|---|" + "---:|" * len(results),
-    ]
-    for name in (*_KINDS, _OTHER):
-        cells = [
-            f"{r['seconds'][name]:.3f} ({r['seconds'][name] / sum(r['seconds'].values()):.0%})"
-            for r in results
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    totals = (f"{sum(r['seconds'].values()):.3f}" for r in results)
-    return "\n".join([*lines, "| together | " + " | ".join(totals) + " |"])
+    rows = [{"work": name} for name in (*_KINDS, _OTHER, "together")]
+    for r in results:
+        title, whole = f"{r['mode']} {r['dtype']}, s", sum(r["seconds"].values())
+        for row in rows:
+            spent = r["seconds"].get(row["work"], whole)
+            row[title] = f"{spent:.3f} ({spent / whole:.0%})"
+    return markdown.table(rows)

@@ -10,6 +10,7 @@ from typing import Any
 
 import tqdm
 
+from qvd_jax import markdown
 from qvd_jax.errors import InputError
 
 WARMUP_ROUNDS = 2
@@ -121,14 +122,16 @@ def table(results: Sequence[Mapping[str, Any]], against: Variant) -> str:
         if (r["framework"], r["mode"], r["dtype"])
         == (against.framework, against.mode, against.dtype)
     )
-    rows = [
-        f"| what | dtype | median s | min to max s | time / {against.framework} {against.mode} "
-        f"{against.dtype} |",
-        "|---|---|---:|---:|---:|",
-    ]
-    rows += [
-        f"| {r['framework']} {r['mode']} | {r['dtype']} | {r['median_s']:.3f} | "
-        f"{r['min_s']:.3f} to {r['max_s']:.3f} | {r['median_s'] / base:.2f} |"
-        for r in results
-    ]
-    return "\n".join(rows)
+    ratio = f"time / {against.framework} {against.mode} {against.dtype}"
+    return markdown.table(
+        [
+            {
+                "what": f"{r['framework']} {r['mode']}",
+                "dtype": r["dtype"],
+                "median s": f"{r['median_s']:.3f}",
+                "min to max s": f"{r['min_s']:.3f} to {r['max_s']:.3f}",
+                ratio: f"{r['median_s'] / base:.2f}",
+            }
+            for r in results
+        ]
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import tqdm
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, markdown
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.cli import enable_compilation_cache
 from qvd_jax.config import from_dict
@@ -24,6 +24,7 @@ from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load
 from qvd_jax.pipelines.pipeline import VideoDefaults
+from qvd_jax.quant.policy import Quantization
 
 _MEMORY_STEPS = (2, 8)
 
@@ -76,11 +77,16 @@ def needed_bytes(case: SampleCase, variant: Variant) -> int:
     stride = configs.vae.stride
     frames = min(case.frames, configs.unet.max_frames or case.frames)  # more run in windows
     shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
-    unet = configs.modules(DTYPES[variant.dtype])["unet"]
-    params = {"params": configs.param_shapes(DTYPES[variant.dtype])["unet"]}
-    working = peak_bytes(unet.apply, params, *shapes) - tree_bytes(params)
-    halves = 1 if defaults.guidance_scale == 1 else 2
-    return checkpoint.disk_bytes(path) + halves * len(case.prompts) * working
+    quantization = None
+    if manifest.quantization is not None:
+        quantization = from_dict(Quantization, manifest.quantization, f"{path}: quantization")
+    unet = configs.modules(DTYPES[variant.dtype], quantization)["unet"]
+    params = configs.param_shapes(DTYPES[variant.dtype], quantization)
+    variables = {"params": params["unet"]}
+    working = peak_bytes(unet.apply, variables, *shapes) - tree_bytes(variables)
+    # On the CPU the UNet sees one video after the other.
+    together = 1 if jax.default_backend() == "cpu" else len(case.prompts)
+    return tree_bytes(params) + (1 + defaults.guided) * together * working
 
 
 def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -130,20 +136,17 @@ def measure_cost(case: SampleCase, variant: Variant) -> dict[str, float]:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Results of either measurement as Markdown."""
-    names = [name for name in results[0] if name.endswith(("_s", "_bytes"))]
-    titles = [name.removesuffix("_s").replace("_", " ") for name in names]
-    titles = [title.replace(" bytes", ", GB") for title in titles]
-    lines = [
-        "| checkpoint | dtype | " + " | ".join(titles) + " |",
-        "|---|---|" + "---:|" * len(names),
-    ]
+    rows = []
     for r in results:
-        values = (
-            f"{r[name] / 1e9:.2f}" if name.endswith("_bytes") else f"{r[name]:.1f} s"
-            for name in names
-        )
-        lines.append(f"| {r['mode']} | {r['dtype']} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
+        row = {"checkpoint": r["mode"], "dtype": r["dtype"]}
+        for name, value in r.items():
+            title = name.replace("_", " ")
+            if name.endswith("_s"):
+                row[title.removesuffix(" s")] = f"{value:.1f} s"
+            elif name.endswith("_bytes"):
+                row[title.removesuffix(" bytes")] = f"{value / 1e9:.2f} GB"
+        rows.append(row)
+    return markdown.table(rows)
 
 
 def _in_fresh_process(function: Any, *arguments: Any) -> Any:

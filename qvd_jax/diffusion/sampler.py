@@ -132,7 +132,7 @@ def add_image(latents: Array, image: Array | None) -> Array:
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class SamplerConfig:
     """What a loop is compiled for.
 
     Attributes:
@@ -169,7 +169,7 @@ def sample_steps(
     guidance_scale: Array,
     keys: Array,
     start: Array,
-    config: LoopConfig,
+    config: SamplerConfig,
 ) -> tuple[SamplerState, Array]:
     """Runs steps `start` to `start + config.count` of a schedule as one scan.
 
@@ -220,7 +220,7 @@ def sample_steps(
 
 def _scan(
     unet: nn.Module,
-    config: LoopConfig,
+    config: SamplerConfig,
     params: Params,
     state: SamplerState,
     table: StepTable,

@@ -16,7 +16,7 @@ from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
-from qvd_jax.diffusion.sampler import Conditions, LoopConfig
+from qvd_jax.diffusion.sampler import Conditions, SamplerConfig
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
@@ -278,7 +278,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
         conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)
-        config = LoopConfig(
+        config = SamplerConfig(
             count=count,
             window=self.window(want.frames),
             guided=want.guided,

@@ -508,6 +508,13 @@ def test_names_of_published_models_are_exactly_ours_at_full_size(
     )
     version = "v2" if mid_block else "v1" if frames == 24 else "v3"
     assert configs.unet == qvd_jax.models.configs.animatediff(version)
+    motion = {name for name in tensors["unet"] if ".motion_modules." in name}
+    original = {old for name in motion for old in original_names(name)}
+    original |= tensors["unet"].keys() - motion
+    # mm_*.ckpt, and MagicAnimate's temporal_attention.ckpt, which has the whole UNet.
+    for prefix in ("", "module."):
+        renamed = {animatediff.rename_original(f"{prefix}{name}") for name in original}
+        assert renamed == set(tensors["unet"])
     tensors["unet"] = animatediff.without_positions(tensors["unet"])
     shapes = configs.param_shapes("float32")
     maps = {"unet": names.UNET, "vae": names.VAE, "text_encoder": names.CLIP_TEXT}

@@ -9,17 +9,28 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from diffusers import AnimateDiffSparseControlNetPipeline
+from diffusers import AnimateDiffSparseControlNetPipeline, SparseControlNetModel
 from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl as published
 from PIL import Image
 from random_animatediff import make_adapter
-from random_families import RGB, SCRIBBLE, make_controlnet, make_sparsectrl, make_sparsectrl_module
+from random_families import (
+    RGB,
+    SCRIBBLE,
+    make_controlnet,
+    make_sparsectrl,
+    make_sparsectrl_module,
+    to_original,
+)
 
 import qvd_jax
+from convert import animatediff as source
+from convert import names
 from convert.__main__ import main as convert
 from convert.controlnet import open_controlnet
 from qvd_jax import calibrate, sample
-from qvd_jax.models.configs import ControlNetConfig
+from qvd_jax.models.configs import ControlNetConfig, animatediff
+from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines.components import ComponentConfigs
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +188,32 @@ def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):
     options = ["--controlnet", str(tmp_path / "motion"), "--out", str(tmp_path / "out")]
     assert convert([str(tiny[0]), *options]) == 2
     assert "is no ControlNet: it has no controlnet_down_blocks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
+def test_names_are_those_of_the_real_model(kind):
+    """A bijection at full size, from the original's names and from shapes alone."""
+    options = {"conditioning_channels": 4 if kind == RGB else 3}
+    with torch.device("meta"):
+        module = SparseControlNetModel(
+            use_simplified_condition_embedding=kind == RGB, cross_attention_dim=768, **options
+        )
+    weights = module.state_dict()
+    assert {source.rename_original(to_original(name)) for name in weights} == set(weights)
+    config = replace(
+        animatediff("v3"),
+        controlnet=ControlNetConfig(
+            condition_channels=1 + options["conditioning_channels"],
+            embedding_channels=() if kind == RGB else (16, 32, 96, 256),
+            motion_attentions=1,
+            ignores_latents=True,
+        ),
+    )
+    shapes = ComponentConfigs(config, VAEConfig()).param_shapes("float32")["unet"]["controlnet"]
+    found = [
+        name.removeprefix("controlnet.")
+        for path, _ in jax.tree.leaves_with_path(shapes)
+        for name in names.UNET("/".join(["controlnet", *(key.key for key in path)]))
+    ]
+    assert len(found) == len(set(found))
+    assert set(found) == set(source.without_positions(weights))

@@ -19,10 +19,12 @@ from PIL import Image
 from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
 from random_families import make_svd
 from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import qvd_jax
-from convert import ldm, names, svd
+from convert import companions, ldm, names, svd
 from convert.__main__ import main as convert
+from convert.tensors import LazyTensor
 from qvd_jax import calibrate, sample
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
 from qvd_jax.models.vae import VAEConfig
@@ -127,6 +129,35 @@ def test_names_are_those_of_the_real_model():
         )
         assert set(original) == set(module.state_dict())
         assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameters
+
+
+def test_names_of_the_real_image_encoder():
+    """A bijection at full size, from open_clip's ViT-H to transformers' names and to ours."""
+    size = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
+    size |= {"num_attention_heads": 16, "patch_size": 14, "projection_dim": 1024}
+    with torch.device("meta"):
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**size, hidden_act="gelu"))
+    weights = {
+        name: tensor
+        for name, tensor in encoder.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    original = {
+        name: LazyTensor(tuple(tensor.shape), None)
+        for name, tensor in open_clip_visual(weights).items()
+    }
+    assert "transformer.resblocks.31.attn.in_proj_weight" in original
+    renamed = ldm.rename_clip_vision(original)
+    assert {name: tensor.shape for name, tensor in renamed.items()} == {
+        name: tuple(tensor.shape) for name, tensor in weights.items()
+    }
+    config = companions.vision_config(renamed, {}, "image_encoder")
+    configs = ComponentConfigs(
+        STABLE_VIDEO_DIFFUSION, VAEConfig(temporal_decoder=True), image_encoder=config
+    )
+    shapes = configs.param_shapes("float32")["image_encoder"]
+    names.check_names(shapes, names.CLIP_VISION, renamed, "image_encoder")
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 632_076_800
 
 
 def original_weights(tiny: Tiny) -> dict[str, torch.Tensor]:

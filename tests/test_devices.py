@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import qvd_jax
+from qvd_jax import CalibrationConfig, VideoPipeline
 from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, SamplerState, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.pipelines.loading import devices_for
@@ -22,28 +23,43 @@ SMALL = {"frames": 4, "height": 8, "width": 12, "steps": STEPS}
 
 
 @pytest.fixture(scope="module")
-def found(tiny_checkpoint, tmp_path_factory) -> dict[str, np.ndarray]:
+def int8(tiny_checkpoint) -> VideoPipeline:
+    """Step-aware, so that the sampler has gains to slice."""
+    config = CalibrationConfig(steps=STEPS, rows=8, step_aware=True)
+    size = {name: SMALL[name] for name in ("frames", "height", "width")}
+    quantized, _ = qvd_jax.quantize(
+        qvd_jax.load(tiny_checkpoint), "minmax-w8a8", PROMPTS[:1], config, size
+    )
+    return quantized
+
+
+@pytest.fixture(scope="module")
+def found(tiny_checkpoint, int8, tmp_path_factory) -> dict[str, np.ndarray]:
     """What `several` returned in a process that sees several devices."""
-    out = tmp_path_factory.mktemp("devices") / "found.npz"
+    folder = tmp_path_factory.mktemp("devices")
+    qvd_jax.save(int8, folder / "int8")
+    out = folder / "found.npz"
     environment = {
         **os.environ,
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
         "PYTHONPATH": str(Path(__file__).parent),
     }
     program = "import sys, test_devices, numpy as np; "
-    program += "np.savez(sys.argv[2], **test_devices.several(sys.argv[1]))"
-    arguments = [sys.executable, "-c", program, str(tiny_checkpoint), str(out)]
+    program += "np.savez(sys.argv[1], **test_devices.several(*sys.argv[2:]))"
+    checkpoints = [str(tiny_checkpoint), str(folder / "int8")]
+    arguments = [sys.executable, "-c", program, str(out), *checkpoints]
     subprocess.run(arguments, env=environment, check=True, timeout=300)
     return dict(np.load(out))
 
 
-def several(checkpoint: str) -> dict[str, np.ndarray]:
+def several(checkpoint: str, int8: str) -> dict[str, np.ndarray]:
     sharding = devices_for(len(PROMPTS))
     pipe = qvd_jax.load(checkpoint, sharding=sharding)
     states = [conditioned_steps(mesh) for mesh in (None, sharding.mesh)]
     return {
         "devices": np.array([len(state.latents.devices()) for state, _ in states]),
         "videos": pipe(PROMPTS, **SMALL),
+        "int8": qvd_jax.load(int8, sharding=sharding)(PROMPTS, **SMALL),
         "three": pipe(PROMPTS[:3], **SMALL),
         "alone": np.asarray(states[0][0].latents),
         "divided": np.asarray(states[1][0].latents),
@@ -114,6 +130,11 @@ def test_several_devices_make_the_videos_of_one(found, tiny_checkpoint):
     expected = qvd_jax.load(tiny_checkpoint)(PROMPTS, **SMALL)
     np.testing.assert_array_equal(found["videos"], expected)
     assert len(np.unique(expected.reshape(len(PROMPTS), -1), axis=0)) == len(PROMPTS)
+
+
+def test_int8_products_divide_too(found, int8):
+    np.testing.assert_array_equal(found["int8"], int8(PROMPTS, **SMALL))
+    assert (found["int8"] != found["videos"]).any()
 
 
 def test_videos_that_do_not_divide_are_the_same_too(found):

@@ -29,7 +29,8 @@ from diffusers.models.unets.unet_motion_model import (
     UpBlockMotion,
 )
 from original_norms import original_norms
-from random_animatediff import randomize
+from random_animatediff import CHANNELS, randomize
+from random_families import RGB, SCRIBBLE, make_controlnet, make_sparsectrl_module
 from transformers import CLIPTextConfig as TorchCLIPConfig
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from transformers import CLIPVisionConfig as TorchCLIPVisionConfig
@@ -37,11 +38,13 @@ from transformers import CLIPVisionConfig as TorchCLIPVisionConfig
 from convert import names, svd
 from convert.animatediff import unet_config, without_positions
 from convert.companions import rename_text, text_config, vae_config, vision_config
+from convert.controlnet import open_controlnet
 from convert.tensors import LazyTensor, Tensors
 from qvd_jax.models.attention import SpatialTransformer, TemporalTransformer, dot_product_attention
 from qvd_jax.models.blocks import ResnetBlock
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
 from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
+from qvd_jax.models.controlnet import ControlNet, Residuals
 from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
 from qvd_jax.models.stages import Stage
 from qvd_jax.models.unet3d import UNet3D
@@ -381,6 +384,63 @@ def test_unet_of_stable_video_diffusion_whole():
         ).sample.permute(0, 1, 3, 4, 2)
     found = jax.jit(module.apply)(variables, latents, timesteps, text, ids)
     assert relative_error(found, expected) <= TOLERANCE
+
+
+def run_controlnet(
+    module: ControlNet, latents: Any, timesteps: Any, text: Any, control: Any
+) -> Residuals:
+    return module(
+        latents,
+        module.temporal_features(timesteps),
+        module.context_features(text),
+        module.control_features(control),
+    )
+
+
+@pytest.mark.parametrize("kind", [RGB, SCRIBBLE, "image"])
+def test_controlnet_whole(kind, tmp_path):
+    """SparseCtrl with either condition, and an ordinary ControlNet, frame by frame."""
+    published = make_controlnet().eval() if kind == "image" else make_sparsectrl_module(kind)
+    randomize(published)
+    published.save_pretrained(tmp_path)
+    _, config = open_controlnet(tmp_path)
+    unet = UNet3DConfig(
+        block_channels=CHANNELS,
+        layers_per_block=1,
+        attention_levels=(True, False),
+        num_heads=(4, 4),
+        temporal_heads=(4, 4),
+        context_dim=24,
+        norm_groups=8,
+        down_eps=(1e-5, 1e-5),
+        up_eps=(1e-5, 1e-5),
+        max_frames=32,
+    )
+    scale = 1 if kind == RGB else 2
+    latents, timesteps = video(BATCH, FRAMES, HEIGHT, WIDTH, 4), np.float32([500])
+    text = video(BATCH, 7, 24, seed=1)
+    control = video(BATCH, FRAMES, scale * HEIGHT, scale * WIDTH, config.condition_channels, seed=2)
+    told = torch.from_numpy(text).repeat_interleave(FRAMES, 0)
+    with torch.no_grad():
+        if kind == "image":
+            down, mid = published(
+                to_torch(latents), 500, told, to_torch(control), return_dict=False
+            )
+        else:
+            sample, condition = (
+                torch.from_numpy(x).permute(0, 4, 1, 2, 3) for x in (latents, control)
+            )
+            down, mid = published(
+                sample, 500, told, condition[:, :-1], conditioning_mask=condition[:, -1:],
+                return_dict=False,
+            )  # fmt: skip
+    module = ControlNet(unet, config, FLOAT)
+    inputs = latents, timesteps, text, control
+    variables = transfer_call(published, run_controlnet, module, *inputs)
+    found = jax.jit(nn.apply(run_controlnet, module))(variables, *inputs)
+    assert len(found.down) == len(down)
+    for one, expected in zip((*found.down, found.mid), (*down, mid), strict=True):
+        assert relative_error(one, from_torch(expected)) <= TOLERANCE
 
 
 def test_added_ids_must_match_the_config():

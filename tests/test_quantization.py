@@ -205,6 +205,34 @@ def test_quantized_pipelines_are_not_quantized_again(quantized):
         quantize(quantized[0], "minmax-w8a8", PROMPTS, CONFIG, SIZE)
 
 
+def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "own.yaml").write_text(
+        "name: own\nrules:\n- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"
+    )
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    arguments = [
+        "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
+        "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
+        "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
+    ]  # fmt: skip
+    before = {path.name for path in tmp_path.iterdir()}
+    write = checkpoint.save_params
+
+    def interrupt(folder, name, params):
+        write(folder, name, params)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_params", interrupt)
+    assert calibrate.main(arguments) == 130
+    assert "interrupted; nothing half-written is left" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == before
+    monkeypatch.setattr(checkpoint, "save_params", write)
+    assert calibrate.main(arguments) == 0
+
+
 def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("a red circle\n")

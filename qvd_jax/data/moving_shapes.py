@@ -181,7 +181,9 @@ def _paths(scene: np.ndarray, rng: np.random.Generator, frames: int) -> np.ndarr
 
     radius = np.where(large[:, None], draw(0.4, 0.46), draw(0.29, 0.33))
     travel, across, along = draw(0.75, 0.95), draw(-1, 1), draw(-1, 1)
-    orbit, phase, hop = draw(0.4, 0.45), draw(0, _FULL_TURN), draw(0.75, 0.9)
+    # An orbit begins near its top: were the phase any, the mean of a prompt's videos would not
+    # turn, and which way to turn would be learned from single videos under noise.
+    orbit, phase, hop = draw(0.4, 0.45), draw(-0.375, -0.125) * _FULL_TURN, draw(0.75, 0.9)
     center_x, center_y = draw(-0.08, 0.08), draw(-0.08, 0.08)
     t = np.linspace(0, 1, frames)[None]
     room = 0.97 - radius

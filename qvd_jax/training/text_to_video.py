@@ -58,10 +58,6 @@ class TextToVideoConfig:
         color, motion and background. So much noise leaves nearly nothing of one video, and the
         expectation given the noisy latents, which the squared error asks for, is nearly that of
         the prompt alone; the mean estimates it with a fraction of one video's variance.
-      reference_videos: with more than one, the target is the mean of so many videos of the bank of
-        the same size, color, motion and background, the noised one among them, each weighted by
-        how likely the noisy latents came from it (Xu et al., arXiv 2302.00670, eq. 6): a better
-        estimate of the expectation where several videos could be behind the noise.
       timestep_density: mean and standard deviation of the logit of the timesteps, as shares of
         the schedule (Esser et al., arXiv 2403.03206, section 3.1); without it they are uniform.
       dtype: in which the result is stored.
@@ -79,7 +75,6 @@ class TextToVideoConfig:
     word_dropout: float = 0.02
     snr_range: tuple[float, float] = (0.0, 5.0)
     mean_below_snr: float = 0.0
-    reference_videos: int = 1
     timestep_density: tuple[float, float] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -124,12 +119,8 @@ class TextToVideo:
             if not any(kept):
                 raise InputError(f"only = {config.only}: no prompt of the bank has all of them")
             self._scenes, self._latents = self._scenes[kept], self._latents[kept]
-        self._groups = _groups(self._scenes)
         if config.mean_below_snr > 0:
-            self._means = _group_means(self._groups, self._latents)
-        self._members = [
-            np.flatnonzero(self._groups == group) for group in range(self._groups.max() + 1)
-        ]
+            self._groups, self._means = _group_means(self._scenes, self._latents)
         self._start: dict[str, Params] = {}
         if config.start is not None:
             pipe = load(config.start, dtype=jnp.float32)
@@ -156,24 +147,17 @@ class TextToVideo:
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`.
 
-        With `mean_below_snr` also "means", the targets there, of the latents' shape; with
-        `reference_videos` "references" `[B, N, F, h, w, C]`, the videos themselves first.
+        With `mean_below_snr` also "means", the targets there, of the latents' shape.
         """
         chosen = rng.integers(len(self._scenes), size=size)
-        frames, every = self.config.defaults.frames, self._latents.shape[1]
-        seen = np.broadcast_to(np.arange(frames), (size, frames))
-        if frames < every:
-            seen = seen + rng.integers(every - frames + 1, size=(size, 1))
-        latents = {"latents": self._latents[chosen[:, None], seen]}
+        latents = {"latents": self._latents[chosen]}
         if self.config.mean_below_snr > 0:
-            latents["means"] = self._means[self._groups[chosen, None], seen]
-        if self.config.reference_videos > 1:
-            others = [
-                rng.choice(self._members[self._groups[one]], self.config.reference_videos - 1)
-                for one in chosen
-            ]
-            references = np.column_stack([chosen, np.stack(others)])
-            latents["references"] = self._latents[references[:, :, None], seen[:, None]]
+            latents["means"] = self._means[self._groups[chosen]]
+        frames, every = self.config.defaults.frames, self._latents.shape[1]
+        if frames < every:
+            first = rng.integers(every - frames + 1, size=size)
+            place = np.arange(size)[:, None], first[:, None] + np.arange(frames)
+            latents = {name: videos[place] for name, videos in latents.items()}
         prompts = [self._prompt(scene, rng) for scene in self._scenes[chosen]]
         ids = self._tokenizer(
             prompts,
@@ -212,9 +196,6 @@ class TextToVideo:
             means = batch["means"].astype(jnp.float32)
             is_lost = (snr < self.config.mean_below_snr)[:, None, None, None, None]
             clean = jnp.where(is_lost, means, clean)
-        if "references" in batch:
-            clean = posterior_mean(noisy, batch["references"].astype(jnp.float32), alpha)
-            noise = (noisy - jnp.sqrt(per_video) * clean) / jnp.sqrt(1 - per_video)
         prediction_type = self.config.scheduler.prediction_type
         error = clean_error(predicted, clean, noise, alpha, prediction_type)
         return (error * jnp.clip(snr, *self.config.snr_range)).mean()
@@ -270,25 +251,6 @@ def clean_error(
     return implied * jnp.square(predicted - target).mean((1, 2, 3, 4))
 
 
-def posterior_mean(noisy: Array, references: Array, alpha: Array) -> Array:
-    """Mean of videos, weighted by how likely noisy latents came from each.
-
-    Xu et al., arXiv 2302.00670, eq. 6.
-
-    Args:
-      noisy: `[B, F, h, w, C]`.
-      references: `[B, N, F, h, w, C]`.
-      alpha: cumulative product of alphas `[B]`.
-
-    Returns:
-      Like `noisy`.
-    """
-    share = alpha[:, None, None, None, None, None]
-    apart = jnp.square(noisy[:, None] - jnp.sqrt(share) * references).sum((2, 3, 4, 5))
-    weights = jax.nn.softmax(-apart / (2 * (1 - alpha[:, None])), axis=1)
-    return jnp.einsum("bn,bnfhwc->bfhwc", weights, references, precision="highest")
-
-
 def sample_timesteps(
     key: Array, count: int, timesteps: int, density: tuple[float, float] | None
 ) -> Array:
@@ -317,18 +279,13 @@ def sheet_prompts() -> list[str]:
     return [moving_shapes.prompt(s) for s in moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]]
 
 
-def _groups(scenes: np.ndarray) -> np.ndarray:
-    """The group `[N]` of each scene `[N, 5]`: those of one share all but their shape."""
+def _group_means(scenes: np.ndarray, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The group `[N]` of each scene `[N, 5]`, all but its shape, and the groups' mean latents."""
     others = [i for i, name in enumerate(moving_shapes.ATTRIBUTES) if name != "shape"]
     _, groups = np.unique(scenes[:, others], axis=0, return_inverse=True)
-    return groups
-
-
-def _group_means(groups: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """The mean latents of each group."""
     totals = np.zeros((groups.max() + 1, *latents.shape[1:]), np.float32)
     np.add.at(totals, groups, latents)
-    return totals / np.bincount(groups)[:, None, None, None, None]
+    return groups, totals / np.bincount(groups)[:, None, None, None, None]
 
 
 def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed: int) -> None:

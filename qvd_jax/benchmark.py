@@ -227,16 +227,22 @@ def _parser() -> argparse.ArgumentParser:
         "growth": what.add_parser("growth", help="cost by frames, size and number of videos"),
     }
     for name, one in parsers.items():
-        one.add_argument("--batch", type=positive_int, default=1, metavar="B")
+        of_unet = name in ("products", "unet", "profile")
+        counted = "videos, guidance halves counted" if of_unet else "prompts"
+        one.add_argument("--batch", type=positive_int, default=1, metavar="B", help=counted)
         add_size_arguments(one)
-        if name in ("products", "unet", "profile"):
-            one.add_argument("--size", choices=unet.SIZES, default="sd15")
+        if of_unet:
+            one.add_argument(
+                "--size", choices=unet.SIZES, default="sd15", help="the UNet (%(default)s)"
+            )
         else:
             one.add_argument(
                 "--checkpoint", nargs="+", default=["shapes"], metavar="DIR|NAME", help="(shapes)"
             )
         if name != "products":
-            one.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+            one.add_argument(
+                "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="(both)"
+            )
         if name == "unet":
             one.add_argument(
                 "--against",
@@ -248,12 +254,18 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("unet", "profile"):
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
         if name == "growth":
-            one.add_argument("--plot", type=Path, required=True, metavar="FILE.png")
+            one.add_argument(
+                "--plot", type=Path, required=True, metavar="FILE.png", help="the curves"
+            )
         if name in ("sample", "growth"):
-            one.add_argument("--steps", type=positive_int, metavar="N")
+            one.add_argument(
+                "--steps", type=positive_int, metavar="N", help="(the first checkpoint's)"
+            )
         if name in ("unet", "sample"):
-            one.add_argument("--rounds", type=positive_int, default=9, metavar="N")
-        one.add_argument("--out", type=Path, metavar="FILE.json")
+            one.add_argument(
+                "--rounds", type=positive_int, default=9, metavar="N", help="(%(default)s)"
+            )
+        one.add_argument("--out", type=Path, metavar="FILE.json", help="the figures and the table")
         one.add_argument("--overwrite", action="store_true", help="replace an existing file")
     return parser
 

@@ -111,13 +111,25 @@ class _Progress:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.calibrate", description=__doc__)
-    parser.add_argument("--checkpoint", default="shapes", metavar="DIR|NAME")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument(
-        "--policy", default="qvd-w8a8", metavar="NAME|FILE.yaml", help="(%(default)s)"
+        "--checkpoint",
+        default="shapes",
+        metavar="DIR|NAME",
+        help="a float one: a folder, or a model of the package (%(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the quantized checkpoint"
+    )
+    parser.add_argument(
+        "--policy",
+        default="qvd-w8a8",
+        metavar="NAME|FILE.yaml",
+        help="METHOD-WIDTH, such as minmax-w4a8, or rules of your own (%(default)s)",
     )
     add_input_arguments(parser)
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    parser.add_argument(
+        "--steps", type=positive_int, metavar="N", help="of the sampling (the checkpoint's own)"
+    )
     add_size_arguments(parser)
     parser.add_argument(
         "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"
@@ -125,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"
     )
-    parser.add_argument("--seed", type=seed_int, default=0, metavar="N")
+    parser.add_argument(
+        "--seed", type=seed_int, default=0, metavar="N", help="of the noise and the sampled rows"
+    )
     parser.add_argument(
         "--report", type=Path, metavar="DIR", help="writes DIR/report.html, pictures"
     )

@@ -204,7 +204,7 @@ def check_same_inputs(names: Sequence[str]) -> None:
 
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --frames, --height and --width, None where the checkpoint decides."""
-    parser.add_argument("--frames", type=positive_int, metavar="F")
+    parser.add_argument("--frames", type=positive_int, metavar="F", help="of a video")
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
 

@@ -360,15 +360,23 @@ def _ratio_interval(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.evaluate", description=__doc__)
-    parser.add_argument("--reference", required=True, metavar="DIR|NAME")
-    parser.add_argument("--candidate", nargs="+", default=[], metavar="DIR|NAME")
+    parser.add_argument(
+        "--reference", required=True, metavar="DIR|NAME", help="what the others are compared with"
+    )
+    parser.add_argument(
+        "--candidate", nargs="+", default=[], metavar="DIR|NAME", help="other checkpoints"
+    )
     add_input_arguments(parser)
-    parser.add_argument("--videos", type=positive_int, default=128, metavar="N", help="prompts")
+    parser.add_argument(
+        "--videos", type=positive_int, default=128, metavar="N", help="prompts or images"
+    )
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="(the reference's)")
     add_size_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     return parser
 

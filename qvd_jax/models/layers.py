@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,8 +12,6 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, NormScope
 from qvd_jax.kernels import floating
-
-ModuleDef = Any
 
 
 @dataclass(frozen=True)
@@ -31,12 +28,12 @@ class LayerSet:
       param_dtype: dtype in which parameters are stored.
     """
 
-    dense_cls: Callable[..., ModuleDef]
-    conv_cls: Callable[..., ModuleDef]
+    dense_cls: Callable[..., nn.Module]
+    conv_cls: Callable[..., nn.Module]
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
-    def dense(self, features: int, *, use_bias: bool = True) -> ModuleDef:
+    def dense(self, features: int, *, use_bias: bool = True) -> nn.Module:
         """A map of the last axis, `[..., K] -> [..., O]`."""
         return self.dense_cls(
             features, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype
@@ -50,7 +47,7 @@ class LayerSet:
         strides: tuple[int, ...] | None = None,
         padding: tuple[tuple[int, int], ...] | None = None,
         use_bias: bool = True,
-    ) -> ModuleDef:
+    ) -> nn.Module:
         """A convolution over the axes before the last; padding defaults to half the kernel."""
         return self.conv_cls(
             features,
@@ -62,9 +59,9 @@ class LayerSet:
             param_dtype=self.param_dtype,
         )
 
-    def layer_norm(self, epsilon: float = 1e-5) -> nn.Module:
+    def layer_norm(self) -> nn.Module:
         """LayerNorm over the last axis."""
-        return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype, param_dtype=self.param_dtype)
+        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype)
 
     def group_norm(self, groups: int, epsilon: float, scope: NormScope = "frame") -> "GroupNorm":
         """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from qvd_jax.axes import Array
 from qvd_jax.models.attention import SelfAttention
@@ -290,3 +291,13 @@ class AutoencoderKL(nn.Module):
     def __call__(self, video: Array) -> Array:
         """Reconstructs a video from the mean of its posterior."""
         return self.decode(self.encode(video)[0])
+
+
+def to_unit_range(pixels: Array | np.ndarray) -> Array:
+    """Bytes to what an autoencoder reads, floats in [-1, 1]."""
+    return jnp.asarray(pixels, jnp.float32) / 127.5 - 1
+
+
+def to_bytes(decoded: Array) -> Array:
+    """What an autoencoder decodes to bytes."""
+    return jnp.round(jnp.clip(decoded / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

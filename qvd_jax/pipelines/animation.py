@@ -9,6 +9,7 @@ import numpy as np
 from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
+from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
@@ -99,7 +100,7 @@ class AnimationPipeline(TextPipeline):
         text = self.encode_text([""])
         text = jnp.repeat(text, len(inputs) * (1 + want.guided), axis=0)
         # One by one: an image's latents must not depend on the others, even in rounding.
-        means = [self.encode(image.astype(np.float32)[None] / 127.5 - 1)[0] for image in inputs]
+        means = [self.encode(to_unit_range(image)[None])[0] for image in inputs]
         return Conditions(
             text,
             control=jnp.asarray(motion_video[None, : want.frames], jnp.float32) / 255,

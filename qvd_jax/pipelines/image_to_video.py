@@ -12,6 +12,7 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.models.clip import CLIPVisionEncoder
+from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import (
     OutputType,
@@ -134,7 +135,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         keys = sampler.video_keys(seed, len(inputs))
         embeddings, latents = [], []
         for image, key in zip(inputs, keys, strict=True):
-            pixels = jnp.asarray(image, jnp.float32) / 127.5 - 1
+            pixels = to_unit_range(image)
             side = self.image_encoder.config.image_size
             small = resize_antialiased(np.asarray(pixels), side)
             normal = ((small + 1) / 2 - np.array(_CLIP_MEAN)) / np.array(_CLIP_DEVIATION)

@@ -22,7 +22,7 @@ from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.models.vae import AutoencoderKL
+from qvd_jax.models.vae import AutoencoderKL, to_bytes
 from qvd_jax.pipelines.components import GAINS, ComponentConfigs
 from qvd_jax.quant.policy import Quantization
 
@@ -360,4 +360,4 @@ def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, A
 def _decode(vae: AutoencoderKL, params: Params, latents: Array) -> Array:
     latents = latents / vae.config.scaling_factor
     pixels = vae.apply({"params": params}, latents, method="decode")
-    return jnp.round(jnp.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return to_bytes(pixels)

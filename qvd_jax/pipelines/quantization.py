@@ -28,7 +28,7 @@ from qvd_jax.quant.calibration import (
 )
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import Statistics
-from qvd_jax.quant.policy import Layer, Policy, Quantization, match, named_policy
+from qvd_jax.quant.policy import Layer, LayerSpec, Policy, Quantization, match, named_policy
 from qvd_jax.quant.scri import ActivationQuantizer
 
 Progress = Callable[[str, int, int], None]
@@ -88,12 +88,7 @@ def quantize(
     report_progress = progress or (lambda *_: None)
     layers = {layer.path: layer for layer in list_layers(pipe, options)}
     specs = match(policy, list(layers.values()))
-    outside, temporal = _outside_loop(pipe)
-    for path, spec in specs.items():
-        if spec.method == "htdq" and path not in temporal:
-            raise InputError(f"{path}: htdq is for layers that read the time embedding alone")
-        if spec.step_aware and path in outside:
-            raise InputError(f"{path}: it runs once before the sampler's steps, not step by step")
+    outside = _check_specs(pipe, specs)
     if config.step_aware:
         specs = {
             path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
@@ -153,6 +148,21 @@ def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -
     frames, height, width, _ = _latents_shape(pipe, want)
     shapes = pipe.configs.unet_shapes(pipe.window(frames), height, width, pipe.context_length)
     return observers.list_layers(UNet3D(pipe.unet.config), *shapes)
+
+
+def _check_specs(pipe: VideoPipeline, specs: Mapping[str, LayerSpec]) -> set[str]:
+    """Paths of the layers that run before the sampling loop.
+
+    Raises:
+      InputError: a layer is to be quantized as only layers elsewhere can be.
+    """
+    outside, temporal = _outside_loop(pipe)
+    for path, spec in specs.items():
+        if spec.method == "htdq" and path not in temporal:
+            raise InputError(f"{path}: htdq is for layers that read the time embedding alone")
+        if spec.step_aware and path in outside:
+            raise InputError(f"{path}: it runs once before the sampler's steps, not step by step")
+    return outside
 
 
 def _outside_loop(pipe: VideoPipeline) -> tuple[set[str], set[str]]:
@@ -224,26 +234,7 @@ def collect(
     steps = config.steps or want.steps
     schedule = pipe.schedule(steps)
     noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
-    before = [np.asarray(noise) * schedule.initial_scale]
-
-    def keep(done: int, latents: Array) -> None:
-        progress("sampling", done, steps)
-        before.append(np.array(latents))
-
-    failure = None
-    try:
-        pipe(
-            inputs,
-            **options,
-            steps=steps,
-            seed=config.seed,
-            latents=noise,
-            output_type="latents",
-            callback_on_step_end=keep,
-        )
-    except NotFiniteError as error:
-        # The layer it began in is found by observing the steps up to there.
-        failure = error
+    before, failure = _sample_path(pipe, inputs, options, steps, config.seed, noise, progress)
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
@@ -288,6 +279,38 @@ def collect(
     by_step = {path: _by_step(parts[path], steps) for path in in_loop}
     joined = {path: observers.join(seen) for path, seen in parts.items() if seen}
     return Observed(joined, by_step)
+
+
+def _sample_path(
+    pipe: VideoPipeline,
+    inputs: Sequence[Any],
+    options: Mapping[str, Any],
+    steps: int,
+    seed: int,
+    noise: Array,
+    progress: Progress,
+) -> tuple[list[np.ndarray], NotFiniteError | None]:
+    """Latents `[B, F, h, w, C]` before each step; up to the one that gave none, and why."""
+    before = [np.asarray(noise) * pipe.schedule(steps).initial_scale]
+
+    def keep(done: int, latents: Array) -> None:
+        progress("sampling", done, steps)
+        before.append(np.array(latents))
+
+    try:
+        pipe(
+            inputs,
+            **options,
+            steps=steps,
+            seed=seed,
+            latents=noise,
+            output_type="latents",
+            callback_on_step_end=keep,
+        )
+    except NotFiniteError as error:
+        # The layer it began in is found by observing the steps up to there.
+        return before, error
+    return before, None
 
 
 def _by_step(parts: list[Statistics], steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,13 +21,13 @@ from qvd_jax.errors import InputError
 from qvd_jax.files import replace_when_whole
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
-from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.training.tokenizer import make_tokenizer
-from qvd_jax.training.vae import load_vae, to_unit_range
+from qvd_jax.training.vae import load_vae
 
 _ENCODE_VIDEOS = 8
 _SHEET_VIDEOS = 8

@@ -12,7 +12,7 @@ import numpy as np
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
-from qvd_jax.models.vae import AutoencoderKL, VAEConfig
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_bytes, to_unit_range
 
 _NAME = "vae"
 _DESCRIPTION = "VAE of the moving shapes, trained by qvd_jax.train"
@@ -106,13 +106,8 @@ def load_vae(folder: Path) -> tuple[VAEConfig, Params]:
     return checkpoint.load_component(folder, _NAME, VAEConfig, shapes)
 
 
-def to_unit_range(video: Array | np.ndarray) -> Array:
-    """Bytes to floats in [-1, 1]."""
-    return jnp.asarray(video, jnp.float32) / 127.5 - 1
-
-
 @functools.partial(jax.jit, static_argnames="config")
 def reconstruct(config: VAEConfig, params: Params, video: Array) -> Array:
     """Encodes and decodes uint8 `[B, F, H, W, 3]`."""
     decoded = AutoencoderKL(config).apply({"params": params}, to_unit_range(video))
-    return jnp.clip(jnp.round((decoded + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    return to_bytes(decoded)

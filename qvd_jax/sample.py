@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qvd_jax.sample", description=__doc__)
     parser.add_argument(
         "--checkpoint",
-        default="shapes",
+        default="shapes-w8a8",
         metavar="DIR|NAME",
         help="a folder, or a model of the package (%(default)s)",
     )

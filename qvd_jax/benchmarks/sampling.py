@@ -18,13 +18,10 @@ import tqdm
 from qvd_jax import checkpoint, markdown
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.cli import enable_compilation_cache
-from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.memory import peak_bytes, tree_bytes
-from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
-from qvd_jax.pipelines.loading import load
-from qvd_jax.pipelines.pipeline import VideoDefaults
-from qvd_jax.quant.policy import Quantization
+from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.loading import load, read_configs
 
 _MEMORY_STEPS = (2, 8)
 
@@ -71,15 +68,10 @@ def needed_bytes(case: SampleCase, variant: Variant) -> int:
       InputError: the checkpoint is none.
     """
     path = checkpoint.find(variant.mode)
-    manifest = checkpoint.read_manifest(path)
-    configs = from_dict(ComponentConfigs, manifest.components, f"{path}: components")
-    defaults = from_dict(VideoDefaults, manifest.defaults, f"{path}: defaults")
+    configs, _, defaults, quantization = read_configs(path, checkpoint.read_manifest(path))
     stride = configs.vae.stride
     frames = min(case.frames, configs.unet.max_frames or case.frames)  # more run in windows
     shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
-    quantization = None
-    if manifest.quantization is not None:
-        quantization = from_dict(Quantization, manifest.quantization, f"{path}: quantization")
     unet = configs.modules(DTYPES[variant.dtype], quantization)["unet"]
     params = configs.param_shapes(DTYPES[variant.dtype], quantization)
     variables = {"params": params["unet"]}

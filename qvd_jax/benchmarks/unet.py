@@ -12,12 +12,11 @@ import numpy as np
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.config import from_dict
 from qvd_jax.memory import peak_bytes, tree_bytes
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import match, named_policy
@@ -25,8 +24,7 @@ from qvd_jax.quant.policy import match, named_policy
 
 def _shapes() -> UNet3DConfig:
     path = checkpoint.find("shapes")
-    components = checkpoint.read_manifest(path).components
-    return from_dict(ComponentConfigs, components, f"{path}: components").unet
+    return read_configs(path, checkpoint.read_manifest(path)).components.unet
 
 
 def _tiny() -> UNet3DConfig:

@@ -85,18 +85,21 @@ def conv(
       InputError: this machine cannot run the implementation.
     """
     weights = weights.astype(jnp.int8)
-    convs = {name: functools.partial(f, strides, padding) for name, f in _CONVS.items()}
+
+    def named(name: str) -> Callable[[Array, Array, Array], Array]:
+        return functools.partial(_CONVS[name], strides=strides, padding=padding)
+
     with jax.named_scope(SCOPE):
         if implementation is not None:
             _check_runnable(implementation, runnable_convs())
-            return convs[implementation](codes, weights, sums)
+            return named(implementation)(codes, weights, sums)
         return lax.platform_dependent(
             codes,
             weights,
             sums,
-            cpu=convs["unsigned patches" if _has_vnni() else "signed patches"],
-            cuda=convs["signed patches"],
-            default=convs["convolution"],
+            cpu=named("unsigned patches" if _has_vnni() else "signed patches"),
+            cuda=named("signed patches"),
+            default=named("convolution"),
         )
 
 
@@ -125,24 +128,8 @@ def _check_runnable(name: str, known: list[str]) -> None:
         )
 
 
-def _signed_dot(codes: Array, weights: Array, sums: Array) -> Array:
-    del sums
-    return lax.dot_general(
-        codes,
-        weights,
-        (((codes.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.int32,
-    )
-
-
-def _unsigned_dot(codes: Array, weights: Array, sums: Array) -> Array:
-    return _take_off_zeros(_mixed_dot(_unsigned(codes), weights), sums)
-
-
-def _xla_conv(
-    strides: Sequence[int], padding: Padding, codes: Array, weights: Array, sums: Array
-) -> Array:
-    del sums
+def xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+    """`conv` as XLA's own; on the GPU it exists only with a conversion to float32 behind it."""
     spatial = "DHW"[-(codes.ndim - 2) :]
     return lax.conv_general_dilated(
         codes,
@@ -154,39 +141,27 @@ def _xla_conv(
     )
 
 
-def _signed_conv(
-    by_rows: bool,
-    strides: Sequence[int],
-    padding: Padding,
+def _direct_conv(
+    codes: Array, weights: Array, sums: Array, strides: Sequence[int], padding: Padding
+) -> Array:
+    del sums
+    return xla_conv(codes, weights, strides, padding)
+
+
+def _gathered_conv(
     codes: Array,
     weights: Array,
     sums: Array,
-) -> Array:
-    seen = taps(codes, weights.shape[1:-1], strides, padding)
-    return _summed(functools.partial(_signed_dot, sums=sums), seen, weights, by_rows)
-
-
-def _unsigned_conv(
-    by_rows: bool,
     strides: Sequence[int],
     padding: Padding,
-    codes: Array,
-    weights: Array,
-    sums: Array,
-) -> Array:
-    seen = taps(_unsigned(codes), weights.shape[1:-1], strides, padding, fill=_ZERO)
-    return _take_off_zeros(_summed(_mixed_dot, seen, weights, by_rows), sums)
-
-
-def _take_off_zeros(product: Array, sums: Array) -> Array:
-    """From a product of unsigned codes what their zeros added to it."""
-    return product - _ZERO * sums.reshape((1,) * (product.ndim - 1) + (-1,))
-
-
-def _summed(
-    product: Callable[[Array, Array], Array], seen: list[Array], weights: Array, by_rows: bool
+    *,
+    unsigned: bool,
+    by_rows: bool,
 ) -> Array:
     """One product over whole patches, or the sum of one for each row of the kernel."""
+    product, fill = (_mixed_dot, _ZERO) if unsigned else (_signed_dot, 0)
+    codes = _unsigned(codes) if unsigned else codes
+    seen = taps(codes, weights.shape[1:-1], strides, padding, fill)
     parts = weights.shape[1] if by_rows else 1
     count = len(seen) // parts
     rows = weights.reshape(len(weights), parts, -1)
@@ -194,7 +169,28 @@ def _summed(
         product(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), rows[:, i])
         for i in range(parts)
     )
-    return functools.reduce(jnp.add, products)
+    total = functools.reduce(jnp.add, products)
+    return _take_off_zeros(total, sums) if unsigned else total
+
+
+def _dot(codes: Array, weights: Array, sums: Array, *, unsigned: bool) -> Array:
+    if unsigned:
+        return _take_off_zeros(_mixed_dot(_unsigned(codes), weights), sums)
+    return _signed_dot(codes, weights)
+
+
+def _signed_dot(codes: Array, weights: Array) -> Array:
+    return lax.dot_general(
+        codes,
+        weights,
+        (((codes.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    )
+
+
+def _take_off_zeros(product: Array, sums: Array) -> Array:
+    """From a product of unsigned codes what their zeros added to it."""
+    return product - _ZERO * sums.reshape((1,) * (product.ndim - 1) + (-1,))
 
 
 def _unsigned(codes: Array) -> Array:
@@ -214,16 +210,16 @@ def _has_vnni() -> bool:
     return info.is_file() and "vnni" in info.read_text(encoding="utf-8", errors="replace")
 
 
-_DOTS: dict[str, Callable[[Array, Array, Array], Array]] = {
-    "unsigned": _unsigned_dot,
-    "signed": _signed_dot,
+_DOTS: dict[str, Callable[..., Array]] = {
+    "unsigned": functools.partial(_dot, unsigned=True),
+    "signed": functools.partial(_dot, unsigned=False),
 }
 _CONVS: dict[str, Callable[..., Array]] = {
-    "unsigned patches": functools.partial(_unsigned_conv, False),
-    "unsigned rows": functools.partial(_unsigned_conv, True),
-    "signed patches": functools.partial(_signed_conv, False),
-    "signed rows": functools.partial(_signed_conv, True),
-    "convolution": _xla_conv,
+    "unsigned patches": functools.partial(_gathered_conv, unsigned=True, by_rows=False),
+    "unsigned rows": functools.partial(_gathered_conv, unsigned=True, by_rows=True),
+    "signed patches": functools.partial(_gathered_conv, unsigned=False, by_rows=False),
+    "signed rows": functools.partial(_gathered_conv, unsigned=False, by_rows=True),
+    "convolution": _direct_conv,
 }
 
 
@@ -256,8 +252,7 @@ def _mixed_dot_on_cpu(context: Any, codes: Any, weights: Any) -> list[Any]:
 
 def _mixed_dot_elsewhere(codes: Array, weights: Array) -> Array:
     signed = lax.bitcast_convert_type(codes ^ np.uint8(_ZERO), jnp.int8)
-    sums = weights.sum(1, dtype=jnp.int32)
-    return _signed_dot(signed, weights, sums) + _ZERO * sums
+    return _signed_dot(signed, weights) + _ZERO * weights.sum(1, dtype=jnp.int32)[None]
 
 
 def _batch_mixed_dot(arguments: Any, axes: Any) -> tuple[Array, int]:

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,23 +51,8 @@ def load(
     """
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
-    if manifest.family not in _FAMILIES:
-        raise InputError(
-            f"{path}: unknown family {manifest.family!r}; known: {', '.join(_FAMILIES)}"
-        )
-    pipeline, defaults_type = _FAMILIES[manifest.family]
-    where = path / checkpoint.MANIFEST
-    configs = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
-    scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")
-    defaults = from_dict(defaults_type, manifest.defaults, f"{where}: defaults")
-    quantization = None
-    if manifest.quantization is not None:
-        quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
-    if set(configs.networks) != set(pipeline.networks):
-        raise InputError(
-            f"{where}: components are {', '.join(configs.networks)}; "
-            f"the family {manifest.family!r} has {', '.join(pipeline.networks)}"
-        )
+    configs, scheduler, defaults, quantization = read_configs(path, manifest)
+    pipeline, _ = _FAMILIES[manifest.family]
     tokenizer: dict[str, Any] = {}
     if configs.text_encoder is not None:
         tokenizer["tokenizer"] = _load_tokenizer(path / checkpoint.TOKENIZER)
@@ -88,6 +73,48 @@ def load(
         description=manifest.description,
         quantization=quantization,
     )
+
+
+class CheckpointConfigs(NamedTuple):
+    """What a manifest says of a model.
+
+    Attributes:
+      components: shapes of all networks.
+      scheduler: noise schedule and solver.
+      defaults: what a call leaves open.
+      quantization: how the UNet is quantized; None is float.
+    """
+
+    components: ComponentConfigs
+    scheduler: SchedulerConfig
+    defaults: VideoDefaults
+    quantization: Quantization | None
+
+
+def read_configs(path: Path, manifest: checkpoint.Manifest) -> CheckpointConfigs:
+    """The configs in a checkpoint's manifest.
+
+    Raises:
+      InputError: the family is unknown, or a config is none of it.
+    """
+    if manifest.family not in _FAMILIES:
+        raise InputError(
+            f"{path}: unknown family {manifest.family!r}; known: {', '.join(_FAMILIES)}"
+        )
+    pipeline, defaults_type = _FAMILIES[manifest.family]
+    where = path / checkpoint.MANIFEST
+    components = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
+    scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")
+    defaults = from_dict(defaults_type, manifest.defaults, f"{where}: defaults")
+    quantization = None
+    if manifest.quantization is not None:
+        quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
+    if set(components.networks) != set(pipeline.networks):
+        raise InputError(
+            f"{where}: components are {', '.join(components.networks)}; "
+            f"the family {manifest.family!r} has {', '.join(pipeline.networks)}"
+        )
+    return CheckpointConfigs(components, scheduler, defaults, quantization)
 
 
 def devices_for(videos: int) -> jax.sharding.Sharding:

@@ -69,7 +69,7 @@ def quantized(net, params, x, spec):
 
 def dequantized_float64(net, layer, x, spec):
     """The layer's definition: dequantized codes and weights in float64, zeros outside."""
-    in_scale, in_offset = (np.asarray(layer[k]) for k in ("in_scale", "in_offset"))
+    in_scale, in_offset = (np.asarray(layer[k], np.float32) for k in ("in_scale", "in_offset"))
     limit = 2 ** (spec.activation_bits - 1) - 1
     codes = np.clip(np.rint(np.asarray(x) * in_scale + in_offset), -limit, limit)
     codes, in_scale = codes.astype(np.float64), in_scale.astype(np.float64)

@@ -122,4 +122,13 @@ def test_weights_are_symmetric_per_channel_and_empty_channels_defined():
     w = np.array([[1.2, 0.0, -8.0], [-2.0, 0.0, 5.0]], np.float32)
     codes, scale = qtensor.quantize_weights(w, 4)
     np.testing.assert_array_equal(codes, [[4, 0, -7], [-7, 0, 4]])
-    np.testing.assert_allclose(scale, [2 / 7, 1, 8 / 7], rtol=1e-6)
+    assert scale.dtype == qtensor.SCALE_DTYPE
+    np.testing.assert_allclose(np.float32(scale), [2 / 7, 1, 8 / 7], rtol=2**-8)
+
+
+def test_weights_are_coded_with_the_scale_that_is_stored():
+    """Half a step off at most, though the scale was rounded."""
+    w = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
+    codes, scale = qtensor.quantize_weights(w, 8, 0.037)
+    step = np.asarray(scale, np.float64) / 0.037
+    assert (np.abs(np.float64(codes) * step - w) <= 0.5001 * step).all()

@@ -83,6 +83,7 @@ def test_a_saved_int8_checkpoint_samples_the_same(quantized, tmp_path):
         "int8",
         "int32",
         "float32",
+        "bfloat16",
     }
     np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), quantized[0](PROMPTS, **SAMPLE))
 

@@ -15,7 +15,7 @@ from qvd_jax.quant import baselines, htdq, scri
 from qvd_jax.quant.layers import kernel_dtype
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.qtensor import max_code, quantize_weights
+from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code, quantize_weights
 
 # Of the layers that pictures show.
 _EXAMPLES = 3
@@ -106,21 +106,25 @@ def quantize_layer(
     exact = scri.row_product(statistics.rows, weights)
     if spec.activation_bits == 16:
         codes, scale = quantize_weights(weights.reshape(-1, outputs), spec.weight_bits)
-        found = scri.row_product(statistics.rows, (codes * scale[None]).reshape(weights.shape))
+        found = scri.row_product(
+            statistics.rows, (codes * scale.astype(jnp.float32)[None]).reshape(weights.shape)
+        )
         quantized = {"kernel": _stored(codes, taps, channels, spec), "scale": scale, "bias": bias}
         return quantized, LayerReport(path, spec.method, _output_sqnr(exact, found))
     if quantizer is None:
         return _temporal_layer(path, weights[0], bias, statistics, spec, exact)
+    # Rounded before the factor folds into the weights.
+    in_scale = (1 / (quantizer.factor * quantizer.step)).astype(SCALE_DTYPE)
+    quantizer = quantizer._replace(factor=1 / (in_scale.astype(jnp.float32) * quantizer.step))
     folded = weights * quantizer.factor[None, :, None]
-    codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits)
-    scale = scale * quantizer.step
+    codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits, quantizer.step)
     through_taps = jnp.einsum("c,tco->to", quantizer.shift, weights, precision="highest")
     quantized = {
         "kernel": _stored(codes, taps, channels, spec),
         "sums": codes.sum(0, dtype=jnp.int32),
         "scale": scale,
-        "in_scale": 1 / (quantizer.factor * quantizer.step),
-        "in_offset": -quantizer.shift / (quantizer.factor * quantizer.step),
+        "in_scale": in_scale,
+        "in_offset": -quantizer.shift * in_scale.astype(jnp.float32),
     }
     if len(weights) > 1:
         quantized |= {"bias": bias, "taps": through_taps.reshape(*taps, outputs)}
@@ -157,7 +161,7 @@ def step_gains(
       params: of the quantized layer.
       activation_bits: b_a.
     """
-    scale, offset = (np.asarray(params[name]) for name in ("in_scale", "in_offset"))
+    scale, offset = (np.asarray(params[name], np.float32) for name in ("in_scale", "in_offset"))
     ends = np.maximum(np.abs(lower * scale + offset), np.abs(upper * scale + offset))
     needed = ends.max(1) / max_code(activation_bits)
     return np.where(needed > 0, np.minimum(needed, 1), 1).astype(np.float32)
@@ -224,8 +228,7 @@ def _temporal_layer(
     features = np.asarray(statistics.rows[:, 0], np.float64)
     quantizer = htdq.search(features, spec.activation_bits)
     uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
-    codes, scale = quantize_weights(weights, spec.weight_bits)
-    scale = scale * quantizer.step
+    codes, scale = quantize_weights(weights, spec.weight_bits, quantizer.step)
     bias = bias + quantizer.offset * weights.sum(0)
     quantized = {
         "kernel": _stored(codes, (), len(weights), spec),

@@ -4,16 +4,16 @@ A quantized layer has the module path of the float layer it replaces, and these 
 
     kernel      int8 or int4 `[O, *taps, C]`, codes of the weights
     sums        int32 `[O]`, of these codes, which unsigned products need
-    scale       float32 `[O]`, step of the input times scale of the weights
+    scale       bfloat16 `[O]`, step of the input times scale of the weights
     bias        float32 `[O]`, the layer's own and what the input's shift adds
-    in_scale    float32 `[C]`, 1 / (factor step) of the input's quantizer
+    in_scale    bfloat16 `[C]`, 1 / (factor step) of the input's quantizer
     in_offset   float32 `[C]`, -shift / (factor step)
     taps        float32 `[*taps, O]`, of kernels of several taps: what the shift adds through each,
                 which is then no part of the bias
 
-With HTDQ `in_scale` and `in_offset` are scalars, and `coarse` is the ratio of the two ranges'
-steps, 0 where there is one range. A float input (16 bits) has none of these, and no `sums`. A
-step-aware layer also reads `gain` from the collection "quant": this step's D as a share of the
+With HTDQ `in_scale` and `in_offset` are float32 scalars, and `coarse` is the ratio of the two
+ranges' steps, 0 where there is one range. A float input (16 bits) has none of these, and no `sums`.
+A step-aware layer also reads `gain` from the collection "quant": this step's D as a share of the
 largest, which the parameters have.
 """
 
@@ -33,7 +33,7 @@ from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.models.layers import LayerSet
 from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.qtensor import max_code
+from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
 
 def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) -> LayerSet:
@@ -165,8 +165,9 @@ def border_bias(
 
 
 def _output_params(layer: nn.Module, features: int) -> tuple[Array, Array]:
-    scale = layer.param("scale", nn.initializers.ones, (features,), jnp.float32)
-    return scale, layer.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+    scale = layer.param("scale", nn.initializers.ones, (features,), SCALE_DTYPE)
+    bias = layer.param("bias", nn.initializers.zeros, (features,), jnp.float32)
+    return scale.astype(jnp.float32), bias
 
 
 def _sums(layer: nn.Module, features: int) -> Array:
@@ -180,9 +181,9 @@ def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:
 def _codes(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> Array:
     channels = x.shape[-1]
     along = (1,) * (x.ndim - 1) + (channels,)
-    scale = layer.param("in_scale", nn.initializers.ones, (channels,), jnp.float32)
+    scale = layer.param("in_scale", nn.initializers.ones, (channels,), SCALE_DTYPE)
     offset = layer.param("in_offset", nn.initializers.zeros, (channels,), jnp.float32)
-    scale, offset = scale / gain, offset / gain
+    scale, offset = scale.astype(jnp.float32) / gain, offset / gain
     limit = max_code(spec.activation_bits)
     codes = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
     return jnp.clip(jnp.round(codes), -limit, limit).astype(jnp.int8)

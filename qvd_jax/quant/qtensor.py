@@ -4,6 +4,9 @@ import jax.numpy as jnp
 
 from qvd_jax.axes import Array
 
+# Of the scales in a checkpoint. They are rounded to it before the codes are made: nothing is lost.
+SCALE_DTYPE = jnp.bfloat16
+
 
 def max_code(bits: int) -> int:
     """Largest code of signed `bits`; the lowest is its negative, so that ranges are symmetric."""
@@ -23,15 +26,19 @@ def quantize(x: Array, scale: Array, bits: int) -> Array:
     return jnp.clip(jnp.round(x / scale), -limit, limit).astype(jnp.int8)
 
 
-def quantize_weights(weights: Array, bits: int) -> tuple[Array, Array]:
+def quantize_weights(
+    weights: Array, bits: int, input_step: Array | float = 1.0
+) -> tuple[Array, Array]:
     """Codes of a weight matrix, symmetric for each output channel.
 
     Args:
       weights: `[K, O]`.
       bits: of a code.
+      input_step: D of the input's codes, 1 of a float input.
 
     Returns:
-      Codes `[K, O]` and scales `[O]`.
+      Codes `[K, O]`, and the scales `[O]` of a product of codes in SCALE_DTYPE.
     """
-    scale = scale_for(jnp.abs(weights).max(0), bits)
-    return quantize(weights, scale[None], bits), scale
+    scale = scale_for(jnp.abs(weights).max(0), bits) * input_step
+    scale = scale.astype(SCALE_DTYPE)
+    return quantize(weights, scale.astype(jnp.float32)[None] / input_step, bits), scale

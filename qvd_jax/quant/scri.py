@@ -149,12 +149,12 @@ def output_error(
     """
     outputs = weights.shape[-1]
     folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
-    weight_codes, weight_scale = quantize_weights(folded, weight_bits)
+    weight_codes, scale = quantize_weights(folded, weight_bits, quantizer.step)
     codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32)
     product = row_product(codes, weight_codes.astype(jnp.float32).reshape(weights.shape))
     # The shift's part of the output is exact on both sides.
     exact = row_product(inputs - _as_last(quantizer.shift, 3), weights)
-    return jnp.square(product * (quantizer.step * weight_scale)[None] - exact).mean()
+    return jnp.square(product * scale[None] - exact).mean()
 
 
 def row_product(rows: Array, weights: Array) -> Array:

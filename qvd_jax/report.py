@@ -14,6 +14,7 @@ import numpy as np
 from qvd_jax import markdown
 from qvd_jax.data.video_io import tile
 from qvd_jax.files import write_bytes, write_text
+from qvd_jax.quant import htdq
 from qvd_jax.quant.calibration import LayerReport, examples
 
 Results = Mapping[str, Any]
@@ -180,20 +181,27 @@ def plot_features(axes: Any, report: LayerReport) -> None:
 
 
 def plot_steps_apart(axes: Any, report: LayerReport) -> None:
-    """Draws distances between neighboring steps: true, with a uniform quantizer, with HTDQ."""
+    """Draws d^ / d of each pair of steps, whose mean distance from 1 is what the TDScore lacks."""
     arrays = report.arrays
     features = arrays["features"]
-    true = np.linalg.norm(np.diff(features, axis=0), axis=-1)
-    for codes, title in ((arrays["uniform"], "uniform"), (arrays["codes"], report.method)):
+    true = htdq.distances(features)
+    apart = true > 0
+    for codes, title, score in (
+        (arrays["uniform"], "uniform", report.td_score_before),
+        (arrays["codes"], report.method, report.td_score_after),
+    ):
         codes = codes.astype(np.float64)
         # The step of the codes is what fits them to the features best.
         centered = codes - codes.mean()
         step = (centered * (features - features.mean())).sum() / (centered**2).sum()
-        apart = step * np.linalg.norm(np.diff(codes, axis=0), axis=-1)
-        axes.plot(np.arange(1, len(true) + 1), apart, marker="o", markersize=3, label=title)
-    axes.plot(np.arange(1, len(true) + 1), true, "k--", label="float")
-    axes.set(xlabel="step", ylabel="distance to the next step", title=report.path)
-    axes.set_yscale("symlog", linthresh=max(true.min() / 10, 1e-9))
+        ratio = (step * htdq.distances(codes))[apart] / true[apart]
+        axes.plot(true[apart], ratio, "o", markersize=3, label=f"{title}, TDScore {score:.4f}")
+    axes.axhline(1, color="k", linestyle="--", linewidth=0.8, label="float")
+    axes.set(
+        xlabel="distance of two steps, d",
+        ylabel="after quantization, d^ / d",
+        title=report.path,
+    )
     axes.legend()
 
 

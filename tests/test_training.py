@@ -185,6 +185,21 @@ def run(folder, name, text):
     return folder / name / "model"
 
 
+def test_a_trained_on_decoder_leaves_latents_as_they_are(tmp_path):
+    first = run(tmp_path, "vae", TINY_VAE)
+    text = TINY_VAE.replace("vae: {", f"vae: {{start: {first}, ")
+    config, params = load_vae(run(tmp_path, "decoder", text))
+    start_config, start = load_vae(first)
+    assert config == start_config
+    for name in ("encoder", "quant_conv"):
+        chex.assert_trees_all_equal(params[name], start[name])
+    changed = jax.tree.map(lambda a, b: (a != b).any(), params["decoder"], start["decoder"])
+    assert all(jax.tree.leaves(changed))
+    other = yaml.safe_load(text.replace("[4, 4, 4, 4]", "[4, 4, 4, 8]"))
+    with pytest.raises(InputError, match="its VAE has another shape than the one to train"):
+        make_task(from_dict(RunConfig, other, "other"))
+
+
 def test_every_task_trains_and_its_model_loads(tmp_path):
     model = run(tmp_path, "classifier", TINY_CLASSIFIER)
     config, params = frechet.load_classifier(model)

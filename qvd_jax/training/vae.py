@@ -12,9 +12,11 @@ import numpy as np
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
+from qvd_jax.errors import InputError
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_bytes, to_unit_range
 
 _NAME = "vae"
+_DECODER = ("post_quant_conv", "decoder")
 _DESCRIPTION = "VAE of the moving shapes, trained by qvd_jax.train"
 _SHEET_ROWS = 8
 _SCALE_FRAMES = 512
@@ -26,11 +28,14 @@ class VAETrainingConfig:
 
     Attributes:
       model: shape of the VAE.
+      start: folder of a trained VAE of the same shape. Its decoder alone is trained on, so that
+        latents, and models trained on them, stay what they are.
       kl_weight: of the mean KL divergence of a latent, beside the mean error of a pixel's channel.
       size: H and W of the frames in pixels.
     """
 
     model: VAEConfig
+    start: str | None = None
     kl_weight: float = 1e-4
     size: int = 64
 
@@ -40,15 +45,27 @@ class VAETask:
 
     Attributes:
       config: what is trained.
+
+    Raises:
+      InputError: `config.start` is no VAE, or one of another shape.
     """
 
     def __init__(self, config: VAETrainingConfig) -> None:
         self.config = config
         self._vae = AutoencoderKL(config.model)
+        self._start: Params = {}
+        self._scaling_factor: float | None = None
+        if config.start is not None:
+            model, self._start = load_vae(Path(config.start))
+            self._scaling_factor = model.scaling_factor
+            if replace(config.model, scaling_factor=model.scaling_factor) != model:
+                raise InputError(f"{config.start}: its VAE has another shape than the one to train")
         self._scenes = moving_shapes.scenes("train")
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters."""
+        """Fresh parameters, or those of the decoder of `config.start`."""
+        if self._start:
+            return {name: self._start[name] for name in _DECODER}
         side = self.config.model.stride
         return self._vae.init(key, jnp.zeros((1, 1, side, side, 3)))["params"]
 
@@ -63,6 +80,7 @@ class VAETask:
         The error is absolute (sharp), squared (else plain backgrounds would be learned first and
         long), and absolute between neighboring pixels (outlines, which cover few of them).
         """
+        params = {**self._start, **params}
         pixels = to_unit_range(batch["frames"])
         mean, log_variance = self._vae.apply({"params": params}, pixels, method="encode")
         noise = jax.random.normal(key, mean.shape)
@@ -79,16 +97,19 @@ class VAETask:
         rng = np.random.default_rng(0)
         scenes = moving_shapes.scenes("held_out")[:_SHEET_ROWS]
         frames = moving_shapes.render_frames(scenes, rng, self.config.size)[:, None]
+        params = {**self._start, **params}
         return np.concatenate(
             [frames, np.asarray(reconstruct(self.config.model, params, frames))], 1
         )
 
     def export(self, params: Params, folder: Path) -> None:
-        """Writes the VAE, its scaling factor set so that scaled latents have unit variance."""
-        rng = np.random.default_rng(0)
-        frames = self.batch(rng, _SCALE_FRAMES)["frames"]
-        mean, _ = self._vae.apply({"params": params}, to_unit_range(frames), method="encode")
-        model = replace(self.config.model, scaling_factor=float(1 / jnp.std(mean)))
+        """Writes the VAE; the scaling factor of a new one gives scaled latents unit variance."""
+        params, factor = {**self._start, **params}, self._scaling_factor
+        if factor is None:
+            frames = self.batch(np.random.default_rng(0), _SCALE_FRAMES)["frames"]
+            mean, _ = self._vae.apply({"params": params}, to_unit_range(frames), method="encode")
+            factor = float(1 / jnp.std(mean))
+        model = replace(self.config.model, scaling_factor=factor)
         checkpoint.save_component(folder, _NAME, model, params, _DESCRIPTION)
 
 

@@ -207,8 +207,9 @@ def plot_steps_apart(axes: Any, report: LayerReport) -> None:
 
 def _conditions(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
     return (
-        f"{results['prompts']} prompts, {results['seeds']} videos each, {results['steps']} steps, "
+        f"{results['prompts']} prompts, {seeds}{results['steps']} steps, "
         f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
     )
 

@@ -3,8 +3,8 @@
     python tests/measure_policies.py --out runs/policies
 
 makes `docs/results/policies.json`: float, QVD and minmax with three seeds for each prompt, the
-others with one, and the controlled case (`rescaling.py`). Thousands of videos take hours; what is
-there already is taken, so that an interrupted run goes on.
+others with one, and the controlled case (`rescaling.py`). Thousands of videos take hours; parts
+that the file has of the same model are taken, so that an interrupted run goes on.
 """
 
 import argparse
@@ -38,7 +38,6 @@ def main() -> int:
     args = parser.parse_args()
     out = args.out
     out.mkdir(parents=True, exist_ok=True)
-    check_model(out / "model.txt")
     train = moving_shapes.scenes("train")
     scenes = train[:: len(train) // CALIBRATION_PROMPTS][:CALIBRATION_PROMPTS]
     (out / "prompts.txt").write_text("\n".join(map(moving_shapes.prompt, scenes)) + "\n")
@@ -49,45 +48,55 @@ def main() -> int:
         unet = rescale_channels(pipe.params["unet"], np.random.default_rng(0))
         qvd_jax.save(replace(pipe, params={**pipe.params, "unet": unet}), rescaled)
 
-    main_policies = {width: [f"{policy}-{width}" for policy in MAIN] for width in WIDTHS}
     # With float inputs all policies are the same.
-    main_policies["w8a8"].append("qvd-w8a16")
-    parts = [(f"main_{width}", MODEL, main_policies[width], 3) for width in WIDTHS]
-    for width in WIDTHS:
-        parts.append((f"others_{width}", MODEL, [f"{policy}-{width}" for policy in OTHERS], 1))
+    main_policies = [f"{policy}-{width}" for width in WIDTHS for policy in MAIN] + ["qvd-w8a16"]
+    others = [f"{policy}-{width}" for width in WIDTHS for policy in OTHERS]
     controlled = [f"{policy}-w8a8" for policy in (*MAIN, *OTHERS)]
-    parts.append(("rescaled", str(rescaled), controlled, 1))
-    found = {}
-    for name, model, policies, seeds in parts:
-        found[name] = measure(out, name, model, policies, args.videos, seeds)
-        # Written after each part: an interrupted run shows what it has.
-        write_text(RESULTS, json.dumps(record(found), indent=1) + "\n")
+    digest = model_digest()
+    found = earlier_parts(digest)
+    for name, model, policies, seeds in (
+        ("main", MODEL, main_policies, 3),
+        ("others", MODEL, others, 1),
+        ("rescaled", str(rescaled), controlled, 1),
+    ):
+        if name not in found:
+            found[name] = measure(out, name, model, policies, args.videos, seeds)
+            write_text(RESULTS, json.dumps(record(digest, found), indent=1) + "\n")
     return 0
 
 
-def check_model(record: Path) -> None:
-    """Refuses a folder with results of another model."""
+def model_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(checkpoint.find(MODEL).rglob("*")):
         digest.update(path.read_bytes() if path.is_file() else b"")
-    if record.exists() and record.read_text() != digest.hexdigest():
-        sys.exit(f"{record.parent} holds results of another model; name a new folder")
-    record.write_text(digest.hexdigest())
+    return digest.hexdigest()
+
+
+def earlier_parts(digest: str) -> dict[str, dict[str, Any]]:
+    """What an interrupted run measured of the same model."""
+    if not RESULTS.exists():
+        return {}
+    earlier = json.loads(RESULTS.read_text())
+    parts: dict[str, dict[str, Any]] = earlier["parts"] if earlier["model"] == digest else {}
+    return parts
 
 
 def measure(
     out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int
 ) -> dict[str, Any]:
     """Evaluates a model quantized by each policy against the shapes model."""
+    candidates = [calibrated(out, model, policy) for policy in policies]
+    candidates = candidates if model == MODEL else [model, *candidates]
     place = out / name
-    if not (place / "results.json").exists():
-        candidates = [calibrated(out, model, policy) for policy in policies]
-        candidates = candidates if model == MODEL else [model, *candidates]
-        options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
-        options.append("--overwrite")  # what an interruption may have left
-        if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
-            sys.exit(2)
+    options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
+    options.append("--overwrite")  # what an interruption may have left
+    if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
+        sys.exit(2)
     found: dict[str, Any] = json.loads((place / "results.json").read_text())
+    # The figures of single layers are many, and in the report.
+    for measured in found["models"]:
+        del measured["layers"]
+    del found["table"]
     return found
 
 
@@ -100,25 +109,10 @@ def calibrated(out: Path, model: str, policy: str) -> str:
     return str(place)
 
 
-def record(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All parts without the figures of single layers, and their table."""
-    first = next(iter(parts.values()))
-    shared = ("cpu", "cores", "python", "versions", "date", "backend", "steps")
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        **{key: first[key] for key in shared},
-        "parts": {
-            name: {
-                **{key: part[key] for key in ("command", "prompts", "seeds")},
-                "models": [
-                    {key: value for key, value in model.items() if key != "layers"}
-                    for model in part["models"]
-                ],
-            }
-            for name, part in parts.items()
-        },
-        "table": table(parts),
-    }
+def record(digest: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """All parts and their table."""
+    command = " ".join(["python", *sys.argv])
+    return {"command": command, "model": digest, "parts": parts, "table": table(parts)}
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:

@@ -44,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = from_dict(RunConfig, read_yaml(args.config), str(args.config))
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"{args.out} is no folder")
+    # A task may prepare for minutes.
+    loop.data_mesh(config.loop)
     task = make_task(config)
     params = loop.train(task, config.loop, args.out)
     task.export(params, args.out / "model")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_training import CONFIG, Line
 
 import qvd_jax
 from qvd_jax import CalibrationConfig, VideoPipeline
 from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, SamplerState, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
+from qvd_jax.errors import InputError
 from qvd_jax.metrics.paired import psnr
 from qvd_jax.pipelines.loading import devices_for
+from qvd_jax.training import loop
 
 DEVICES, STEPS = 4, 3
 PROMPTS = ["a red circle", "a blue square moving left", "three", "four"]
@@ -47,13 +51,13 @@ def found(tiny_checkpoint, int8, tmp_path_factory) -> dict[str, np.ndarray]:
     }
     program = "import sys, test_devices, numpy as np; "
     program += "np.savez(sys.argv[1], **test_devices.several(*sys.argv[2:]))"
-    checkpoints = [str(tiny_checkpoint), str(folder / "int8")]
-    arguments = [sys.executable, "-c", program, str(out), *checkpoints]
+    folders = [str(tiny_checkpoint), str(folder / "int8"), str(folder)]
+    arguments = [sys.executable, "-c", program, str(out), *folders]
     subprocess.run(arguments, env=environment, check=True, timeout=300)
     return dict(np.load(out))
 
 
-def several(checkpoint: str, int8: str) -> dict[str, np.ndarray]:
+def several(checkpoint: str, int8: str, folder: str) -> dict[str, np.ndarray]:
     sharding = devices_for(len(PROMPTS))
     pipe = qvd_jax.load(checkpoint, sharding=sharding)
     states = [conditioned_steps(mesh) for mesh in (None, sharding.mesh)]
@@ -65,7 +69,18 @@ def several(checkpoint: str, int8: str) -> dict[str, np.ndarray]:
         "alone": np.asarray(states[0][0].latents),
         "divided": np.asarray(states[1][0].latents),
         "finite": np.asarray(states[1][1]),
+        **trained(Path(folder)),
     }
+
+
+def trained(folder: Path) -> dict[str, np.ndarray]:
+    """A training whose batch divides over the devices, and the message of one that does not."""
+    weight = loop.train(Line(), CONFIG, folder / "run")["weight"]
+    try:
+        loop.train(Line(), replace(CONFIG, batch_size=6), folder / "other")
+    except InputError as error:
+        return {"weight": np.asarray(weight), "refused": np.array(str(error))}
+    raise AssertionError("six examples divided over four devices")
 
 
 class Summing:
@@ -131,6 +146,12 @@ def test_several_devices_make_the_videos_of_one(found, tiny_checkpoint):
     expected = qvd_jax.load(tiny_checkpoint)(PROMPTS, **SMALL)
     np.testing.assert_array_equal(found["videos"], expected)
     assert len(np.unique(expected.reshape(len(PROMPTS), -1), axis=0)) == len(PROMPTS)
+
+
+def test_training_divides_over_the_devices(found, tmp_path):
+    expected = loop.train(Line(), CONFIG, tmp_path)["weight"]
+    np.testing.assert_allclose(found["weight"], expected, rtol=1e-5)
+    assert str(found["refused"]) == "batch_size = 6 does not divide over 4 devices"
 
 
 def test_int8_products_divide_too(found, int8):

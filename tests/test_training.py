@@ -76,6 +76,31 @@ def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
     assert task.batches == 8 + 12 - 6  # six steps were saved
 
 
+def test_a_run_is_adamw_with_warmup_cosine_clipping_and_a_moving_average(tmp_path):
+    """The whole run once more, in NumPy."""
+    config = replace(CONFIG, gradient_clip=0.5, weight_decay=0.1, decay_steps=20, ema_decay=0.6)
+    task = Line()
+    weight = np.float64(task.init(jax.random.key(0))["weight"])
+    average, first, second = weight, np.zeros(3), np.zeros(3)
+    for step in range(config.steps):
+        data = task.batch(np.random.default_rng([0, step]), config.batch_size)
+        key = jax.random.fold_in(jax.random.key(0), step)
+        noise = 0.1 * np.asarray(jax.random.normal(key, data["y"].shape))
+        error = data["x"] @ weight - data["y"] + noise
+        gradient = 2 * error @ data["x"] / config.batch_size
+        gradient *= min(1, 0.5 / np.linalg.norm(gradient))
+        first = 0.9 * first + 0.1 * gradient
+        second = 0.99 * second + 0.01 * gradient**2
+        update = first / (1 - 0.9 ** (step + 1))
+        update /= np.sqrt(second / (1 - 0.99 ** (step + 1))) + 1e-8
+        rising, falling = step / 2, (1 + np.cos(np.pi * (step - 2) / (20 - 2))) / 2
+        weight = weight - 0.1 * (rising if step < 2 else falling) * (update + 0.1 * weight)
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+    found = loop.train(task, config, tmp_path)["weight"]
+    np.testing.assert_allclose(found, average, rtol=1e-4)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
     whole = loop.train(Line(), CONFIG, tmp_path)
     newest = tmp_path / "checkpoints" / "12"
@@ -88,7 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     task = Line()
     chex.assert_trees_all_equal(loop.train(task, CONFIG, tmp_path), whole)
     printed = capsys.readouterr().out
-    assert f"{newest} is damaged and deleted" in printed
+    assert f"{newest} is damaged, now damaged-12" in printed
     assert f"resuming from {tmp_path / 'checkpoints' / '9'}" in printed
     assert task.batches == 3
     # What was trained again is kept.
@@ -97,11 +122,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys)
     assert task.batches == 0
 
 
-def test_a_partial_checkpoint_is_deleted(tmp_path, capsys):
+def test_a_partial_checkpoint_is_named(tmp_path, capsys):
     loop.train(Line(), CONFIG, tmp_path)
-    (tmp_path / "checkpoints" / "12" / "run" / "metadata").unlink()
+    folder = tmp_path / "checkpoints"
+    (folder / "12" / "run" / "metadata").unlink()
+    unfinished = folder / "15.orbax-checkpoint-tmp"
+    (folder / "9").rename(unfinished)
     loop.train(Line(), CONFIG, tmp_path)
-    assert "12 is damaged and deleted" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 is damaged, now damaged-12" in printed
+    assert f"{unfinished} is of a save that was interrupted, and deleted" in printed
+    assert {path.name for path in folder.iterdir()} == {"9", "12", "damaged-12"}
 
 
 def test_the_result_is_the_line(tmp_path):
@@ -136,6 +167,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
         ({"steps": 0}, "steps = 0: at least 1"),
         ({"warmup_steps": 12}, "fewer than the 12 steps"),
         ({"decay_steps": 11}, "decay_steps = 11: at least the 12 steps"),
+        ({"learning_rate": 0.0}, "learning_rate = 0.0: it must be positive"),
+        ({"gradient_clip": -1.0}, "gradient_clip = -1.0: it must be positive"),
+        ({"ema_decay": 1.0}, r"ema_decay = 1.0: it must lie in \[0, 1\)"),
     ],
 )
 def test_loop_configs_that_cannot_be(change, message):
@@ -219,11 +253,16 @@ def test_every_task_trains_and_its_model_loads(tmp_path):
         "video",
         TINY_UNET.format(folder=tmp_path, start=image, op="motion_module", frames=16, sheet=2),
     )
-    assert len(list((tmp_path / "vae" / "model").glob("bank-8-0.npz"))) == 1
     assert qvd_jax.load(video).defaults.frames == 16
     assert (tmp_path / "video" / "sheet-000002.png").is_file()
 
     text = TINY_UNET.format(folder=tmp_path, start=image, op="null", frames=1, sheet=9)
+    bank = tmp_path / "vae" / "model" / "bank-8-0.npz"
+    whole = bank.read_bytes()
+    bank.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match=r"bank-8-0.npz is damaged .*; without it it is made anew"):
+        make_task(from_dict(RunConfig, yaml.safe_load(text), "damaged"))
+    bank.write_bytes(whole)
     deep = text.replace("[8, 8]", "[8, 8, 8]").replace("[2, 2]", "[2, 2, 2]")
     deep = deep.replace("[true, true]", "[true, true, true]").replace("-5]", "-5, 1.0e-5]")
     params = make_task(from_dict(RunConfig, yaml.safe_load(deep), "deep")).init(jax.random.key(1))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import shutil
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class LoopConfig:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps}: fewer than the {self.steps} steps are needed"
             )
+        for name in ("learning_rate", "gradient_clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: it must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: it must lie in [0, 1)")
         if self.decay_steps is not None and self.decay_steps < self.steps:
             raise ValueError(
                 f"decay_steps = {self.decay_steps}: at least the {self.steps} steps are needed"
@@ -129,11 +135,7 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
       InputError: the folder holds another run, the batch does not fit the devices, or the loss
         is not finite.
     """
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    if config.batch_size % mesh.size:
-        raise InputError(
-            f"batch_size = {config.batch_size} does not divide over {mesh.size} devices"
-        )
+    mesh = data_mesh(config)
     replicated = NamedSharding(mesh, PartitionSpec())
     over_batch = NamedSharding(mesh, PartitionSpec("data"))
     optimizer = _optimizer(config)
@@ -181,6 +183,20 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
     return jax.device_put(state.average, jax.devices()[0])
 
 
+def data_mesh(config: LoopConfig) -> Mesh:
+    """All devices, over which a batch divides.
+
+    Raises:
+      InputError: it does not.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    if config.batch_size % mesh.size:
+        raise InputError(
+            f"batch_size = {config.batch_size} does not divide over {mesh.size} devices"
+        )
+    return mesh
+
+
 def _optimizer(config: LoopConfig) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, max(config.warmup_steps, 1), config.decay_steps or config.steps
@@ -192,11 +208,17 @@ def _optimizer(config: LoopConfig) -> optax.GradientTransformation:
 
 
 class Checkpoints:
-    """The last checkpoints of a run; a damaged one is named and the one before it taken."""
+    """The last checkpoints of a run; a damaged one is named and the one before it taken.
+
+    A damaged one is kept under another name, for what damaged it may pass.
+    """
 
     def __init__(self, out: Path, described: dict[str, Any]) -> None:
         self._folder = out.absolute() / "checkpoints"
         self._described = described
+        for unfinished in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            tqdm.tqdm.write(f"{unfinished} is of a save that was interrupted, and deleted")
+            shutil.rmtree(unfinished)
         try:
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -251,9 +273,12 @@ class Checkpoints:
             except InputError:
                 raise
             except Exception as error:  # Orbax raises what its many parts raise.
-                tqdm.tqdm.write(f"{place} is damaged and deleted: {first_line(error)}")
-                # Orbax would save no step before it.
-                self._manager.delete(step)
+                # Orbax would save no step before one that bears a number.
+                aside = place.with_name(f"damaged-{step}")
+                shutil.rmtree(aside, ignore_errors=True)
+                place.rename(aside)
+                self._manager.reload()
+                tqdm.tqdm.write(f"{place} is damaged, now {aside.name}: {first_line(error)}")
                 continue
             tqdm.tqdm.write(f"resuming from {place}")
             return state, step

@@ -1,6 +1,7 @@
 """Trains text encoder and UNet together on latents of the moving shapes."""
 
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, first_line
 from qvd_jax.files import replace_when_whole
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
@@ -102,8 +103,13 @@ class TextToVideo:
         bank = Path(config.vae) / f"bank-{config.bank_videos}-{seed}.npz"
         if not bank.is_file():
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
-        with np.load(bank) as stored:
-            self._scenes, self._latents = stored["scenes"], stored["latents"]
+        try:
+            with np.load(bank) as stored:
+                self._scenes, self._latents = stored["scenes"], stored["latents"]
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{bank} is damaged ({first_line(error)}); without it it is made anew"
+            ) from error
         frames, side = self._latents.shape[1], self._latents.shape[2] * vae.stride
         asked = config.defaults
         if asked.frames > frames or (asked.height, asked.width) != (side, side):

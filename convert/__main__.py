@@ -11,7 +11,7 @@ import tqdm
 
 from convert.animatediff import PRESETS
 from convert.lora import parse_lora
-from convert.pipeline import Progress, open_source, write_checkpoint
+from convert.pipeline import BytesRead, open_source, write_checkpoint
 from qvd_jax import checkpoint
 from qvd_jax.cli import command
 from qvd_jax.pipelines.components import DTYPES
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"note: {note}")
     with tqdm.tqdm(unit="B", unit_scale=True, delay=0.5) as bar:
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: BytesRead) -> None:
             bar.total = progress.total
             bar.set_description(progress.component, refresh=False)
             bar.update(progress.done - bar.n)

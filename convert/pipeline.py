@@ -59,7 +59,7 @@ class Source:
     notes: tuple[str, ...]
 
 
-class Progress(NamedTuple):
+class BytesRead(NamedTuple):
     """How far a conversion is, for a progress bar.
 
     Attributes:
@@ -169,7 +169,7 @@ def write_checkpoint(
     *,
     dtype: DTypeLike,
     overwrite: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[BytesRead], None] = lambda progress: None,
 ) -> None:
     """Reads the tensors of a source and writes them as a checkpoint.
 
@@ -195,7 +195,7 @@ def write_checkpoint(
             def on_bytes(count: int, name: str = name) -> None:
                 nonlocal done
                 done += count
-                on_progress(Progress(name, done, total))
+                on_progress(BytesRead(name, done, total))
 
             params = names.build_params(shapes[name], _NAMES[name], tensors, dtype, on_bytes)
             checkpoint.save_params(folder, name, params)

@@ -8,6 +8,7 @@ Every docstring and comment of the package gives shapes in these letters:
     W  width                      N  timesteps of a batch: B, or 1 for all of it
     C  channels                   D  width of one attention head
     L  tokens                     T  training timesteps of the diffusion process
+    R  rows sampled of an input   P  taps of a kernel, 1 of a Dense layer's
 
 Videos are channels-last everywhere, `[B, F, H, W, C]`; H and W count pixels, or latent
 positions where the text says so. Other layouts exist only inside `convert/`.

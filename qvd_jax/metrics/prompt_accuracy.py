@@ -8,7 +8,7 @@ import numpy as np
 
 from qvd_jax.data.moving_shapes import Description, describe
 
-ATTRIBUTES = (*Description._fields, "all four")
+COUNTED = (*Description._fields, "all four")
 
 _Z = 1.959964  # of the normal distribution, 95%
 
@@ -46,7 +46,7 @@ def prompt_hits(videos: np.ndarray, expected: Sequence[Description]) -> np.ndarr
       expected: one for each.
 
     Returns:
-      bool `[N, 5]`, a column for each of `ATTRIBUTES`.
+      bool `[N, 5]`, a column for each of `COUNTED`.
     """
     if len(videos) != len(expected) or not len(videos):
         raise ValueError(f"{len(videos)} videos for {len(expected)} descriptions")
@@ -60,8 +60,8 @@ def prompt_hits(videos: np.ndarray, expected: Sequence[Description]) -> np.ndarr
 
 
 def prompt_accuracy(hits: np.ndarray) -> dict[str, Proportion]:
-    """The share of hits of each of `ATTRIBUTES`, from `prompt_hits`."""
-    counts = zip(ATTRIBUTES, hits.sum(0), strict=True)
+    """The share of hits of each of `COUNTED`, from `prompt_hits`."""
+    counts = zip(COUNTED, hits.sum(0), strict=True)
     return {name: Proportion(int(count), len(hits)) for name, count in counts}
 
 

@@ -33,7 +33,7 @@ def mse(lower: Array, upper: Array, inputs: Array, bits: int) -> ActivationQuant
     Args:
       lower: lowest value of each channel, `[C]`.
       upper: highest value of each channel, `[C]`.
-      inputs: sampled rows `[N, T, C]`.
+      inputs: sampled rows `[R, P, C]`.
       bits: of a code.
     """
     clip = min(CLIP_CANDIDATES, key=lambda clip: float(_error(lower, upper, inputs, clip, bits)))
@@ -54,7 +54,7 @@ def smoothquant(lower: Array, upper: Array, weights: Array, bits: int) -> Activa
     Args:
       lower: lowest value of each channel, `[C]`.
       upper: highest value of each channel, `[C]`.
-      weights: `[T, C, O]`.
+      weights: `[P, C, O]`.
       bits: of a code.
     """
     reach = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
@@ -78,7 +78,7 @@ def qdiffusion(
     Args:
       lower: lowest value of each channel, `[C]`.
       upper: highest value of each channel, `[C]`.
-      inputs: sampled rows `[N, T, C]`.
+      inputs: sampled rows `[R, P, C]`.
       bits: of a code.
       split: how many channels come before the shortcut's; None where nothing is concatenated.
     """

@@ -258,5 +258,5 @@ def _temporal_layer(
 
 
 def _stored(codes: Array, taps: tuple[int, ...], channels: int, spec: LayerSpec) -> Array:
-    """Codes `[T C, O]` as the layers store them, `[O, *taps, C]`."""
+    """Codes `[P C, O]` as the layers store them, `[O, *taps, C]`."""
     return codes.T.reshape(-1, *taps, channels).astype(kernel_dtype(spec))

@@ -19,7 +19,7 @@ class Statistics(NamedTuple):
     Attributes:
       lower: lowest value of each channel, `[C]`.
       upper: highest value of each channel, `[C]`.
-      rows: what some output positions see, `[N, T, C]`; T taps of a convolution, 1 of a Dense.
+      rows: what some output positions see, `[R, P, C]`; P taps of a convolution, 1 of a Dense.
       finite: whether all values are finite.
     """
 

@@ -83,8 +83,8 @@ def search(
     Args:
       lower: lowest value of each channel, `[C]`.
       upper: highest value of each channel, `[C]`.
-      inputs: sampled rows `[N, T, C]`; T taps of a convolution, 1 of a Dense layer.
-      weights: `[T, C, O]`.
+      inputs: sampled rows `[R, P, C]`; P taps of a convolution, 1 of a Dense layer.
+      weights: `[P, C, O]`.
       activation_bits: b_a.
       weight_bits: b_w.
     """
@@ -141,8 +141,8 @@ def output_error(
     """Mean squared error of a layer's output when its input and weights are quantized.
 
     Args:
-      inputs: sampled rows `[N, T, C]`.
-      weights: `[T, C, O]`.
+      inputs: sampled rows `[R, P, C]`.
+      weights: `[P, C, O]`.
       quantizer: of the input.
       activation_bits: b_a.
       weight_bits: b_w.
@@ -158,7 +158,7 @@ def output_error(
 
 
 def row_product(rows: Array, weights: Array) -> Array:
-    """A layer's output `[N, O]` on sampled rows `[N, T, C]`, weights `[T, C, O]`."""
+    """A layer's output `[R, O]` on sampled rows `[R, P, C]`, weights `[P, C, O]`."""
     flat = weights.reshape(-1, weights.shape[-1])
     return jnp.matmul(rows.reshape(len(rows), -1), flat, precision="highest")
 

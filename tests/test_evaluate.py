@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import qvd_jax
-from qvd_jax import evaluate, report
+from qvd_jax import checkpoint, evaluate, report
 from qvd_jax.data import moving_shapes
 from qvd_jax.errors import InputError
+from qvd_jax.metrics import frechet
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
 from qvd_jax.quant.policy import Quantization
@@ -91,6 +92,29 @@ def test_held_out_cases_ask_for_what_their_scenes_are():
         assert tuple(scene.tolist()) not in train
         wanted = moving_shapes.describe_scene(scene)
         assert all(word in text for word in (wanted.color, wanted.shape, wanted.background))
+
+
+def test_shapes_are_counted_against_what_was_asked_for():
+    """Rendered videos stand for a reference; for the candidate every other one is of another."""
+    asked, other = np.split(moving_shapes.scenes("held_out")[:48], 2)
+    scenes = np.where(np.arange(24)[:, None] % 2, other, asked)
+    sampled = {
+        name: evaluate.Sampled(
+            moving_shapes.render(of, np.random.default_rng(seed)), np.zeros(1), np.ones(1), None
+        )
+        for seed, (name, of) in enumerate((("right", asked), ("half", scenes)))
+    }
+    entries = [{}, {}]
+    classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
+    evaluate._measure_shapes(entries, sampled, asked, 0, classifier)
+    right, half = entries
+    assert right["accuracy"]["all four"]["hits"] == 24
+    assert half["accuracy"]["all four"]["hits"] == 12
+    assert half["accuracy_change"]["value"] == -0.5
+    low, high = half["frechet_ratio"]["interval"]
+    assert low < half["frechet_ratio"]["value"] < high
+    assert right["frechet"] > 0
+    assert right["frechet_real"] == half["frechet_real"] > 0
 
 
 def test_markdown_names_what_each_model_has():

@@ -5,10 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_error
 from flax.core import FrozenDict
 
 from qvd_jax.models.layers import FLOAT
-from qvd_jax.quant import observers
+from qvd_jax.quant import htdq, observers
 from qvd_jax.quant.calibration import find_quantizer, needs_quantizer, quantize_layer
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec
@@ -166,8 +167,15 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     assert float(layer["coarse"]) > 1
     assert report.td_score_after >= report.td_score_before
     y = Net(layer_set({"layer": spec})).apply({"params": {"layer": layer}}, x)
-    exact = np.asarray(x, np.float64) @ np.asarray(params["layer"]["kernel"], np.float64)
-    assert np.abs(np.asarray(y) - exact).max() < 0.05 * np.abs(exact).max()
+    quantizer = htdq.search(np.asarray(x, np.float64), spec.activation_bits)
+    assert quantizer.shift
+    weights = np.asarray(params["layer"]["kernel"], np.float64)
+    steps = np.asarray(layer["scale"], np.float64) / quantizer.step
+    stored = np.asarray(layer["kernel"], np.float64).T * steps
+    expected = (quantizer(np.asarray(x, np.float64)) - quantizer.offset) @ stored
+    expected += quantizer.offset * weights.sum(0)
+    assert relative_error(y, expected) < 1e-5
+    assert relative_error(y, np.asarray(x, np.float64) @ weights) < 0.05
 
 
 def test_layers_without_a_spec_are_flax_own():

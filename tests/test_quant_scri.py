@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvd_jax.quant import qtensor, scri
+from qvd_jax.quant import baselines, qtensor, scri
 
 
 def layer(seed=0, rows=64, channels=24, outputs=16, taps=1):
@@ -26,17 +26,11 @@ def relative_output_error(x, w, quantizer, activation_bits=8, weight_bits=8):
     return float(error / np.square(flat).mean())
 
 
-def minmax(x):
-    largest = np.abs(x).max()
-    ends = np.full(x.shape[-1], largest, np.float32)
-    return scri.integrate(-ends, ends, jnp.float32(largest), jnp.float32(1), 8)
-
-
 def test_at_the_widest_range_unshifted_channels_are_minmax():
     x, _ = layer()
     half = np.abs(x).max((0, 1))
     found = scri.integrate(-half, half, half.max(), jnp.float32(1), 8)
-    expected = minmax(x)
+    expected = baselines.minmax(-half, half, 8)
     np.testing.assert_array_equal(found.shift, 0)
     np.testing.assert_array_equal(found.factor, 1)
     np.testing.assert_array_equal(found.codes(x, 8), expected.codes(x, 8))
@@ -69,7 +63,7 @@ def test_rescaled_channels_leave_scri_where_it_is_and_break_minmax(seed):
     # Against the same output: what a shift adds to it is exact for SCRI and signal for minmax.
     reference = np.square((y - shifts).reshape(len(y), -1) @ v[0]).mean()
     shifted = float(scri.output_error(y, v, scri.search(*ranges(y), y, v, 8, 8), 8, 8) / reference)
-    broken = float(scri.output_error(y, v, minmax(y), 8, 8) / reference)
+    broken = float(scri.output_error(y, v, baselines.minmax(*ranges(y), 8), 8, 8) / reference)
     assert shifted < 2 * plain
     assert broken > 4 * plain
 

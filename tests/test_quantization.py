@@ -1,6 +1,7 @@
 """From a float pipeline to an int8 checkpoint that samples."""
 
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -117,7 +118,13 @@ def test_every_product_the_policy_names_has_int8_operands(quantized, platform, m
     assert integer
     assert all(kind == ["ui8" if platform == "cpu" else "i8", "i8"] for kind in integer)
     # What is left in float: conv_in, conv_out, and attention's two products (or one custom call).
-    kernels = {tuple(leaf.shape) for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8}
+    kernels = set()
+    for leaf in jax.tree.leaves(params):
+        if leaf.dtype == jnp.int8 and leaf.ndim > 1:
+            outputs, *taps, channels = leaf.shape
+            # As stored, as flax has them, and as products of patches.
+            kernels |= {leaf.shape, (*taps, channels, outputs)}
+            kernels.add((math.prod(taps) * channels, outputs))
     for signature in signatures:
         if "i8" not in signature:
             weights = re.findall(r"tensor<([\dx]+)xf32>", signature)[-1]
@@ -150,6 +157,16 @@ def test_rescaled_channels_change_no_output_but_every_range(pipe):
     text = rng.standard_normal((1, 77, pipe.unet.config.context_dim), np.float32)
     forward = jax.jit(lambda p: pipe.unet.apply({"params": p}, latents, jnp.ones(1), text))
     assert relative_error(forward(scattered), forward(params)) < 1e-3
+
+
+@pytest.mark.slow
+def test_rescaled_channels_of_the_shapes_model_change_no_output():
+    model = qvd_jax.load("shapes", dtype="float32")
+    scattered = rescale_channels(model.params["unet"], np.random.default_rng(0))
+    latents = jnp.asarray(model.initial_noise(0, 1, model.latents_shape(16, 64, 64)))
+    text = model.encode_text(["a small red circle moving left on a white background"])
+    forward = jax.jit(lambda p: model.unet.apply({"params": p}, latents, jnp.full(1, 500.0), text))
+    assert relative_error(forward(scattered), forward(model.params["unet"])) < 1e-3
 
 
 def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):

@@ -99,6 +99,7 @@ def conv(
             sums,
             cpu=named("unsigned patches" if _has_vnni() else "signed patches"),
             cuda=named("signed patches"),
+            rocm=named("signed patches"),
             default=named("convolution"),
         )
 

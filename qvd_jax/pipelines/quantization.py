@@ -54,7 +54,7 @@ class CalibrationConfig:
 def quantize(
     pipe: VideoPipeline,
     policy: str | Policy = "qvd-w8a8",
-    prompts: Sequence[Any] | None = None,
+    prompts: str | Sequence[Any] | None = None,
     config: CalibrationConfig = CalibrationConfig(),
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -84,7 +84,8 @@ def quantize(
             f"a float one is needed"
         )
     policy = named_policy(policy) if isinstance(policy, str) else policy
-    inputs = list(pipe.defaults.prompts if prompts is None else prompts)
+    given = pipe.defaults.prompts if prompts is None else prompts
+    inputs = [given] if isinstance(given, str) else list(given)
     report_progress = progress or (lambda *_: None)
     layers = {layer.path: layer for layer in list_layers(pipe, options)}
     specs = match(policy, list(layers.values()))
@@ -239,8 +240,10 @@ def collect(
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
     parts: dict[str, list[Statistics]] = {path: [] for path in paths}
+    before_loop = math.ceil(config.rows / len(inputs))
     temporal: Any = None
-    rows = math.ceil(config.rows / (steps * len(inputs)))
+    calls = steps * len(inputs)
+    rows = math.ceil(config.rows / calls)
     in_loop: set[str] = set()
     window = pipe.window(want.frames)
     for number, given in enumerate(inputs):
@@ -253,25 +256,29 @@ def collect(
             )
             _add(parts, found, "the time embedding")
         context, found = _observe(
-            unet, params, (conditions.context,), key, method="context_features", rows=rows * steps
+            unet, params, (conditions.context,), key, method="context_features", rows=before_loop
         )
         _add(parts, found, f"input {number + 1}")
         control = None
         if conditions.control is not None:
             seen = conditions.control[:, :window]
             control, found = _observe(
-                unet, params, (seen,), key, method="control_features", rows=rows * steps
+                unet, params, (seen,), key, method="control_features", rows=before_loop
             )
             _add(parts, found, f"input {number + 1}")
         for step in range(min(steps, len(before))):
-            progress("observing", number * steps + step, len(inputs) * steps)
+            call = number * steps + step
+            progress("observing", call, calls)
             scaled = schedule.table.model_in[step] * before[step][number, None, :window]
             latents = jnp.asarray(np.concatenate([scaled] * len(conditions.context)))
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
-            place = jax.random.fold_in(key, number * steps + step)
+            place = jax.random.fold_in(key, call)
             inside = (latents, feature, context, control, conditions.reference)
             _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
+            if call * config.rows // calls == (call + 1) * config.rows // calls:
+                # Of more calls than rows only some, evenly chosen, give one.
+                found = {path: seen._replace(rows=seen.rows[:0]) for path, seen in found.items()}
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
     if failure is not None:

@@ -108,6 +108,8 @@ class QuantConv(nn.Conv):
         spec = self.specs.get("/".join(self.path))
         if spec is None:
             return super().__call__(x)
+        if math.prod(self.kernel_size) == 1 and np.any(self.padding):
+            raise ValueError(f"padding = {self.padding} of a kernel of one tap is no use")
         rank, channels = len(self.kernel_size), x.shape[-1]
         shape = (self.features, *self.kernel_size, channels)
         kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))

@@ -4,7 +4,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from qvd_jax.config import did_you_mean
 from qvd_jax.errors import InputError
@@ -58,6 +58,10 @@ class LayerSpec:
     step_aware: bool = False
 
     def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"method = {self.method!r}: {', '.join(get_args(Method))} are possible"
+            )
         if self.activation_bits == 16 and self.method != "minmax":
             raise ValueError(
                 f"method = {self.method!r} is about the input, which activation_bits = 16 leaves "
@@ -184,7 +188,7 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
     """The specifications of the layers that are to be quantized, by path.
 
     Raises:
-      InputError: a rule decides about no layer.
+      InputError: a rule decides about no layer, or none is to be quantized.
     """
     deciding = {layer.path: policy.rule(layer.path) for layer in layers}
     for i, rule in enumerate(policy.rules):
@@ -198,7 +202,10 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
         )
         raise InputError(f"policy {policy.name!r}: rule {i + 1} ({rule.pattern!r}): {cause}")
     specs = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
-    return {path: spec for path, spec in specs.items() if spec is not None}
+    specs = {path: spec for path, spec in specs.items() if spec is not None}
+    if not specs:
+        raise InputError(f"policy {policy.name!r} quantizes no layer; a rule with a spec is needed")
+    return specs
 
 
 def match_table(policy: Policy, layers: Sequence[Layer]) -> str:

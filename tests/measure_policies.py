@@ -26,6 +26,7 @@ from qvd_jax.files import write_text
 RESULTS = Path(__file__).parent.parent / "docs/results/policies.json"
 MODEL = "shapes"
 WIDTHS = ("w8a8", "w6a6", "w4a8")
+ORDER = ("float", *WIDTHS, "w8a16")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
 CALIBRATION_PROMPTS = 8
@@ -36,7 +37,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--videos", type=int, default=128)
     args = parser.parse_args()
-    out = args.out
+    digest = model_digest()
+    # Checkpoints of another model are not taken for this one's.
+    out = args.out / digest[:8]
     out.mkdir(parents=True, exist_ok=True)
     train = moving_shapes.scenes("train")
     scenes = train[:: len(train) // CALIBRATION_PROMPTS][:CALIBRATION_PROMPTS]
@@ -51,8 +54,7 @@ def main() -> int:
     # With float inputs all policies are the same.
     main_policies = [f"{policy}-{width}" for width in WIDTHS for policy in MAIN] + ["qvd-w8a16"]
     others = [f"{policy}-{width}" for width in WIDTHS for policy in OTHERS]
-    controlled = [f"{policy}-w8a8" for policy in (*MAIN, *OTHERS)]
-    digest = model_digest()
+    controlled = [f"{policy}-w8a8" for policy in (*MAIN, "smoothquant")]
     found = earlier_parts(digest)
     for name, model, policies, seeds in (
         ("main", MODEL, main_policies, 3),
@@ -93,9 +95,9 @@ def measure(
     if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
         sys.exit(2)
     found: dict[str, Any] = json.loads((place / "results.json").read_text())
-    # The figures of single layers are many, and in the report.
+    # The figures of single layers are many, and in the report; times are of a machine in use.
     for measured in found["models"]:
-        del measured["layers"]
+        del measured["layers"], measured["seconds_per_video"]
     del found["table"]
     return found
 
@@ -116,15 +118,14 @@ def record(digest: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:
-    """One line for each model and part, beside the float model of that part's videos."""
+    """One line for each model, width by width, beside the float model's of the same videos."""
     first = next(iter(parts.values()))
     versions = ", ".join(f"{name} {first['versions'][name]}" for name in ("qvd_jax", "jax", "flax"))
-    rows = []
+    keyed = []
     for name, part in parts.items():
         for number, model in enumerate(part["models"]):
-            policy = f"rescaled, {model['policy']}" if name == "rescaled" else model["policy"]
             row = {
-                "policy": policy if number else "float",
+                "policy": f"rescaled, {model['policy']}" if name == "rescaled" else model["policy"],
                 "videos": str(part["prompts"] * part["seeds"]),
                 "all four": f"{model['accuracy']['all four']['value']:.1%}",
             }
@@ -135,7 +136,12 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
                     "PSNR dB": f"{model['psnr']:.1f}",
                     "latents SQNR dB": f"{model['latent_sqnr'][-1]:.1f}",
                 }
-            rows.append(row)
+            elif name == "rescaled":
+                continue  # the shapes model itself, which `others` has
+            width = model["policy"].rpartition("-")[2]
+            keyed.append((name == "rescaled", ORDER.index(width), row))
+    # Stable: policies of one width stay in their order.
+    rows = [row for *_, row in sorted(keyed, key=lambda item: item[:2])]
     return f"{first['steps']} steps; {versions}\n\n{markdown.table(rows)}\n"
 
 

@@ -16,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tqdm
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import calibrate, checkpoint, evaluate, markdown
-from qvd_jax.data import moving_shapes
+from qvd_jax import checkpoint, evaluate, markdown
+from qvd_jax.cli import enable_compilation_cache, read_prompts
 from qvd_jax.files import write_text
+from qvd_jax.pipelines.quantization import collect, list_layers, quantize_observed
+from qvd_jax.quant.policy import named_policy
 
 RESULTS = Path(__file__).parent.parent / "docs/results/policies.json"
 MODEL = "shapes"
@@ -29,7 +32,7 @@ WIDTHS = ("w8a8", "w6a6", "w4a8")
 ORDER = ("float", *WIDTHS, "w8a16")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
-CALIBRATION_PROMPTS = 8
+PROMPTS = Path(__file__).parent.parent / "configs/shapes_prompts.txt"
 
 
 def main() -> int:
@@ -37,14 +40,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--videos", type=int, default=128)
     args = parser.parse_args()
+    enable_compilation_cache()
     digest = model_digest()
     # Checkpoints of another model are not taken for this one's.
     out = args.out / digest[:8]
     out.mkdir(parents=True, exist_ok=True)
-    train = moving_shapes.scenes("train")
-    scenes = train[:: len(train) // CALIBRATION_PROMPTS][:CALIBRATION_PROMPTS]
-    (out / "prompts.txt").write_text("\n".join(map(moving_shapes.prompt, scenes)) + "\n")
-
     rescaled = out / "rescaled"
     if not rescaled.exists():
         pipe = qvd_jax.load(MODEL, dtype="float32")
@@ -68,7 +68,8 @@ def main() -> int:
 
 
 def model_digest() -> str:
-    digest = hashlib.sha256()
+    """Of the model and the prompts it is calibrated with."""
+    digest = hashlib.sha256(PROMPTS.read_bytes())
     for path in sorted(checkpoint.find(MODEL).rglob("*")):
         digest.update(path.read_bytes() if path.is_file() else b"")
     return digest.hexdigest()
@@ -87,7 +88,7 @@ def measure(
     out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int
 ) -> dict[str, Any]:
     """Evaluates a model quantized by each policy against the shapes model."""
-    candidates = [calibrated(out, model, policy) for policy in policies]
+    candidates = calibrated(out, model, policies)
     candidates = candidates if model == MODEL else [model, *candidates]
     place = out / name
     options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
@@ -102,13 +103,19 @@ def measure(
     return found
 
 
-def calibrated(out: Path, model: str, policy: str) -> str:
-    place = out / f"{Path(model).name}-{policy}"
-    if not place.exists():
-        options = ["--checkpoint", model, "--policy", policy, "--out", str(place)]
-        if calibrate.main([*options, "--prompts-file", str(out / "prompts.txt")]):
-            sys.exit(2)
-    return str(place)
+def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
+    """The model quantized by each policy, from one observation of its layers' inputs."""
+    places = {policy: out / f"{Path(model).name}-{policy}" for policy in policies}
+    missing = [policy for policy, place in places.items() if not place.exists()]
+    if missing:
+        pipe = qvd_jax.load(model)
+        paths = [layer.path for layer in list_layers(pipe)]
+        prompts, config = read_prompts(PROMPTS), qvd_jax.CalibrationConfig()
+        observed = collect(pipe, paths, prompts, config, {}, lambda *_: None)
+        for policy in tqdm.tqdm(missing, desc=f"quantizing {model}", unit="policy"):
+            quantized, reports = quantize_observed(pipe, named_policy(policy), observed, config)
+            qvd_jax.save(quantized, places[policy], reports=reports)
+    return [str(place) for place in places.values()]
 
 
 def record(digest: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:

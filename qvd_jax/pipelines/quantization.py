@@ -78,32 +78,60 @@ def quantize(
       InputError: the pipeline is quantized already, the policy fits no layer, there are no
         inputs, or a layer's input is not finite.
     """
-    if pipe.quantization is not None:
-        raise InputError(
-            f"the checkpoint is quantized already ({pipe.quantization.policy}); "
-            f"a float one is needed"
-        )
     policy = named_policy(policy) if isinstance(policy, str) else policy
+    layers, specs = _plan(pipe, policy, config, options)
     given = pipe.defaults.prompts if prompts is None else prompts
     inputs = [given] if isinstance(given, str) else list(given)
     report_progress = progress or (lambda *_: None)
-    layers = {layer.path: layer for layer in list_layers(pipe, options)}
-    specs = match(policy, list(layers.values()))
-    outside = _check_specs(pipe, specs)
-    if config.step_aware:
-        specs = {
-            path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
-            for path, spec in specs.items()
-        }
     observed = collect(pipe, list(layers), inputs, config, dict(options or {}), report_progress)
+    return _solve(pipe, policy.name, layers, specs, observed, config, report_progress)
 
+
+def quantize_observed(
+    pipe: VideoPipeline,
+    policy: Policy,
+    observed: "Observed",
+    config: CalibrationConfig = CalibrationConfig(),
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> tuple[VideoPipeline, list[LayerReport]]:
+    """Quantizes by what `collect` saw, which serves any number of policies.
+
+    Args:
+      pipe: the float pipeline; it is left as it is.
+      policy: rules.
+      observed: of the same pipeline, config and options.
+      config: how much was sampled.
+      options: as in `quantize`.
+      progress: as in `quantize`.
+
+    Returns:
+      As `quantize`.
+
+    Raises:
+      InputError: the pipeline is quantized already, or the policy fits no layer.
+    """
+    layers, specs = _plan(pipe, policy, config, options)
+    report_progress = progress or (lambda *_: None)
+    return _solve(pipe, policy.name, layers, specs, observed, config, report_progress)
+
+
+def _solve(
+    pipe: VideoPipeline,
+    policy: str,
+    layers: Mapping[str, Layer],
+    specs: Mapping[str, LayerSpec],
+    observed: "Observed",
+    config: CalibrationConfig,
+    progress: Progress,
+) -> tuple[VideoPipeline, list[LayerReport]]:
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
     gains: dict[str, Any] = {}
     shared: dict[Any, ActivationQuantizer] = {}
     for done, (path, spec) in enumerate(specs.items()):
-        report_progress("layers", done, len(specs))
+        progress("layers", done, len(specs))
         # Layers that read one tensor, in the same way, share its quantizer.
         reader = layers[path].source, layers[path].kernel[:-2], spec
         if needs_quantizer(spec) and reader not in shared:
@@ -117,14 +145,14 @@ def quantize(
         names = [name for name in flat if name.rpartition("/")[0] == path]
         layer = {name.rpartition("/")[2]: flat.pop(name) for name in names}
         quantized, report = quantize_layer(
-            path, layer, observed.joined.pop(path), spec, shared.get(reader)
+            path, layer, observed.joined[path], spec, shared.get(reader)
         )
         if spec.step_aware:
             ends = observed.by_step[path]
             gains[f"{path}/gain"] = step_gains(*ends, quantized, spec.activation_bits)
         flat |= {f"{path}/{name}": leaf for name, leaf in quantized.items()}
         reports.append(report)
-    report_progress("layers", len(specs), len(specs))
+    progress("layers", len(specs), len(specs))
     unet = UNet3D(pipe.unet.config, layer_set(specs, pipe.unet.layers.dtype))
     params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
     if gains:
@@ -136,11 +164,38 @@ def quantize(
         timesteps = tuple(pipe.schedule(steps).table.timestep.tolist())
         # What the checkpoint's scales are for is what it samples by default.
         defaults = replace(defaults, steps=steps)
-    quantization = Quantization(policy.name, specs, timesteps)
+    quantization = Quantization(policy, dict(specs), timesteps)
     quantized_pipe = replace(
         pipe, unet=unet, params=params, quantization=quantization, defaults=defaults
     )
     return quantized_pipe, reports
+
+
+def _plan(
+    pipe: VideoPipeline,
+    policy: Policy,
+    config: CalibrationConfig,
+    options: Mapping[str, Any] | None,
+) -> tuple[dict[str, Layer], dict[str, LayerSpec]]:
+    """The UNet's layers by path, and how those that the policy names are quantized.
+
+    Raises:
+      InputError: the pipeline is quantized already, or the policy does not fit its layers.
+    """
+    if pipe.quantization is not None:
+        raise InputError(
+            f"the checkpoint is quantized already ({pipe.quantization.policy}); "
+            f"a float one is needed"
+        )
+    layers = {layer.path: layer for layer in list_layers(pipe, options)}
+    specs = match(policy, list(layers.values()))
+    outside = _check_specs(pipe, specs)
+    if config.step_aware:
+        specs = {
+            path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
+            for path, spec in specs.items()
+        }
+    return layers, specs
 
 
 def list_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -> list[Layer]:

@@ -201,8 +201,8 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
             else f"no layer has such a path{did_you_mean(rule.pattern, list(deciding))}"
         )
         raise InputError(f"policy {policy.name!r}: rule {i + 1} ({rule.pattern!r}): {cause}")
-    specs = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
-    specs = {path: spec for path, spec in specs.items() if spec is not None}
+    decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
+    specs = {path: spec for path, spec in decided.items() if spec is not None}
     if not specs:
         raise InputError(f"policy {policy.name!r} quantizes no layer; a rule with a spec is needed")
     return specs

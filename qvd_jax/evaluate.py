@@ -329,8 +329,8 @@ def _measure_shapes(
         if reference_hits is None or reference_features is None:
             reference_hits, reference_features = hits, features
             continue
-        change, spread = paired_difference(reference_hits[:, -1], hits[:, -1])
-        entry["accuracy_change"] = {"value": change, "interval": [change - spread, change + spread]}
+        change, interval = paired_difference(reference_hits[:, -1], hits[:, -1])
+        entry["accuracy_change"] = {"value": change, "interval": interval}
         entry["frechet_ratio"] = {
             "value": entry["frechet"] / entries[0]["frechet"],
             "interval": _ratio_interval(reference_features, features, real[0]),

@@ -228,8 +228,8 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
         value, low, high = (100 * part for part in (change["value"], *change["interval"]))
         row["change of all four"] = f"{value:+.1f} ({low:+.1f} to {high:+.1f})"
     if "frechet" in entry:
-        row["Fréchet"] = f"{entry['frechet']:.3f}"
-        row["Fréchet of rendered"] = f"{entry['frechet_real']:.3f}"
+        row["Fréchet"] = f"{entry['frechet']:.1f}"
+        row["Fréchet of rendered"] = f"{entry['frechet_real']:.1f}"
     if "frechet_ratio" in entry:
         low, high = entry["frechet_ratio"]["interval"]
         row["Fréchet / reference's"] = (

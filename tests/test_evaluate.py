@@ -76,7 +76,8 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     tags.feed(page)
     assert not tags.open
     assert tags.seen.count("table") == 3
-    assert tags.seen.count("svg") == 2
+    # Steps, layers, and three layers' ranges of each candidate.
+    assert tags.seen.count("svg") == 2 + 2 * 3
     assert "src='http" not in page
     assert "&lt;b&gt;a blue" in page
 

@@ -113,6 +113,15 @@ def test_prompt_accuracy_counts_each_attribute():
 def test_paired_difference_is_that_of_a_one_sample_t_interval_at_many_pairs():
     rng = np.random.default_rng(0)
     a, b = rng.random(4000) < 0.8, rng.random(4000) < 0.7
-    mean, spread = prompt_accuracy.paired_difference(a, b)
-    expected = stats.ttest_1samp(b.astype(float) - a, 0).confidence_interval(0.95)
-    np.testing.assert_allclose((mean - spread, mean + spread), expected, atol=1e-4)
+    mean, interval = prompt_accuracy.paired_difference(a, b)
+    found = stats.ttest_1samp(b.astype(float) - a, 0)
+    assert mean == pytest.approx(b.mean() - a.mean())
+    np.testing.assert_allclose(interval, found.confidence_interval(0.95), atol=2e-4)
+
+
+def test_paired_difference_of_equal_answers_has_an_interval():
+    alike = np.arange(128) < 120
+    assert prompt_accuracy.paired_difference(alike, alike)[0] == 0
+    low, high = prompt_accuracy.paired_difference(alike, alike)[1]
+    # One pair of a kind that did not occur, among 130.
+    assert high == -low == pytest.approx(1.96 / 130, rel=1e-4)

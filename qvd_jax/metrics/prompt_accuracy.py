@@ -65,13 +65,21 @@ def prompt_accuracy(hits: np.ndarray) -> dict[str, Proportion]:
     return {name: Proportion(int(count), len(hits)) for name, count in counts}
 
 
-def paired_difference(reference: np.ndarray, candidate: np.ndarray) -> tuple[float, float]:
-    """Mean of candidate - reference over pairs, and half of its 95% interval.
+def paired_difference(
+    reference: np.ndarray, candidate: np.ndarray
+) -> tuple[float, tuple[float, float]]:
+    """Hits of the candidate less those of the reference, as a share, and its 95% interval.
+
+    The interval is that of Agresti and Min (Statistics in Medicine 24, 2005), with half a pair more
+    in each of the four cells: where no pair differs it is not empty.
 
     Args:
-      reference: `[N]`, a value of each video.
+      reference: bool `[N]`, of each video.
       candidate: of the same prompts and seeds.
     """
-    difference = candidate.astype(np.float64) - reference.astype(np.float64)
-    spread = _Z * difference.std(ddof=1) / math.sqrt(len(difference))
-    return float(difference.mean()), float(spread)
+    gained, lost = ((candidate & ~reference).sum(), (reference & ~candidate).sum())
+    pairs = len(reference) + 2
+    center = (gained - lost) / pairs
+    spread = _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / pairs) / pairs
+    value = float(candidate.mean() - reference.mean())
+    return value, (float(center - spread), float(center + spread))

@@ -31,6 +31,7 @@ _POSITIONS = re.compile(r"\.(pos_embed|pos_encoder)\.pe$")
 _OTHER_FAMILIES = (
     ("controlnet_cond_embedding", "a ControlNet or SparseCtrl"),
     ("temporal_res_block", "Stable Video Diffusion"),
+    ("time_stack", "Stable Video Diffusion"),
     ("temp_convs", "ModelScope or ZeroScope"),
     ("transformer_in", "ModelScope or ZeroScope"),
     ("add_embedding", "Stable Diffusion XL"),

@@ -65,6 +65,13 @@ def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str
             f"{path} adds to {len(missing)} weights that this model lacks, the first {missing[0]}; "
             f"motion LoRAs fit v2 motion modules, which have one in the mid block"
         )
+    if any(".motion_modules." in name for name in additions) and not any(
+        name.startswith("mid_block.motion_modules.") for name in tensors
+    ):
+        raise InputError(
+            f"{path} is a motion LoRA; motion LoRAs fit v2 motion modules, which have one in the "
+            f"mid block"
+        )
     merged = dict(tensors)
     for name, parts in additions.items():
         if not {"down", "up"} <= parts.keys():

@@ -37,4 +37,9 @@ def unet_config(config: UNet3DConfig, where: str) -> UNet3DConfig:
         )
     if config.temporal_op != "motion_module":
         raise InputError(f"{where}: MagicAnimate needs a UNet with motion modules; pass --motion")
+    if config.temporal_mid_block or config.resnet_norm_scope != "joint":
+        raise InputError(
+            f"{where}: --motion names other motion modules than MagicAnimate's, which are in its "
+            f"temporal_attention.ckpt"
+        )
     return replace(config, appearance_encoder=True)

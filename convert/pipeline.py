@@ -117,6 +117,8 @@ def open_source(
     parts = open_parts(source, unet, vae)
     opened = _open_unet(source, parts, motion)
     tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
+    if loras and opened.family != "animatediff":
+        raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --lora")
     for path, scale in loras:
         tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")

@@ -162,6 +162,12 @@ def three_level_adapter(source: Path) -> Path:
     return source.parent / "sdxl"
 
 
+def video_blocks(source: Path) -> Path:
+    path = source.parent / "svd.ckpt"
+    torch.save({"input_blocks.1.0.time_stack.in_layers.0.weight": torch.zeros(2)}, path)
+    return path
+
+
 def sparse_control(source: Path) -> Path:
     with torch.random.fork_rng():
         model = SparseControlNetModel(
@@ -338,6 +344,11 @@ MOTION = [
         id="SparseCtrl",
     ),
     case(
+        motion(video_blocks),
+        "svd.ckpt: motion modules are expected, it holds Stable Video Diffusion",
+        id="Stable Video Diffusion",
+    ),
+    case(
         motion(spatial_only),
         "mm.ckpt: motion modules are expected, it holds ",
         " other tensors, the first conv_in.bias",
@@ -431,6 +442,13 @@ def test_motion_lora_of_v2_is_refused_by_v3_which_has_no_mid_block_module(tmp_pa
         run(tmp_path / "v3", "--lora", tmp_path / "v2_lora.ckpt"),
         "v2_lora.ckpt adds to 2 weights that this model lacks, the first mid_block.motion_modules.",
         "motion LoRAs fit v2 motion modules, which have one in the mid block",
+    )
+    torch.save(
+        {k: t for k, t in tensors.items() if "mid_block" not in k}, tmp_path / "v1_lora.ckpt"
+    )
+    assert_one_line_error(
+        run(tmp_path / "v3", "--lora", tmp_path / "v1_lora.ckpt"),
+        "v1_lora.ckpt is a motion LoRA; motion LoRAs fit v2 motion modules",
     )
 
 

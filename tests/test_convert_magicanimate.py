@@ -21,7 +21,7 @@ import qvd_jax
 from convert import names
 from convert.__main__ import main as convert
 from qvd_jax import calibrate, sample
-from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig, animatediff
+from qvd_jax.models.configs import MAGIC_ANIMATE
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 
@@ -186,12 +186,7 @@ def test_names_are_those_of_the_real_model():
     }
     assert len(appearance.state_dict()) - len(expected) == 24
     expected |= {f"controlnet.{name}": t for name, t in controlnet.state_dict().items()}
-    config: UNet3DConfig = replace(
-        animatediff("v1", "original"),
-        controlnet=ControlNetConfig(3, (16, 32, 96, 256)),
-        appearance_encoder=True,
-    )
-    shapes = ComponentConfigs(config, VAEConfig()).param_shapes("float32")["unet"]
+    shapes = ComponentConfigs(MAGIC_ANIMATE, VAEConfig()).param_shapes("float32")["unet"]
     found: dict[str, int] = {}
     for path, leaf in jax.tree.leaves_with_path(shapes):
         parts = names.UNET("/".join(key.key for key in path))

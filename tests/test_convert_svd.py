@@ -265,6 +265,7 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
         ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no use for --motion"),
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
+        ({}, ["--lora", "x.ckpt"], "is Stable Video Diffusion, which has no --lora"),
         ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),
         ({"num_attention_heads": 5}, [], "num_heads = 5 does not divide the 64 channels"),
         ({"addition_time_embed_dim": 128}, [], "addition_time_embed_dim = 128"),

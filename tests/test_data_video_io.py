@@ -84,3 +84,10 @@ def test_unwritable_places_are_named(tmp_path):
         with pytest.raises(InputError, match=message):
             files.check_writable(path, overwrite=False)
     files.check_writable(tmp_path / "there.mp4", overwrite=True)
+
+
+def test_images_of_a_folder_are_read_in_the_order_of_their_numbers(tmp_path):
+    for number in range(12):
+        imageio.imwrite(tmp_path / f"pose{number}.png", np.full((4, 6, 3), number, np.uint8))
+    (tmp_path / "notes.txt").write_text("no image")
+    assert video_io.read_video(tmp_path)[:, 0, 0, 0].tolist() == list(range(12))

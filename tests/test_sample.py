@@ -85,8 +85,9 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    tiny_checkpoint, tmp_path, capsys, arguments, message
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, arguments, message
 ):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "old.gif").write_bytes(b"old")

@@ -334,7 +334,10 @@ def test_word_tokenizer_marks_unknown_words():
 def test_shipped_configs_are_valid(path):
     config = from_dict(RunConfig, read_yaml(path), str(path))
     assert path.read_text().startswith(f"# python -m qvd_jax.train configs/{path.name} --out ")
-    if config.vae is not None or config.classifier is not None:
+    if config.vae is not None:
+        # What it starts from is a run of one's own.
+        make_task(replace(config, vae=replace(config.vae, start=None)))
+    elif config.classifier is not None:
         make_task(config)
 
 

@@ -1,6 +1,7 @@
 """Reading images and videos, writing videos and sheets; nothing half-written is left behind."""
 
 import functools
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,14 @@ def read_image(path: Path) -> np.ndarray:
 def read_video(path: Path) -> np.ndarray:
     """Pixels uint8 `[F, H, W, 3]` of a video file, or of a folder's images in the names' order.
 
+    Numbers in names count as numbers: 2.png comes before 10.png.
+
     Raises:
       InputError: it is missing, no video, or the folder's images do not fit together.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+        files = [file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
+        files.sort(key=_counted)
         if not files:
             raise InputError(f"{path} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
         images = [read_image(file) for file in files]
@@ -60,6 +64,11 @@ def read_video(path: Path) -> np.ndarray:
         return np.asarray(imageio.imread(path, plugin="FFMPEG"))
     except Exception as error:  # ffmpeg's failures come in many kinds.
         raise InputError(f"{path} cannot be read as a video: {first_line(error)}") from error
+
+
+def _counted(path: Path) -> list[str | int]:
+    """The name, numbers in it as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def write_video(path: Path, video: np.ndarray, fps: int) -> None:

@@ -1,6 +1,6 @@
 """The data on which the families of video UNets differ, and the published ones."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from qvd_jax.axes import NormScope
@@ -137,6 +137,13 @@ def animatediff(
         resnet_norm_scope="joint" if (version, norms) == ("v1", "original") else "frame",
     )
 
+
+MAGIC_ANIMATE = replace(
+    animatediff("v1", "original"),
+    controlnet=ControlNetConfig(3, (16, 32, 96, 256)),
+    appearance_encoder=True,
+)
+"""MagicAnimate's UNet with its appearance encoder and its ControlNet of poses."""
 
 MODELSCOPE = UNet3DConfig(
     num_heads=(5, 10, 20, 20),

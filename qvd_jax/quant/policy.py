@@ -22,11 +22,13 @@ _TEMPORAL_FEATURES = (
     "controlnet/time_embedding/*",
     "appearance_encoder/time_embedding/*",
 )
-# The same of the networks beside the UNet, and what a condition goes through once.
+# Where a family has them: the same of the networks beside the UNet, and what no video changes.
 _KEPT_FLOAT_BESIDE = (
     "controlnet/conv_in",
     "controlnet/controlnet_cond_embedding*",
     "appearance_encoder/conv_in",
+    # Of the frames' numbers, which are the same for every video.
+    "*/time_pos_embed/*",
 )
 
 # The methods of ordinary layers and of temporal features.

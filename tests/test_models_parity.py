@@ -18,8 +18,12 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.models.embeddings import get_timestep_embedding
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import (
+    TransformerSpatioTemporalModel,
+    TransformerTemporalModel,
+)
 from diffusers.models.unets.unet_motion_model import (
     AnimateDiffTransformer3D,
     CrossAttnDownBlockMotion,
@@ -40,8 +44,13 @@ from convert.animatediff import unet_config, without_positions
 from convert.companions import rename_text, text_config, vae_config, vision_config
 from convert.controlnet import open_controlnet
 from convert.tensors import LazyTensor, Tensors
-from qvd_jax.models.attention import SpatialTransformer, TemporalTransformer, dot_product_attention
-from qvd_jax.models.blocks import ResnetBlock
+from qvd_jax.models.attention import (
+    SpatialTransformer,
+    SpatioTemporalTransformer,
+    TemporalTransformer,
+    dot_product_attention,
+)
+from qvd_jax.models.blocks import ResnetBlock, SpatioTemporalResnet, TemporalConv
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
 from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.controlnet import ControlNet, Residuals
@@ -70,7 +79,7 @@ def transfer(torch_module: torch.nn.Module, module: nn.Module, *inputs: Any) -> 
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
     tensors = without_positions(tensors_of(torch_module))
-    if svd.is_svd(tensors):
+    if svd.is_svd(tensors) or isinstance(torch_module, TransformerSpatioTemporalModel):
         tensors = svd.without_dead(tensors)
     names.check_names(shapes, block_names, tensors, "block")
     params = names.build_params(shapes, block_names, tensors, jnp.float32, lambda count: None)
@@ -161,6 +170,55 @@ def test_motion_module(frames):
     expected = from_torch(block(to_torch(x), num_frames=frames), frames)
     found = jax.jit(module.apply)(transfer(block, module, x), x)
     assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_temporal_conv_of_modelscope():
+    block = TemporalConvLayer(64, norm_num_groups=32).eval()
+    randomize(block)
+    module = TemporalConv(64, 32, "joint", FLOAT)
+    x = video(BATCH, FRAMES, HEIGHT, WIDTH, 64)
+    expected = from_torch(block(to_torch(x), num_frames=FRAMES))
+    found = jax.jit(module.apply)(transfer(block, module, x), x)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_temporal_transformer_of_modelscope():
+    block = TransformerTemporalModel(8, 8, in_channels=64, norm_num_groups=32).eval()
+    randomize(block)
+    module = TemporalTransformer(64, 64, 8, None, 32, "joint", FLOAT)
+    x = video(BATCH, FRAMES, HEIGHT, WIDTH, 64)
+    expected = from_torch(block(to_torch(x), num_frames=FRAMES).sample)
+    found = jax.jit(module.apply)(transfer(block, module, x), x)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def run_resnet(module: SpatioTemporalResnet, x: Any, embedding: Any) -> Any:
+    return module(x, module.temporal_features(nn.silu(embedding)))
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (96, 64)])
+def test_blended_resnet_of_stable_video_diffusion(channels):
+    block = SpatioTemporalResBlock(*channels, temb_channels=40, eps=1e-5, temporal_eps=1e-6).eval()
+    randomize(block)
+    module = SpatioTemporalResnet(*channels, 32, 1e-5, "frame", FLOAT, temporal_epsilon=1e-6)
+    x, embedding = video(BATCH, FRAMES, HEIGHT, WIDTH, channels[0]), video(BATCH, 40, seed=1)
+    each = torch.from_numpy(embedding).repeat_interleave(FRAMES, 0)
+    expected = from_torch(block(to_torch(x), each, torch.zeros(BATCH, FRAMES)))
+    variables = transfer_call(block, run_resnet, module, x, embedding)
+    found = jax.jit(nn.apply(run_resnet, module))(variables, x, embedding)
+    assert relative_error(found, expected) <= TOLERANCE
+
+
+def test_blended_transformer_of_stable_video_diffusion():
+    block = TransformerSpatioTemporalModel(8, 8, 64, cross_attention_dim=24).eval()
+    randomize(block)
+    module = SpatioTemporalTransformer(64, 8, 32, FLOAT)
+    x, text = video(BATCH, FRAMES, HEIGHT, WIDTH, 64), video(BATCH, 1, 24, seed=1)
+    each = torch.from_numpy(text).repeat_interleave(FRAMES, 0)
+    expected = block(to_torch(x), each, torch.zeros(BATCH, FRAMES)).sample
+    variables = transfer_call(block, run_transformer, module, x, text)
+    found = jax.jit(nn.apply(run_transformer, module))(variables, x, text)
+    assert relative_error(found, from_torch(expected)) <= TOLERANCE
 
 
 def test_motion_module_refuses_more_frames_than_positions():

@@ -4,6 +4,17 @@ import pytest
 
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
+from qvd_jax.models.configs import (
+    MAGIC_ANIMATE,
+    MODELSCOPE,
+    STABLE_VIDEO_DIFFUSION,
+    UNet3DConfig,
+    animatediff,
+)
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.quant import observers
 from qvd_jax.quant.policy import (
     Layer,
     LayerSpec,
@@ -38,6 +49,32 @@ def test_qvd_is_htdq_on_temporal_features_and_scri_elsewhere():
         LAYERS[3].path: LayerSpec("scri", 4, 8),
         LAYERS[4].path: LayerSpec("scri", 4, 8),
     }
+
+
+@pytest.mark.parametrize(
+    ("config", "projections", "embeddings"),
+    [
+        (animatediff("v2"), 22, 2),
+        (MODELSCOPE, 22, 2),
+        (STABLE_VIDEO_DIFFUSION, 44, 4),
+        (MAGIC_ANIMATE, 22 + 10 + 22, 2 + 2 + 2),
+    ],
+    ids=["AnimateDiff", "ModelScope", "SVD", "MagicAnimate"],
+)
+def test_htdq_takes_every_temporal_feature_of_the_real_models(
+    config: UNet3DConfig, projections: int, embeddings: int
+):
+    """CHECKPOINTS.md 7.1; at full size, from shapes alone."""
+    shapes = ComponentConfigs(config, VAEConfig()).unet_shapes(2, 8, 8, 1)
+    layers = observers.list_layers(UNet3D(config), *shapes)
+    specs = match(named_policy("qvd-w8a8"), layers)
+    taken = [path for path, spec in specs.items() if spec.method == "htdq"]
+    ends = [path.rpartition("/")[2] for path in taken]
+    assert ends.count("time_emb_proj") == projections
+    assert sum(end in ("linear_1", "linear_2") for end in ends) == embeddings
+    assert len(taken) == projections + embeddings
+    # The frames' numbers are the same for every video.
+    assert not any("time_pos_embed" in path for path in specs)
 
 
 @pytest.mark.parametrize(

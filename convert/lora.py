@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from convert.animatediff import version
 from convert.tensors import LazyTensor, Tensors, open_file
 from qvd_jax.errors import InputError
 
@@ -65,9 +66,7 @@ def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str
             f"{path} adds to {len(missing)} weights that this model lacks, the first {missing[0]}; "
             f"motion LoRAs fit v2 motion modules, which have one in the mid block"
         )
-    if any(".motion_modules." in name for name in additions) and not any(
-        name.startswith("mid_block.motion_modules.") for name in tensors
-    ):
+    if any(".motion_modules." in name for name in additions) and version(tensors) != "v2":
         raise InputError(
             f"{path} is a motion LoRA; motion LoRAs fit v2 motion modules, which have one in the "
             f"mid block"

@@ -93,7 +93,6 @@ def quantize_observed(
     observed: "Observed",
     config: CalibrationConfig = CalibrationConfig(),
     options: Mapping[str, Any] | None = None,
-    progress: Progress | None = None,
 ) -> tuple[VideoPipeline, list[LayerReport]]:
     """Quantizes by what `collect` saw, which serves any number of policies.
 
@@ -103,7 +102,6 @@ def quantize_observed(
       observed: of the same pipeline, config and options.
       config: how much was sampled.
       options: as in `quantize`.
-      progress: as in `quantize`.
 
     Returns:
       As `quantize`.
@@ -112,8 +110,7 @@ def quantize_observed(
       InputError: the pipeline is quantized already, or the policy fits no layer.
     """
     layers, specs = _plan(pipe, policy, config, options)
-    report_progress = progress or (lambda *_: None)
-    return _solve(pipe, policy.name, layers, specs, observed, config, report_progress)
+    return _solve(pipe, policy.name, layers, specs, observed, config, lambda *_: None)
 
 
 def _solve(

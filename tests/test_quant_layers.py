@@ -53,7 +53,7 @@ def case(conv, seed=0):
 
 
 def quantized(net, params, x, spec):
-    """The quantized net and its parameters, calibrated on `x` itself."""
+    """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
     _, found = observers.observe(net, params, x, method="__call__", rows=64, key=jax.random.key(0))
     assert list(found) == ["layer"]
     quantizer = None
@@ -65,11 +65,11 @@ def quantized(net, params, x, spec):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
         lambda a: (a.shape, a.dtype), FrozenDict(layer).unfreeze()
     )
-    return int8_net, {"layer": layer}, report
+    return int8_net, {"layer": layer}, report, found["layer"].rows
 
 
-def dequantized_float64(net, layer, x, spec):
-    """The layer's definition: dequantized codes and weights in float64, zeros outside."""
+def dequantized_float64(layer, x, spec):
+    """The codes of `x`, and the weights that the layer's codes stand for, in float64."""
     in_scale, in_offset = (np.asarray(layer[k], np.float32) for k in ("in_scale", "in_offset"))
     limit = 2 ** (spec.activation_bits - 1) - 1
     codes = np.clip(np.rint(np.asarray(x) * in_scale + in_offset), -limit, limit)
@@ -88,16 +88,18 @@ METHODS = ["minmax", "mse", "smoothquant", "qdiffusion", "scri"]
 def test_layers_equal_their_definition_in_float64(conv, method):
     net, params, x = case(conv)
     spec = LayerSpec(method)
-    int8_net, int8_params, _ = quantized(net, params, x, spec)
+    int8_net, int8_params, _, rows = quantized(net, params, x, spec)
     layer = int8_params["layer"]
-    codes, w_hat = dequantized_float64(net, layer, x, spec)
-    # y = sum of (code / in_scale) w over codes, plus the float shift: written with float64 sums.
-    shift = -np.asarray(layer["in_offset"], np.float64) / np.asarray(layer["in_scale"], np.float64)
+    codes, w_hat = dequantized_float64(layer, x, spec)
+    # y = W^ x^ + b and what is constant inside the image: W m - W^ m^, the means of the rows.
     kernel = np.asarray(params["layer"]["kernel"], np.float64)
     bias = np.asarray(params["layer"]["bias"], np.float64)
-    from_codes = codes / np.asarray(layer["in_scale"], np.float64)
-    expected = correlate(from_codes, np.moveaxis(w_hat, 0, -1), conv)
-    expected = expected + correlate(np.broadcast_to(shift, x.shape), kernel, conv) + bias
+    scale = np.asarray(layer["in_scale"], np.float64)
+    mean_code = dequantized_float64(layer, rows, spec)[0].mean((0, 1))
+    from_codes = np.broadcast_to((codes - mean_code) / scale, x.shape)
+    expected = correlate(from_codes, np.moveaxis(w_hat, 0, -1), conv) + bias
+    mean = np.asarray(rows, np.float64).mean((0, 1))
+    expected = expected + correlate(np.broadcast_to(mean, x.shape), kernel, conv)
     found = np.asarray(int8_net.apply({"params": int8_params}, x), np.float64)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -125,7 +127,7 @@ def correlate(x, kernel, conv):
 @pytest.mark.parametrize("conv", [None, *CONVS])
 def test_scri_layers_are_near_the_float_layer_up_to_the_border(conv):
     net, params, x = case(conv)
-    int8_net, int8_params, report = quantized(net, params, x, LayerSpec("scri"))
+    int8_net, int8_params, report, _ = quantized(net, params, x, LayerSpec("scri"))
     expected = np.asarray(net.apply({"params": params}, x))
     found = np.asarray(int8_net.apply({"params": int8_params}, x))
     assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
@@ -144,7 +146,7 @@ def test_scri_layers_are_near_the_float_layer_up_to_the_border(conv):
 )
 def test_other_widths(conv, spec, dtype, limit):
     net, params, x = case(conv)
-    int8_net, int8_params, _ = quantized(net, params, x, spec)
+    int8_net, int8_params, *_ = quantized(net, params, x, spec)
     assert int8_params["layer"]["kernel"].dtype == dtype
     expected = np.asarray(net.apply({"params": params}, x))
     found = np.asarray(int8_net.apply({"params": int8_params}, x))
@@ -173,9 +175,25 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     steps = np.asarray(layer["scale"], np.float64) / quantizer.step
     stored = np.asarray(layer["kernel"], np.float64).T * steps
     expected = (quantizer(np.asarray(x, np.float64)) - quantizer.offset) @ stored
-    expected += quantizer.offset * weights.sum(0)
+    exact = np.asarray(x, np.float64) @ weights
+    expected += (exact - expected).mean(0)
     assert relative_error(y, expected) < 1e-5
-    assert relative_error(y, np.asarray(x, np.float64) @ weights) < 0.05
+    assert relative_error(y, exact) < 0.05
+
+
+@pytest.mark.parametrize("method", ["minmax", "scri"])
+def test_the_mean_of_the_output_is_the_float_layers(method):
+    """Though four bits round the weights of an input far from zero mean."""
+    net, params, x = case(None)
+    x = jnp.abs(x)
+    int8_net, int8_params, _, rows = quantized(net, params, x, LayerSpec(method, 4, 8))
+    exact, found = (
+        np.asarray(n.apply({"params": p}, rows[:, 0]))
+        for n, p in ((net, params), (int8_net, int8_params))
+    )
+    error = found - exact
+    assert np.abs(error).mean() > 1e-3 * np.abs(exact).max()
+    assert np.abs(error.mean(0)).max() < 1e-5 * np.abs(exact).max()
 
 
 def test_layers_without_a_spec_are_flax_own():

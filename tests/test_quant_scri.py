@@ -79,7 +79,7 @@ def test_the_search_is_no_worse_than_any_of_its_candidates():
         assert found <= float(scri.output_error(x, w, quantizer, 6, 6)) * (1 + 1e-5)
 
 
-def test_output_error_is_that_of_the_dequantized_layer():
+def test_output_error_is_the_variance_of_the_dequantized_layers():
     """y = D dW sum q Wq + b', written out in float64."""
     x, w = layer(taps=2)
     quantizer = scri.search(*ranges(x), x, w, 8, 4)
@@ -90,7 +90,8 @@ def test_output_error_is_that_of_the_dequantized_layer():
     wq = np.clip(np.rint(folded / scale), -7, 7)
     bias = np.einsum("c,tco->o", z, w.astype(np.float64))
     y = d * scale * np.einsum("ntc,tco->no", q, wq) + bias
-    expected = np.square(y - np.einsum("ntc,tco->no", x.astype(np.float64), w)).mean()
+    error = y - np.einsum("ntc,tco->no", x.astype(np.float64), w)
+    expected = (np.square(error).mean(0) - np.square(error.mean(0))).mean()
     assert float(scri.output_error(x, w, quantizer, 8, 4)) == pytest.approx(expected, rel=1e-2)
 
 

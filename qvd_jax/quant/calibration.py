@@ -1,4 +1,10 @@
-"""From a float layer, its statistics and its specification to quantized parameters and a report."""
+"""From a float layer, its statistics and its specification to quantized parameters and a report.
+
+Rounding errors of weights add up to a constant where a layer's input has a mean, and inputs are far
+from zero-mean once SCRI has centered their ranges (what comes out of SiLU lies near one end). Every
+layer's bias takes that constant (bias correction: Nagel et al., arXiv 1906.04721, section 4.2), so
+that on the sampled rows the mean of the output is the float layer's.
+"""
 
 import math
 import sys
@@ -118,7 +124,12 @@ def quantize_layer(
     quantizer = quantizer._replace(factor=1 / (in_scale.astype(jnp.float32) * quantizer.step))
     folded = weights * quantizer.factor[None, :, None]
     codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits, quantizer.step)
-    through_taps = jnp.einsum("c,tco->to", quantizer.shift, weights, precision="highest")
+    input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
+    code_weights = codes.astype(jnp.float32).reshape(weights.shape)
+    product = scri.row_product(input_codes, code_weights) * scale[None]
+    # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.
+    through_taps = _mean_product(statistics.rows, weights)
+    through_taps -= scale[None] * _mean_product(input_codes, code_weights)
     quantized = {
         "kernel": _stored(codes, taps, channels, spec),
         "sums": codes.sum(0, dtype=jnp.int32),
@@ -130,9 +141,7 @@ def quantize_layer(
         quantized |= {"bias": bias, "taps": through_taps.reshape(*taps, outputs)}
     else:
         quantized |= {"bias": bias + through_taps[0]}
-    input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
-    product = scri.row_product(input_codes, codes.astype(jnp.float32).reshape(weights.shape))
-    found = product * scale[None] + through_taps.sum(0)[None]
+    found = product + through_taps.sum(0)[None]
     plain = baselines.minmax(statistics.lower, statistics.upper, spec.activation_bits)
     ends = statistics.lower, statistics.upper
     return quantized, LayerReport(
@@ -229,21 +238,21 @@ def _temporal_layer(
     quantizer = htdq.search(features, spec.activation_bits)
     uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
     codes, scale = quantize_weights(weights, spec.weight_bits, quantizer.step)
-    bias = bias + quantizer.offset * weights.sum(0)
+    fine, coarse = quantizer.codes(features)
+    steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
+    product = (jnp.asarray(steps, jnp.float32) @ codes.astype(jnp.float32)) * scale[None]
+    # The offset's part of the output, and the mean error that the bias takes.
+    constant = (exact - product).mean(0)
     quantized = {
         "kernel": _stored(codes, (), len(weights), spec),
         "sums": codes.sum(0, dtype=jnp.int32),
         "scale": scale,
-        "bias": bias,
+        "bias": bias + constant,
         "in_scale": jnp.float32(1 / quantizer.step),
         "in_offset": jnp.float32(-quantizer.offset / quantizer.step),
         "coarse": jnp.float32(0 if quantizer.shift is None else 2.0**quantizer.shift),
     }
-    fine, coarse = quantizer.codes(features)
-    steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
-    product = jnp.asarray(steps, jnp.float32) @ codes.astype(jnp.float32)
-    found = product * scale[None] + quantizer.offset * weights.sum(0)[None]
-    report = LayerReport(path, spec.method, _output_sqnr(exact, found))
+    report = LayerReport(path, spec.method, _output_sqnr(exact, product + constant[None]))
     if len(features) == 1:
         # One step has no other to be told from.
         return quantized, report
@@ -255,6 +264,11 @@ def _temporal_layer(
         merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
         arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
     )
+
+
+def _mean_product(rows: Array, weights: Array) -> Array:
+    """What the rows' mean over everything but channels adds through each tap, `[P, O]`."""
+    return jnp.einsum("c,tco->to", rows.mean((0, 1)), weights, precision="highest")
 
 
 def _stored(codes: Array, taps: tuple[int, ...], channels: int, spec: LayerSpec) -> Array:

@@ -138,7 +138,9 @@ def output_error(
     activation_bits: int,
     weight_bits: int,
 ) -> Array:
-    """Mean squared error of a layer's output when its input and weights are quantized.
+    """Variance of the error of a layer's output when its input and weights are quantized.
+
+    The error's mean does not count: the layer's bias takes it.
 
     Args:
       inputs: sampled rows `[R, P, C]`.
@@ -152,9 +154,9 @@ def output_error(
     weight_codes, scale = quantize_weights(folded, weight_bits, quantizer.step)
     codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32)
     product = row_product(codes, weight_codes.astype(jnp.float32).reshape(weights.shape))
-    # The shift's part of the output is exact on both sides.
+    # Without the shift, whose part of the output is constant.
     exact = row_product(inputs - _as_last(quantizer.shift, 3), weights)
-    return jnp.square(product * scale[None] - exact).mean()
+    return (product * scale[None] - exact).var(0).mean()
 
 
 def row_product(rows: Array, weights: Array) -> Array:

@@ -54,7 +54,8 @@ def case(conv, seed=0):
 
 def quantized(net, params, x, spec):
     """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
-    _, found = observers.observe(net, params, x, method="__call__", rows=64, key=jax.random.key(0))
+    places = observers.draw_places(jax.random.key(0), 64)
+    _, found = observers.observe(net, params, x, method="__call__", places=places)
     assert list(found) == ["layer"]
     quantizer = None
     if needs_quantizer(spec):
@@ -161,9 +162,7 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     net = Net(FLOAT)
     params = net.init(jax.random.key(0), x)["params"]
     spec = LayerSpec("htdq")
-    _, found = observers.observe(
-        net, params, x, method="__call__", rows=None, key=jax.random.key(0)
-    )
+    _, found = observers.observe(net, params, x, method="__call__", places=None)
     np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
     layer, report = quantize_layer("layer", params["layer"], found["layer"], spec)
     assert float(layer["coarse"]) > 1
@@ -206,7 +205,8 @@ def test_layers_without_a_spec_are_flax_own():
 
 def test_statistics_of_a_conv_are_patches_inside_the_image():
     net, params, x = case("3x3")
-    _, found = observers.observe(net, params, x, method="__call__", rows=32, key=jax.random.key(1))
+    places = observers.draw_places(jax.random.key(1), 32)
+    _, found = observers.observe(net, params, x, method="__call__", places=places)
     images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
     patches = {
         images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)

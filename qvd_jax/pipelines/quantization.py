@@ -292,7 +292,7 @@ def collect(
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
     parts: dict[str, list[Statistics]] = {path: [] for path in paths}
-    before_loop = math.ceil(config.rows / len(inputs))
+    before_loop = observers.draw_places(key, math.ceil(config.rows / len(inputs)))
     temporal: Any = None
     calls = steps * len(inputs)
     rows = math.ceil(config.rows / calls)
@@ -303,20 +303,16 @@ def collect(
         if temporal is None:
             # They are the same for all inputs.
             told = (timesteps, conditions.added_ids)
-            temporal, found = _observe(
-                unet, params, told, key, method="temporal_features", rows=None
-            )
+            temporal, found = _observe(unet, params, told, None, method="temporal_features")
             _add(parts, found, "the time embedding")
         context, found = _observe(
-            unet, params, (conditions.context,), key, method="context_features", rows=before_loop
+            unet, params, (conditions.context,), before_loop, method="context_features"
         )
         _add(parts, found, f"input {number + 1}")
         control = None
         if conditions.control is not None:
             seen = conditions.control[:, :window]
-            control, found = _observe(
-                unet, params, (seen,), key, method="control_features", rows=before_loop
-            )
+            control, found = _observe(unet, params, (seen,), before_loop, method="control_features")
             _add(parts, found, f"input {number + 1}")
         for step in range(min(steps, len(before))):
             call = number * steps + step
@@ -325,9 +321,9 @@ def collect(
             latents = jnp.asarray(np.concatenate([scaled] * len(conditions.context)))
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
-            place = jax.random.fold_in(key, call)
+            places = observers.draw_places(jax.random.fold_in(key, call), rows)
             inside = (latents, feature, context, control, conditions.reference)
-            _, found = _observe(unet, params, inside, place, method="denoise", rows=rows)
+            _, found = _observe(unet, params, inside, places, method="denoise")
             if call * config.rows // calls == (call + 1) * config.rows // calls:
                 # Of more calls than rows only some, evenly chosen, give one.
                 found = {path: seen._replace(rows=seen.rows[:0]) for path, seen in found.items()}
@@ -379,17 +375,16 @@ def _by_step(parts: list[Statistics], steps: int) -> tuple[np.ndarray, np.ndarra
     return lower.min(0), upper.max(0)
 
 
-@functools.partial(jax.jit, static_argnames=("unet", "method", "rows"))
+@functools.partial(jax.jit, static_argnames=("unet", "method"))
 def _observe(
     unet: UNet3D,
     params: Params,
     arguments: tuple[Any, ...],
-    key: Array,
+    places: Array | None,
     *,
     method: str,
-    rows: int | None,
 ) -> tuple[Any, dict[str, Statistics]]:
-    return observers.observe(unet, params, *arguments, method=method, rows=rows, key=key)
+    return observers.observe(unet, params, *arguments, method=method, places=places)
 
 
 def _add(parts: dict[str, list[Statistics]], found: dict[str, Statistics], where: str) -> None:

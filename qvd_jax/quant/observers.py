@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
 
 
 def observe(
-    module: nn.Module, params: Any, *arguments: Any, method: str, rows: int | None, key: Array
+    module: nn.Module, params: Any, *arguments: Any, method: str, places: Array | None
 ) -> tuple[Any, dict[str, Statistics]]:
     """Applies a module and collects the statistics of its Dense and conv layers' inputs.
 
@@ -39,8 +39,8 @@ def observe(
       params: its parameters.
       *arguments: of the method.
       method: name of the method to apply.
-      rows: N, how many rows to sample in each layer; None takes all of its input's, in order.
-      key: of the sampling.
+      places: where rows are sampled in every layer's input, as `draw_places` gives them; None
+        takes all rows, in order.
 
     Returns:
       What the method returns, and the statistics by module path.
@@ -48,8 +48,7 @@ def observe(
     found: dict[str, Statistics] = {}
 
     def collect(layer: nn.Module, x: Array, _: Array) -> None:
-        path, place = "/".join(layer.path), jax.random.fold_in(key, len(found))
-        seen = _statistics(layer, x, rows, place)
+        path, seen = "/".join(layer.path), _statistics(layer, x, places)
         # A layer may be called again for a reference.
         found[path] = join([found[path], seen]) if path in found else seen
 
@@ -70,28 +69,40 @@ def _watching(see: Callable[[nn.Module, Array, Array], None]) -> AbstractContext
     return nn.intercept_methods(intercept)
 
 
-def _statistics(layer: nn.Module, x: Array, rows: int | None, key: Array) -> Statistics:
+def draw_places(key: Array, rows: int) -> Array:
+    """Random places of a number of rows: shares in [0, 1) of an image, then of its axes, `[R, 4]`.
+
+    All layers take the same ones: random numbers for each were most of what had to be compiled.
+    """
+    return jax.random.uniform(key, (rows, 4))
+
+
+def _indices(shares: Array, size: int) -> Array:
+    """Indices below `size` of shares of it."""
+    return jnp.minimum((shares * size).astype(jnp.int32), size - 1)
+
+
+def _statistics(layer: nn.Module, x: Array, places: Array | None) -> Statistics:
     x = x.astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
     sampled = x.reshape(-1, 1, x.shape[-1])
-    if rows is not None and isinstance(layer, nn.Conv):
-        sampled = _conv_rows(layer, x, rows, key)
-    elif rows is not None:
-        sampled = sampled[jax.random.randint(key, (rows,), 0, len(sampled))]
+    if places is not None and isinstance(layer, nn.Conv):
+        sampled = _conv_rows(layer, x, places)
+    elif places is not None:
+        sampled = sampled[_indices(places[:, 0], len(sampled))]
     return Statistics(x.min(axes), x.max(axes), sampled, jnp.isfinite(x).all())
 
 
-def _conv_rows(layer: nn.Conv, x: Array, rows: int, key: Array) -> Array:
-    """Patches at random output positions, inside the image only: what is padded is no input."""
-    rank = len(layer.kernel_size)
+def _conv_rows(layer: nn.Conv, x: Array, places: Array) -> Array:
+    """Patches of whole kernels, inside the image only: what is padded is no input."""
+    rank, rows = len(layer.kernel_size), len(places)
     spatial, channels = x.shape[-rank - 1 : -1], x.shape[-1]
     images = x.reshape(-1, *spatial, channels)
-    keys = jax.random.split(key, rank + 1)
-    image = jax.random.randint(keys[0], (rows,), 0, len(images))
+    image = _indices(places[:, 0], len(images))
     grids = []
     for axis, (size, taken) in enumerate(zip(spatial, layer.kernel_size, strict=True)):
         # An image smaller than the kernel repeats its edge.
-        start = jax.random.randint(keys[axis + 1], (rows,), 0, max(size - taken, 0) + 1)
+        start = _indices(places[:, axis + 1], max(size - taken, 0) + 1)
         place = jnp.minimum(start[:, None] + jnp.arange(taken)[None], size - 1)
         shape = [rows] + [1] * rank
         shape[axis + 1] = taken

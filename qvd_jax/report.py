@@ -13,11 +13,13 @@ import numpy as np
 
 from qvd_jax import markdown
 from qvd_jax.data.video_io import tile
-from qvd_jax.files import write_bytes, write_text
 from qvd_jax.quant import htdq
 from qvd_jax.quant.calibration import LayerReport, examples
 
 Results = Mapping[str, Any]
+
+PAGE = "report.html"
+"""Name of the page; a folder that has one is one of results."""
 
 _GIF_SCALE = 2
 
@@ -99,10 +101,6 @@ def html(
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
 
 
-CALIBRATION_FILES = ("report.html", "ranges.png", "steps.png")
-"""What `write_calibration` writes."""
-
-
 def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport]) -> None:
     """Writes what calibration found in each layer: report.html, ranges.png and steps.png.
 
@@ -110,7 +108,7 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
     most temporal discriminability; a policy that has none of these gets no picture.
 
     Args:
-      folder: made if it does not exist.
+      folder: which is there.
       policy: its name.
       reports: of every quantized layer.
     """
@@ -125,10 +123,9 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
     if temporal:
         draw = functools.partial(plot_steps_apart, report=temporal[0])
         pictures["steps.png"] = _plot(draw, 1, "png")
-    folder.mkdir(exist_ok=True)
     for name, data in pictures.items():
-        write_bytes(folder / name, data)
-    write_text(folder / "report.html", page)
+        (folder / name).write_bytes(data)
+    (folder / PAGE).write_text(page, encoding="utf-8")
 
 
 def _examples(reports: Sequence[LayerReport]) -> list[str]:
@@ -209,7 +206,7 @@ def _conditions(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
     return (
-        f"{results['prompts']} prompts, {seeds}{results['steps']} steps, "
+        f"{results['prompts']} prompts, {seeds}{results['steps']} steps of {results['scheduler']}, "
         f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
     )
 

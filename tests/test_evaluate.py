@@ -87,9 +87,9 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
 
 def test_held_out_cases_ask_for_what_their_scenes_are():
     cases = evaluate.held_out_cases(600, seed=1)
-    assert len(set(map(tuple, cases.scenes[:499].tolist()))) == 499
+    assert len(set(map(tuple, cases.shapes.scenes[:499].tolist()))) == 499
     train = set(map(tuple, moving_shapes.scenes("train").tolist()))
-    for text, scene in zip(cases.inputs.values, cases.scenes, strict=True):
+    for text, scene in zip(cases.inputs.values, cases.shapes.scenes, strict=True):
         assert tuple(scene.tolist()) not in train
         wanted = moving_shapes.describe_scene(scene)
         assert all(word in text for word in (wanted.color, wanted.shape, wanted.background))
@@ -107,7 +107,7 @@ def test_shapes_are_counted_against_what_was_asked_for():
     }
     entries = [{}, {}]
     classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
-    evaluate._measure_shapes(entries, sampled, asked, 0, classifier)
+    evaluate._measure_shapes(entries, sampled, evaluate.Shapes(asked, classifier), 0)
     right, half = entries
     assert right["accuracy"]["all four"]["hits"] == 24
     assert half["accuracy"]["all four"]["hits"] == 12
@@ -132,13 +132,14 @@ def test_markdown_names_what_each_model_has():
         "prompts": 4,
         "seeds": 2,
         "steps": 25,
+        "scheduler": "ddim",
         "guidance_scale": 3.0,
         "backend": "cpu",
         "versions": {"jax": "0.10"},
         "models": [{**entry, "accuracy": accuracy}, {**entry, "name": "b", "psnr": 31.26}],
     }
     lines = report.summary(results).splitlines()
-    assert lines[0] == "4 prompts, 2 videos each, 25 steps, guidance 3, cpu; jax 0.10"
+    assert lines[0] == "4 prompts, 2 videos each, 25 steps of ddim, guidance 3, cpu; jax 0.10"
     assert lines[2].split(" | ")[-1] == "PSNR dB |"
     assert "97.5% (95.0% to 99.0%)" in lines[4]
     assert "31.3" in lines[5]

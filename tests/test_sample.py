@@ -1,6 +1,7 @@
 """`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
 
 import json
+import signal
 
 import imageio.v3 as imageio
 import numpy as np
@@ -22,7 +23,8 @@ def run(checkpoint, *arguments):
 
 def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n\n  ein blauer Kreis, süß  \n", encoding="utf-8")
+    # Some editors begin a file with a mark.
+    prompts.write_text("\n\n  ein blauer Kreis, süß  \n", encoding="utf-8-sig")
     out = tmp_path / "video.mp4"
     code = run(
         tiny_checkpoint, "--prompts-file", prompts, "--prompt", "a dog", "--out", out,
@@ -123,9 +125,12 @@ def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):
     assert "ddim" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_ends_with_130_and_leaves_nothing(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, number
+):
     def interrupt(*_args, **_options):
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     monkeypatch.setattr(sample.video_io, "write_video", interrupt)
     assert run(tiny_checkpoint, "--prompt", "a", "b", "--out", tmp_path / "a.gif") == 130

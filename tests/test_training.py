@@ -260,7 +260,9 @@ def test_every_task_trains_and_its_model_loads(tmp_path):
     bank = tmp_path / "vae" / "model" / "bank-8-0.npz"
     whole = bank.read_bytes()
     bank.write_bytes(whole[:-100])
-    with pytest.raises(InputError, match=r"bank-8-0.npz is damaged .*; without it it is made anew"):
+    with pytest.raises(
+        InputError, match=r"bank-8-0.npz is damaged: .*; without it it is made anew"
+    ):
         make_task(from_dict(RunConfig, yaml.safe_load(text), "damaged"))
     bank.write_bytes(whole)
     deep = text.replace("[8, 8]", "[8, 8, 8]").replace("[2, 2]", "[2, 2, 2]")

@@ -55,6 +55,10 @@ class VideoDefaults:
     fps: int = 8
     prompts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps = {self.fps}: at least 1 is needed")
+
     @property
     def guided(self) -> bool:
         """Whether there is guidance."""

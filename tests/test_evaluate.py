@@ -1,9 +1,12 @@
 """`python -m qvd_jax.evaluate`: models side by side, from checkpoints to a page."""
 
+import base64
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 
@@ -143,6 +146,17 @@ def test_markdown_names_what_each_model_has():
     assert lines[2].split(" | ")[-1] == "PSNR dB |"
     assert "97.5% (95.0% to 99.0%)" in lines[4]
     assert "31.3" in lines[5]
+
+
+def test_a_page_shows_figures_above_intervals_and_large_videos_smaller():
+    table = report._table([{"model": "<a>", "shape": "87.5% (52.9% to 97.8%)"}, {"model": "b"}])
+    assert "<td>&lt;a&gt;</td>" in table
+    assert "<td data-value='87.5'>87.5% <small>(52.9% to 97.8%)</small></td>" in table
+    assert "<tr><td>b</td><td></td></tr>" in table
+    videos = np.random.default_rng(0).integers(256, size=(4, 2, 16, 1024, 3), dtype=np.uint8)
+    figure = report._figure("a", videos)
+    data = base64.b64decode(re.search(r"base64,([^']*)", figure)[1])
+    assert imageio.imread(data, extension=".gif").shape == (2, 16, 1024, 3)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         # Schedulers end a process so; what it was writing is to be cleared away all the same.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
         try:
             main(argv)
         except (InputError, OSError) as error:
@@ -48,9 +50,18 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
             return 130
         finally:
             signal.signal(signal.SIGTERM, before)
+            sys.unraisablehook = hook
         return 0
 
     return wrapped
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Repeats an interruption that met JAX in the garbage collector, where nobody can catch it."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def enable_compilation_cache() -> str:

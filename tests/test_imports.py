@@ -29,7 +29,7 @@ ALLOWED = {
     "benchmarks": GROUND
     | {"checkpoint", "cli", "kernels", "markdown", "memory", "models", "pipelines", "quant"},
     "training": GROUND
-    | {"checkpoint", "data", "diffusion", "files", "metrics", "models", "pipelines"},
+    | {"checkpoint", "data", "diffusion", "files", "memory", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}
 

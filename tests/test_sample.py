@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 
 import imageio.v3 as imageio
 import numpy as np
@@ -125,12 +126,33 @@ def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):
     assert "ddim" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+class Collected:
+    """An object whose collection, in which exceptions are lost, is interrupted."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def collect_and_go_on():
+    Collected()
+    for _ in range(100):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: signal.raise_signal(signal.SIGINT),
+        lambda: signal.raise_signal(signal.SIGTERM),
+        collect_and_go_on,
+    ],
+    ids=["int", "term", "lost"],
+)
 def test_interruption_ends_with_130_and_leaves_nothing(
-    tiny_checkpoint, tmp_path, capsys, monkeypatch, number
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, act
 ):
     def interrupt(*_args, **_options):
-        signal.raise_signal(number)
+        act()
 
     monkeypatch.setattr(sample.video_io, "write_video", interrupt)
     assert run(tiny_checkpoint, "--prompt", "a", "b", "--out", tmp_path / "a.gif") == 130

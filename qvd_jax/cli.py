@@ -1,12 +1,13 @@
 """What all commands share: exit codes for errors, arguments, inputs, the compilation cache."""
 
 import argparse
+import contextlib
 import functools
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -193,6 +194,15 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
             + (" or --prompt TEXT" if hasattr(args, "prompt") else "")
         )
     return Inputs(prompts, prompts)
+
+
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Says of input errors which of several checkpoints they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     command,
     enable_compilation_cache,
+    naming,
     note_unknown_words,
     positive_int,
     read_conditions,
@@ -256,16 +257,17 @@ def sample(
         for name, pipe in models.items():
             path: list[np.ndarray] = []
             began = time.perf_counter()
-            latents = pipe(
-                batch,
-                **cases.options,
-                **dict[str, Any](size),
-                guidance_scale=guidance_scale,
-                # Noise is numbered within a call.
-                seed=seed * len(inputs) + start,
-                output_type="latents",
-                callback_on_step_end=functools.partial(_keep, path),
-            )
+            with naming(name):
+                latents = pipe(
+                    batch,
+                    **cases.options,
+                    **dict[str, Any](size),
+                    guidance_scale=guidance_scale,
+                    # Noise is numbered within a call.
+                    seed=seed * len(inputs) + start,
+                    output_type="latents",
+                    callback_on_step_end=functools.partial(_keep, path),
+                )
             if (name, len(batch)) in compiled:
                 seconds[name].append((time.perf_counter() - began) / len(batch))
             compiled.add((name, len(batch)))

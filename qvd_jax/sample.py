@@ -21,6 +21,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     command,
     enable_compilation_cache,
+    naming,
     note_unknown_words,
     passed,
     positive_int,
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
     for name, (pipe, seconds) in zip(names, loaded, strict=True):
-        video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
+        with naming(name):
+            video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
         videos.append(video)
         rows.append(cost(name, pipe, {"load": seconds, **times}))
     write(np.stack(videos), outputs, args.fps or own.defaults.fps)

@@ -12,8 +12,9 @@ import pytest
 
 import qvd_jax
 from qvd_jax import checkpoint, evaluate, report
+from qvd_jax.cli import Inputs
 from qvd_jax.data import moving_shapes
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.metrics import frechet
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
@@ -157,6 +158,15 @@ def test_a_page_shows_figures_above_intervals_and_large_videos_smaller():
     figure = report._figure("a", videos)
     data = base64.b64decode(re.search(r"base64,([^']*)", figure)[1])
     assert imageio.imread(data, extension=".gif").shape == (2, 16, 1024, 3)
+
+
+def test_a_model_that_fails_among_others_is_named():
+    def pipe(*_args, **_options):
+        raise NotFiniteError("step 1 of 2 gave latents that are not finite")
+
+    cases = evaluate.Cases(Inputs(["a"], ["a"]), None)
+    with pytest.raises(InputError, match=r"^bad: step 1 of 2 gave"):
+        evaluate.sample({"bad": pipe}, cases, {"steps": 2}, 1.0, [0])
 
 
 @pytest.mark.parametrize(

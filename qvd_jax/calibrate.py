@@ -1,6 +1,7 @@
 """`python -m qvd_jax.calibrate --checkpoint DIR --out DIR`: a float checkpoint becomes int8."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ import tqdm
 from qvd_jax import checkpoint, memory, report
 from qvd_jax.cli import (
     add_input_arguments,
+    add_sampler_arguments,
     add_size_arguments,
     command,
     enable_compilation_cache,
@@ -21,13 +23,14 @@ from qvd_jax.cli import (
     read_conditions,
     read_inputs,
     seed_int,
+    with_solver,
 )
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_fillable
+from qvd_jax.files import check_folder, write_folder
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
-from qvd_jax.quant.policy import Policy, match, match_table, named_policy
+from qvd_jax.quant.policy import Policy, Quantization, match, match_table, named_policy
 
 
 @command
@@ -36,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
-        check_fillable(args.report, report.CALIBRATION_FILES, overwrite=args.overwrite)
+        check_folder(args.report, report.PAGE, overwrite=args.overwrite)
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
     if args.out.resolve() == source.resolve():
@@ -45,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     inputs, conditions = read_inputs(args, source), read_conditions(args, source)
     enable_compilation_cache()
-    pipe = load(source)
+    pipe = with_solver(load(source), args.scheduler)
     note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **conditions}
     layers = list_layers(pipe, options)
-    match(policy, layers)
+    specs = match(policy, layers)
     print(match_table(policy, layers))
+    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, Quantization(policy.name, specs))
+    checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
     with _Progress() as progress:
@@ -62,10 +67,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             options,
             progress,
         )
-    save(quantized, args.out, overwrite=args.overwrite, reports=reports)
+    assert quantized.quantization is not None
+    if unseen := specs.keys() - quantized.quantization.specs.keys():
+        print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")
+    with contextlib.ExitStack() as both:
+        if args.report:
+            folder = write_folder(args.report, report.PAGE, overwrite=args.overwrite)
+            report.write_calibration(both.enter_context(folder), policy.name, reports)
+        save(quantized, args.out, overwrite=args.overwrite, reports=reports)
     if args.report:
-        report.write_calibration(args.report, policy.name, reports)
-        print(args.report / "report.html")
+        print(args.report / report.PAGE)
     print(f"{args.out}: {time.perf_counter() - started:.0f} s")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
     for name, place, model in (("float", source, pipe), (policy.name, args.out, quantized)):
@@ -127,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         help="METHOD-WIDTH, such as minmax-w4a8, or rules of your own (%(default)s)",
     )
     add_input_arguments(parser)
-    parser.add_argument(
-        "--steps", type=positive_int, metavar="N", help="of the sampling (the checkpoint's own)"
-    )
+    add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
     parser.add_argument(
         "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"

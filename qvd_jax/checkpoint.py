@@ -8,15 +8,13 @@
 A checkpoint is written beside its place and moved there when it is whole.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import os
 import shutil
-import tempfile
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qvd_jax import config as configs
+from qvd_jax import files
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
 
@@ -99,45 +98,18 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-@contextlib.contextmanager
-def write_directory(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `path` when the block ends without an error.
-
-    Args:
-      path: the final place.
-      overwrite: whether a checkpoint already there is replaced.
+def write_directory(path: Path, *, overwrite: bool) -> AbstractContextManager[Path]:
+    """Yields a folder to fill, which becomes the checkpoint `path` when the block ends well.
 
     Raises:
-      InputError: `path` exists and may not be replaced, or its parent is no folder.
+      InputError: as `check_replaceable`, or it could not be written.
     """
-    check_replaceable(path, overwrite=overwrite)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(retired / path.name)
-            partial.rename(path)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return files.write_folder(path, MANIFEST, overwrite=overwrite)
 
 
 def check_replaceable(path: Path, *, overwrite: bool) -> None:
     """Raises `InputError` if no checkpoint can be written at `path`."""
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: no permission to write in {path.parent}")
-    if not path.exists():
-        return
-    if not overwrite:
-        raise InputError(f"{path} exists already; pass --overwrite (overwrite=True) to replace it")
-    if not (path / MANIFEST).is_file():
-        raise InputError(f"{path} exists and is no qvd_jax checkpoint; it is not replaced")
+    files.check_folder(path, MANIFEST, overwrite=overwrite)
 
 
 def disk_bytes(folder: Path) -> int:
@@ -339,11 +311,9 @@ def read_layer_reports(
         return [], {}
     try:
         figures = list(json.loads(file.read_text(encoding="utf-8")))
-        file = path / LAYER_ARRAYS
-        with np.load(file, allow_pickle=False) as stored:
-            flat = dict(stored)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, TypeError) as error:
         raise InputError(f"{file} is damaged: {first_line(error)}") from error
+    flat = files.read_arrays(path / LAYER_ARRAYS)
     return figures, flax.traverse_util.unflatten_dict(flat, sep=_BESIDE_PATH)
 
 

@@ -1,10 +1,14 @@
 """What all commands share: exit codes for errors, arguments, inputs, the compilation cache."""
 
 import argparse
+import contextlib
 import functools
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +16,7 @@ import jax
 
 from qvd_jax import checkpoint
 from qvd_jax.data import video_io
+from qvd_jax.diffusion.schedules import SOLVERS, Solver
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.text import TextPipeline
@@ -27,12 +32,15 @@ class Main(Protocol):
 def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     """Makes `main(argv)` return an exit code and print one line instead of a traceback.
 
-    Input errors and failures of the file system end with 2, Ctrl-C with 130; everything else is
-    a defect and keeps its traceback.
+    Input errors and failures of the file system end with 2, Ctrl-C and SIGTERM with 130;
+    everything else is a defect and keeps its traceback.
     """
 
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
+        # Schedulers end a process so; what it was writing is to be cleared away all the same.
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
         try:
             main(argv)
         except (InputError, OSError) as error:
@@ -41,9 +49,20 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
         except KeyboardInterrupt:
             print("interrupted; nothing half-written is left", file=sys.stderr)
             return 130
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            sys.unraisablehook = hook
         return 0
 
     return wrapped
+
+
+def _interrupt_again(lost: Any) -> None:
+    """Repeats an interruption that met JAX in the garbage collector, where nobody can catch it."""
+    if lost.exc_type is KeyboardInterrupt:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def enable_compilation_cache() -> str:
@@ -64,7 +83,7 @@ def read_prompts(path: Path) -> list[str]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; a text file with one prompt a line is expected")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no UTF-8 text: {error}") from error
     prompts = [line.strip() for line in lines if line.strip()]
@@ -177,6 +196,15 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     return Inputs(prompts, prompts)
 
 
+@contextlib.contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Says of input errors which of several checkpoints they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:
     """Prints which words of the prompts a model of text does not know."""
     if isinstance(pipe, TextPipeline):
@@ -207,6 +235,17 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=positive_int, metavar="F", help="of a video")
     parser.add_argument("--height", type=positive_int, metavar="H", help="in pixels")
     parser.add_argument("--width", type=positive_int, metavar="W", help="in pixels")
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --steps and --scheduler, None where the checkpoint decides."""
+    parser.add_argument("--steps", type=positive_int, metavar="N", help=f"({default})")
+    parser.add_argument("--scheduler", choices=list(SOLVERS.values()), help=f"({default})")
+
+
+def with_solver(pipe: VideoPipeline, solver: Solver | None) -> VideoPipeline:
+    """The pipeline with the solver asked for, if one is."""
+    return replace(pipe, scheduler=replace(pipe.scheduler, solver=solver or pipe.scheduler.solver))
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from qvd_jax.errors import InputError
 
 T = TypeVar("T")
 
+_WORDS_SHOWN = 30
+
 
 def from_dict(cls: type[T], data: Any, where: str) -> T:
     """Builds the dataclass `cls` from parsed JSON or YAML.
@@ -76,11 +78,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    """A hint naming the nearest known words, or all of them if none is near."""
+    """A hint naming the nearest known words, or all of them, unless they are many, if none is."""
     near = difflib.get_close_matches(word, list(known), n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(known)}"
+    shown = list(known)[:_WORDS_SHOWN]
+    rest = f" and {len(known) - len(shown)} more" if len(known) > len(shown) else ""
+    return f"; known: {', '.join(shown)}{rest}"
 
 
 def _plain(value: Any) -> Any:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,20 +25,23 @@ from qvd_jax.benchmarks.environment import environment
 from qvd_jax.cli import (
     Inputs,
     add_input_arguments,
+    add_sampler_arguments,
     add_size_arguments,
     check_same_inputs,
     command,
     enable_compilation_cache,
+    naming,
     note_unknown_words,
     positive_int,
     read_conditions,
     read_inputs,
     seed_int,
+    with_solver,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import moving_shapes, video_io
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_fillable, write_text
+from qvd_jax.files import check_folder, write_folder
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
@@ -47,7 +50,6 @@ from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.calibration import LayerReport, sqnr
 
 _SIZE = ("steps", "frames", "height", "width")
-_FILES = ("results.json", "results.md", "report.html")
 _SHEET_VIDEOS = 12
 # Sampled together: enough to keep an accelerator busy.
 _BATCH = 16
@@ -59,25 +61,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
     names = list(dict.fromkeys([args.reference, *args.candidate]))
-    sheets = {name: f"{_file_name(name)}.png" for name in names}
-    check_fillable(args.out, [*_FILES, *sheets.values()], overwrite=args.overwrite)
+    check_folder(args.out, report.PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
     cases = read_cases(args)
     if len(cases.inputs.values) < 2:
         raise InputError("intervals and distances need at least 2 prompts or images")
-    classifier = None
-    if cases.scenes is not None:
-        classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
     layers = {name: load_layer_reports(name) for name in names}
     enable_compilation_cache()
 
     sharding = devices_for(min(_BATCH, len(cases.inputs.values)))
     models = {name: load(name, sharding=sharding) for name in names}
-    note_unknown_words(models[names[0]], cases.inputs.names)
-    defaults = to_dict(models[names[0]].defaults)
+    reference = models[names[0]]
+    note_unknown_words(reference, cases.inputs.names)
+    solver = args.scheduler or reference.scheduler.solver
+    models = {name: with_solver(pipe, solver) for name, pipe in models.items()}
+    defaults = to_dict(reference.defaults)
     size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
-    guidance = models[names[0]].defaults.guidance_scale
-    check_comparable(models, size, classifier)
+    guidance = reference.defaults.guidance_scale
+    check_comparable(models, size, cases.shapes)
     seeds = range(args.seed, args.seed + args.seeds)
     sampled = sample(models, cases, size, guidance, seeds)
     results = {
@@ -86,19 +87,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
+        "scheduler": solver,
         **size,
         "guidance_scale": guidance,
-        "models": measure(models, layers, sampled, cases, args.seed, classifier),
+        "models": measure(models, layers, sampled, cases, args.seed),
     }
     results["table"] = report.summary(results)
     shown = {name: found.videos[:_SHEET_VIDEOS] for name, found in sampled.items()}
     page = report.html(results, layers, shown, cases.inputs.names)
-    args.out.mkdir(exist_ok=True)
-    for name, videos in shown.items():
-        video_io.write_contact_sheet(args.out / sheets[name], videos)
-    write_text(args.out / "report.html", page)
-    write_text(args.out / "results.md", results["table"])
-    write_text(args.out / "results.json", json.dumps(results, indent=1) + "\n")
+    texts = {
+        report.PAGE: page,
+        "results.md": results["table"],
+        "results.json": json.dumps(results, indent=1) + "\n",
+    }
+    with write_folder(args.out, report.PAGE, overwrite=args.overwrite) as folder:
+        for name, videos in shown.items():
+            video_io.write_contact_sheet(folder / f"{_file_name(name)}.png", videos)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
     print(results["table"])
 
 
@@ -107,18 +113,30 @@ def _file_name(model: str) -> str:
     return "-".join(part for part in Path(model).parts if part not in ("/", ".", ".."))
 
 
+class Shapes(NamedTuple):
+    """What moving shapes are judged by.
+
+    Attributes:
+      scenes: what each prompt asks for, `[N, 5]`.
+      classifier: whose features are compared.
+    """
+
+    scenes: np.ndarray
+    classifier: Classifier
+
+
 @dataclass(frozen=True)
 class Cases:
     """What is sampled.
 
     Attributes:
       inputs: prompts or images.
-      scenes: what they ask for, `[N, 5]`; None where nobody can tell.
+      shapes: of prompts for moving shapes; None where nobody can tell what is asked for.
       options: of the pipelines' calls, the same for all.
     """
 
     inputs: Inputs
-    scenes: np.ndarray | None
+    shapes: Shapes | None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -148,18 +166,19 @@ def held_out_cases(count: int, seed: int) -> Cases:
     rounds = [held_out[rng.permutation(len(held_out))] for _ in range(-(-count // len(held_out)))]
     scenes = np.concatenate(rounds)[:count]
     prompts = [moving_shapes.prompt(scene, rng) for scene in scenes]
-    return Cases(Inputs(prompts, prompts), scenes)
+    classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
+    return Cases(Inputs(prompts, prompts), Shapes(scenes, classifier))
 
 
 def check_comparable(
-    models: Mapping[str, VideoPipeline], size: Mapping[str, int], classifier: Classifier | None
+    models: Mapping[str, VideoPipeline], size: Mapping[str, int], shapes: Shapes | None
 ) -> None:
     """Refuses what could be sampled and not compared, before it is sampled.
 
     Args:
       models: the reference first.
       size: steps, frames, height and width of all videos.
-      classifier: of the moving shapes, where they are counted.
+      shapes: of the cases.
 
     Raises:
       InputError: the videos are too small or too short, or a model cannot make them.
@@ -170,22 +189,22 @@ def check_comparable(
             f"{size['frames']} frames of {size['height']}x{size['width']}: comparing videos needs "
             f"at least {temporal.FLICKER_FRAMES} of {paired.SSIM_WINDOW}x{paired.SSIM_WINDOW}"
         )
-    if classifier is not None:
-        config, _ = classifier
+    if shapes is not None:
+        config, _ = shapes.classifier
         if (size["frames"], size["height"], size["width"]) != (config.frames, *2 * (config.size,)):
             raise InputError(
                 f"held-out prompts are evaluated with {config.frames} frames of "
                 f"{config.size}x{config.size}; pass --prompts-file FILE for others"
             )
-    shapes = {
+    latents = {
         name: pipe.latents_shape(size["frames"], size["height"], size["width"])
         for name, pipe in models.items()
     }
-    first = next(iter(shapes))
-    for name, shape in shapes.items():
-        if shape != shapes[first]:
+    first = next(iter(latents))
+    for name, shape in latents.items():
+        if shape != latents[first]:
             raise InputError(
-                f"latents of {first} are {shapes[first]}, of {name} {shape}: they cannot be "
+                f"latents of {first} are {latents[first]}, of {name} {shape}: they cannot be "
                 f"compared"
             )
     for pipe in models.values():
@@ -238,16 +257,17 @@ def sample(
         for name, pipe in models.items():
             path: list[np.ndarray] = []
             began = time.perf_counter()
-            latents = pipe(
-                batch,
-                **cases.options,
-                **dict[str, Any](size),
-                guidance_scale=guidance_scale,
-                # Noise is numbered within a call.
-                seed=seed * len(inputs) + start,
-                output_type="latents",
-                callback_on_step_end=functools.partial(_keep, path),
-            )
+            with naming(name):
+                latents = pipe(
+                    batch,
+                    **cases.options,
+                    **dict[str, Any](size),
+                    guidance_scale=guidance_scale,
+                    # Noise is numbered within a call.
+                    seed=seed * len(inputs) + start,
+                    output_type="latents",
+                    callback_on_step_end=functools.partial(_keep, path),
+                )
             if (name, len(batch)) in compiled:
                 seconds[name].append((time.perf_counter() - began) / len(batch))
             compiled.add((name, len(batch)))
@@ -276,7 +296,6 @@ def measure(
     sampled: Mapping[str, Sampled],
     cases: Cases,
     seed: int,
-    classifier: Classifier | None,
 ) -> list[dict[str, Any]]:
     """The figures of every model, the reference's first."""
     reference = next(iter(sampled.values()))
@@ -297,28 +316,27 @@ def measure(
             entry["psnr"] = float(np.minimum(psnr, 100).mean())
             entry["ssim"] = float(paired.ssim(reference.videos, found.videos).mean())
         entries.append(entry)
-    if cases.scenes is not None and classifier is not None:
-        _measure_shapes(entries, sampled, cases.scenes, seed, classifier)
+    if cases.shapes is not None:
+        _measure_shapes(entries, sampled, cases.shapes, seed)
     return entries
 
 
 def _measure_shapes(
     entries: list[dict[str, Any]],
     sampled: Mapping[str, Sampled],
-    scenes: np.ndarray,
+    shapes: Shapes,
     seed: int,
-    classifier: Classifier,
 ) -> None:
     """Adds prompt accuracy and Frechet distance, which only moving shapes have."""
     count = len(next(iter(sampled.values())).videos)
     rendered = [_rendered(count, [seed, part]) for part in range(2)]
-    real = [frechet.video_features(*classifier, videos) for videos in rendered]
-    expected = [moving_shapes.describe_scene(scene) for scene in scenes]
+    real = [frechet.video_features(*shapes.classifier, videos) for videos in rendered]
+    expected = [moving_shapes.describe_scene(scene) for scene in shapes.scenes]
     expected *= count // len(expected)
     reference_hits = reference_features = None
     for entry, found in zip(entries, sampled.values(), strict=True):
         hits = prompt_hits(found.videos, expected)
-        features = frechet.video_features(*classifier, found.videos)
+        features = frechet.video_features(*shapes.classifier, found.videos)
         entry["accuracy"] = {
             name: {"hits": p.hits, "value": p.value, "interval": p.interval()}
             for name, p in prompt_accuracy(hits).items()
@@ -372,7 +390,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")
-    parser.add_argument("--steps", type=positive_int, metavar="N", help="(the reference's)")
+    add_sampler_arguments(parser, "the reference's")
     add_size_arguments(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"

@@ -1,20 +1,22 @@
-"""Writing files whole or not at all."""
+"""Writing files and folders whole or not at all, and reading arrays that may be damaged."""
 
+import contextlib
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from qvd_jax.errors import InputError, first_line
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
     """Raises `InputError` if no file can be written at `path`."""
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: no permission to write in {path.parent}")
+    _check_parent(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file")
     if path.exists() and not overwrite:
@@ -30,6 +32,71 @@ def check_fillable(folder: Path, names: Iterable[str], *, overwrite: bool) -> No
         raise InputError(f"{folder} is a file; name a folder")
     for name in names:
         check_writable(folder / name, overwrite=overwrite)
+
+
+def check_folder(path: Path, mark: str, *, overwrite: bool) -> None:
+    """Raises `InputError` if `write_folder` cannot write at `path`.
+
+    Args:
+      path: of the folder; an empty one may be there.
+      mark: name of a file that every folder of its kind has: no other kind is replaced.
+      overwrite: whether one of its kind is replaced.
+    """
+    _check_parent(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not path.is_dir():
+        raise InputError(f"{path} is a file; name a folder")
+    if not (path / mark).is_file():
+        raise InputError(f"{path} holds other files and no {mark}; name another folder")
+    if not overwrite:
+        raise InputError(f"{path} exists already; pass --overwrite (overwrite=True) to replace it")
+
+
+@contextlib.contextmanager
+def write_folder(path: Path, mark: str, *, overwrite: bool) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `path` when the block ends without an error.
+
+    Args:
+      path: the final place.
+      mark: as in `check_folder`.
+      overwrite: whether a folder of its kind is replaced.
+
+    Raises:
+      InputError: as `check_folder`, or it could not be written; a folder that was there stays.
+    """
+    check_folder(path, mark, overwrite=overwrite)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        if (path / mark).exists():
+            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+            path.rename(retired / path.name)
+            partial.rename(path)
+            shutil.rmtree(retired)
+        else:
+            partial.rename(path)
+    except InputError as error:
+        # Nobody knows the place it was written in.
+        raise InputError(str(error).replace(str(partial), str(path))) from error
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {first_line(error)}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file.
+
+    Raises:
+      InputError: it is missing or damaged.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -72,3 +139,10 @@ def write_text(path: Path, text: str) -> None:
       InputError: it could not be written; a file that was there stays.
     """
     write_bytes(path, text.encode())
+
+
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: no permission to write in {path.parent}")

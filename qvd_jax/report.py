@@ -4,7 +4,7 @@ import base64
 import functools
 import html as escape
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,44 +13,57 @@ import numpy as np
 
 from qvd_jax import markdown
 from qvd_jax.data.video_io import tile
-from qvd_jax.files import write_bytes, write_text
 from qvd_jax.quant import htdq
 from qvd_jax.quant.calibration import LayerReport, examples
 
 Results = Mapping[str, Any]
 
-_GIF_SCALE = 2
+PAGE = "report.html"
+"""Name of the page; a folder that has one is one of results."""
+
+_GIF_WIDTH = 1024
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1rem;
-  color: #1c1e21; background: #fff; }}
+:root {{ color-scheme: light dark; --line: color-mix(in srgb, CanvasText 20%, Canvas);
+  --quiet: color-mix(in srgb, CanvasText 70%, Canvas); }}
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 84rem; padding: 1rem; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.15rem; margin-top: 2rem; }}
-.scroll {{ overflow-x: auto; }}
+code, figcaption {{ overflow-wrap: anywhere; }}
+.scroll {{ overflow: auto; max-height: 36rem; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }}
+th, td {{ padding: .25rem .5rem; text-align: right; vertical-align: top; white-space: nowrap;
+  border-bottom: 1px solid var(--line); }}
+th {{ white-space: normal; vertical-align: bottom; position: sticky; top: 0; background: Canvas; }}
 th:first-child, td:first-child {{ text-align: left; }}
-th {{ cursor: pointer; user-select: none; }} th:hover {{ background: #f0f2f5; }}
-svg, img {{ max-width: 100%; height: auto; }}
-figure {{ margin: 0; }} .videos {{ display: flex; flex-wrap: wrap; gap: 1rem; }}
-.videos figure {{ flex: 1 1 16rem; }} figcaption, .note {{ color: #555; font-size: .9rem; }}
+th button {{ all: unset; cursor: pointer; }} th button:focus-visible {{ outline: auto; }}
+th[aria-sort=ascending] button::after {{ content: "\\a0▴"; }}
+th[aria-sort=descending] button::after {{ content: "\\a0▾"; }}
+td small {{ display: block; }}
+.grid {{ display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }}
+figure {{ margin: 0; }} svg, img {{ width: 100%; max-width: 48rem; height: auto; }}
+svg {{ background: #fff; border-radius: .25rem; }} img {{ image-rendering: pixelated; }}
+ol {{ columns: 22rem; }} figcaption, small, .note {{ color: var(--quiet); font-size: .85rem; }}
 </style></head><body>
 <h1>{title}</h1>
 {body}
 <script>
 document.querySelectorAll("th").forEach(th => th.addEventListener("click", () => {{
   const body = th.closest("table").tBodies[0], column = th.cellIndex;
-  const down = th.dataset.down = th.dataset.down === "1" ? "0" : "1";
-  const value = row => {{ const cell = row.cells[column];
-    return cell.dataset.value !== undefined ? Number(cell.dataset.value) : cell.textContent; }};
-  [...body.rows].sort((a, b) => {{ const x = value(a), y = value(b);
-    const order = typeof x === "number" && typeof y === "number" ? x - y
-      : String(x).localeCompare(String(y));
-    return down === "1" ? -order : order; }}).forEach(row => body.append(row));
+  const order = th.ariaSort === "descending" ? "ascending" : "descending";
+  th.closest("tr").querySelectorAll("th").forEach(other => other.ariaSort = null);
+  th.ariaSort = order;
+  const value = row => row.cells[column].dataset.value;
+  const text = row => row.cells[column].textContent;
+  // What has no figure stays below all that have one.
+  [...body.rows].sort((a, b) => {{
+    if (!text(a) || !text(b)) return !text(a) - !text(b);
+    const rising = value(a) && value(b) ? value(a) - value(b) : text(a).localeCompare(text(b));
+    return order === "descending" ? -rising : rising; }}).forEach(row => body.append(row));
 }}));
 </script></body></html>
 """
@@ -83,24 +96,20 @@ def html(
         f"<code>{escape.escape(results['command'])}</code></p>",
         _table([_row(entry) for entry in models]),
         "<h2>Videos</h2>",
-        f"<p class='note'>{escape.escape('; '.join(prompts[:shown_count]))}</p>",
-        "<div class='videos'>"
-        + "".join(_figure(name, shown) for name, shown in videos.items())
-        + "</div>",
+        _grid(_figure(name, shown) for name, shown in videos.items()),
+        "<p class='note'>Row by row:</p><ol class='note'>"
+        + "".join(f"<li>{escape.escape(prompt)}</li>" for prompt in prompts[:shown_count])
+        + "</ol>",
     ]
     candidates = [entry for entry in models if "latent_sqnr" in entry]
-    if candidates:
-        parts += ["<h2>Latents against the reference, step by step</h2>", _plot_steps(candidates)]
     detailed = {name: reports for name, reports in layers.items() if reports}
-    if detailed:
-        parts += ["<h2>Layers</h2>", _plot_layers(detailed)]
+    plots = [_plot_steps(candidates)] if candidates else []
+    plots += [_plot_layers(detailed)] if detailed else []
+    if plots:
+        parts += ["<h2>Signal to quantization noise</h2>", _grid(plots)]
     for name, reports in detailed.items():
         parts += [_layer_table(name, reports), *_examples(reports)]
     return _PAGE.format(title="qvd_jax: evaluation", body="\n".join(parts))
-
-
-CALIBRATION_FILES = ("report.html", "ranges.png", "steps.png")
-"""What `write_calibration` writes."""
 
 
 def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport]) -> None:
@@ -110,7 +119,7 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
     most temporal discriminability; a policy that has none of these gets no picture.
 
     Args:
-      folder: made if it does not exist.
+      folder: which is there.
       policy: its name.
       reports: of every quantized layer.
     """
@@ -125,10 +134,9 @@ def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport])
     if temporal:
         draw = functools.partial(plot_steps_apart, report=temporal[0])
         pictures["steps.png"] = _plot(draw, 1, "png")
-    folder.mkdir(exist_ok=True)
     for name, data in pictures.items():
-        write_bytes(folder / name, data)
-    write_text(folder / "report.html", page)
+        (folder / name).write_bytes(data)
+    (folder / PAGE).write_text(page, encoding="utf-8")
 
 
 def _examples(reports: Sequence[LayerReport]) -> list[str]:
@@ -137,12 +145,18 @@ def _examples(reports: Sequence[LayerReport]) -> list[str]:
     parts = []
     if ranged:
         parts.append("<h3>Channel ranges before and after, where most was gained</h3>")
-        parts += [_svg(functools.partial(plot_ranges, report=report), 2) for report in ranged]
+        parts.append(_grid(_svg(functools.partial(plot_ranges, report=r), 2) for r in ranged))
     if temporal:
         parts.append("<h3>Temporal features, their codes, and how far apart steps are</h3>")
-    for report in temporal:
-        parts.append(_svg(functools.partial(plot_features, report=report), 3))
-        parts.append(_svg(functools.partial(plot_steps_apart, report=report)))
+        plots = [
+            plot
+            for report in temporal
+            for plot in (
+                _svg(functools.partial(plot_features, report=report), 3),
+                _svg(functools.partial(plot_steps_apart, report=report)),
+            )
+        ]
+        parts.append(_grid(plots))
     return parts
 
 
@@ -156,10 +170,10 @@ def plot_ranges(axes: Any, report: LayerReport) -> None:
         (axes[0], (arrays["lower"], arrays["upper"]), "before"),
         (axes[1], after, "after"),
     ):
-        one.vlines(place, lower[order], upper[order], linewidth=0.8)
+        one.fill_between(place, lower[order], upper[order], step="mid", linewidth=0)
         one.set(xlabel="channel", ylabel="range", title=title)
     axes[0].figure.suptitle(
-        f"{report.path}: {report.coverage_before:.0%} of the levels used, "
+        f"{report.path}\n{report.coverage_before:.0%} of the levels used, "
         f"then {report.coverage_after:.0%}",
         fontsize="medium",
     )
@@ -171,11 +185,12 @@ def plot_features(axes: Any, report: LayerReport) -> None:
     order = np.argsort(arrays["features"].mean(0))
     for one, name, title in (
         (axes[0], "features", "float"),
-        (axes[1], "uniform", f"uniform codes, {report.merged_before:.0%} of steps merged"),
-        (axes[2], "codes", f"{report.method} codes, {report.merged_after:.0%} of steps merged"),
+        (axes[1], "uniform", f"uniform codes,\n{report.merged_before:.0%} of steps merged"),
+        (axes[2], "codes", f"{report.method} codes,\n{report.merged_after:.0%} of steps merged"),
     ):
         one.imshow(arrays[name][:, order], aspect="auto", interpolation="nearest")
-        one.set(xlabel="channel", title=title)
+        one.set(xlabel="channel")
+        one.set_title(title, fontsize="small")
     axes[0].set_ylabel("step")
     axes[0].figure.suptitle(report.path, fontsize="medium")
 
@@ -209,7 +224,7 @@ def _conditions(results: Results) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
     return (
-        f"{results['prompts']} prompts, {seeds}{results['steps']} steps, "
+        f"{results['prompts']} prompts, {seeds}{results['steps']} steps of {results['scheduler']}, "
         f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
     )
 
@@ -250,7 +265,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{escape.escape(name)}</th>" for name in columns)
+    head = "".join(f"<th><button>{escape.escape(name)}</button></th>" for name in columns)
     body = "".join(
         "<tr>" + "".join(_cell(row.get(name, "")) for name in columns) + "</tr>" for row in rows
     )
@@ -259,17 +274,25 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def _cell(text: str) -> str:
-    number = text.split(" ")[0].rstrip("%")
+    """A figure, maybe with its interval, or words."""
+    figure, _, interval = text.partition(" ")
     try:
-        return f"<td data-value='{float(number)}'>{escape.escape(text)}</td>"
+        value = float(figure.rstrip("%"))
     except ValueError:
         return f"<td>{escape.escape(text)}</td>"
+    below = f" <small>{escape.escape(interval)}</small>" if interval else ""
+    return f"<td data-value='{value}'>{escape.escape(figure)}{below}</td>"
+
+
+def _grid(parts: Iterable[str]) -> str:
+    """Parts beside each other, as many as the page is wide."""
+    return f"<div class='grid'>{''.join(parts)}</div>"
 
 
 def _layer_table(model: str, reports: Sequence[LayerReport], opened: bool = False) -> str:
     rows = [
         {
-            name.replace("_", " "): f"{value:.3f}" if isinstance(value, float) else str(value)
+            name.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else str(value)
             for name, value in report.figures().items()
             if value is not None
         }
@@ -281,7 +304,14 @@ def _layer_table(model: str, reports: Sequence[LayerReport], opened: bool = Fals
 
 
 def _figure(name: str, videos: np.ndarray) -> str:
-    shown = tile(videos).repeat(_GIF_SCALE, axis=1).repeat(_GIF_SCALE, axis=2)
+    shown = tile(videos)
+    # Large videos would make a page that no browser likes.
+    factor = -(-shown.shape[2] // _GIF_WIDTH)
+    frames, height, width = len(shown), shown.shape[1] // factor, shown.shape[2] // factor
+    blocks = shown[:, : height * factor, : width * factor].reshape(
+        frames, height, factor, width, factor, 3
+    )
+    shown = blocks.mean((2, 4)).astype(np.uint8)
     data = imageio.imwrite(
         "<bytes>", shown, plugin="pillow", extension=".gif", duration=125, loop=0
     )
@@ -324,7 +354,7 @@ def _plot(draw: Any, columns: int, format: Literal["svg", "png"]) -> bytes:
     # Figures of their own: pyplot would keep them, and choose a backend for the whole process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4), layout="constrained", dpi=120)
+    figure = Figure(figsize=(6, 3.2), layout="constrained", dpi=120)
     axes = figure.subplots(1, columns)
     draw(axes)
     for one in np.atleast_1d(axes):

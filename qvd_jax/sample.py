@@ -6,7 +6,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +16,22 @@ import tqdm
 from qvd_jax import checkpoint, memory
 from qvd_jax.cli import (
     add_input_arguments,
+    add_sampler_arguments,
     add_size_arguments,
     check_same_inputs,
     command,
     enable_compilation_cache,
+    naming,
     note_unknown_words,
     passed,
     positive_int,
     read_conditions,
     read_inputs,
     seed_int,
+    with_solver,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import SOLVERS
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.pipelines.components import DTYPES
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
     for name, (pipe, seconds) in zip(names, loaded, strict=True):
-        video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
+        with naming(name):
+            video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
         videos.append(video)
         rows.append(cost(name, pipe, {"load": seconds, **times}))
     write(np.stack(videos), outputs, args.fps or own.defaults.fps)
@@ -84,9 +86,7 @@ def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoP
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
     pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=devices_for(videos))
-    if args.scheduler:
-        pipe = replace(pipe, scheduler=replace(pipe.scheduler, solver=args.scheduler))
-    return pipe, time.perf_counter() - started
+    return with_solver(pipe, args.scheduler), time.perf_counter() - started
 
 
 def call_options(pipe: VideoPipeline, args: argparse.Namespace) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--negative-prompt", dest="negative_prompts", metavar="T", help="for all prompts"
     )
-    parser.add_argument("--steps", type=positive_int, metavar="N")
+    add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument(
@@ -281,7 +281,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--noise-aug-strength", type=float, metavar="X", help="noise on the image, from images"
     )
-    parser.add_argument("--scheduler", choices=list(SOLVERS.values()))
     parser.add_argument("--fps", type=positive_int, metavar="N")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")

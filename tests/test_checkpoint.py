@@ -101,6 +101,15 @@ def manifest(**changes: object) -> Callable[[Path], None]:
     return lambda path: edit_json(path / "manifest.json", **changes)
 
 
+def component(name: str, **changes: object) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        components = json.loads((path / "manifest.json").read_text())["components"]
+        components[name] |= changes
+        edit_json(path / "manifest.json", components=components)
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -156,6 +165,16 @@ def manifest(**changes: object) -> Callable[[Path], None]:
             id="other type",
         ),
         pytest.param(
+            manifest(defaults={"fps": 0}),
+            "manifest.json: defaults: fps = 0: at least 1 is needed",
+            id="no frames per second",
+        ),
+        pytest.param(
+            component("vae", block_channels=[]),
+            "manifest.json: components.vae: VAEConfig needs at least one level",
+            id="no levels",
+        ),
+        pytest.param(
             manifest(family="sora"),
             "checkpoint: unknown family 'sora'; known: animatediff",
             id="unknown family",
@@ -199,6 +218,12 @@ def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(spoiled, edit, mess
     assert message in str(error.value)
     assert str(spoiled) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_sizes_of_a_damaged_manifest_are_not_allocated(spoiled):
+    component("text_encoder", max_length=10**9)(spoiled)
+    with pytest.raises(InputError, match=r"text_encoder does not fit \(1 names; "):
+        qvd_jax.load(spoiled)
 
 
 def test_arrays_that_do_not_fit_the_manifest_are_listed_at_once(spoiled, reference):

@@ -146,3 +146,4 @@ def test_divisors_of_zero_are_refused(change):
 def test_hints_name_the_nearest_word_or_all_of_them():
     assert did_you_mean("eulr", ["ddim", "euler"]) == "; did you mean 'euler'?"
     assert did_you_mean("zzz", {"ddim": 1, "euler": 2}) == "; known: ddim, euler"
+    assert did_you_mean("zzz", [*map(str, range(99))]).endswith("28, 29 and 69 more")

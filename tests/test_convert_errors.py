@@ -598,7 +598,7 @@ def test_overwrite_replaces_nothing_but_a_checkpoint(source, parent, run, kind):
         (parent / "out").write_text("years of work")
     assert_one_line_error(
         run(source, "--overwrite"),
-        f"{parent}/out exists and is no qvd_jax checkpoint; it is not replaced",
+        f"{parent}/out holds other files and no manifest.json; name another folder",
     )
 
 

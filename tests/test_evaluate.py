@@ -1,16 +1,20 @@
 """`python -m qvd_jax.evaluate`: models side by side, from checkpoints to a page."""
 
+import base64
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 
 import qvd_jax
 from qvd_jax import checkpoint, evaluate, report
+from qvd_jax.cli import Inputs
 from qvd_jax.data import moving_shapes
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.metrics import frechet
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
@@ -87,9 +91,9 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
 
 def test_held_out_cases_ask_for_what_their_scenes_are():
     cases = evaluate.held_out_cases(600, seed=1)
-    assert len(set(map(tuple, cases.scenes[:499].tolist()))) == 499
+    assert len(set(map(tuple, cases.shapes.scenes[:499].tolist()))) == 499
     train = set(map(tuple, moving_shapes.scenes("train").tolist()))
-    for text, scene in zip(cases.inputs.values, cases.scenes, strict=True):
+    for text, scene in zip(cases.inputs.values, cases.shapes.scenes, strict=True):
         assert tuple(scene.tolist()) not in train
         wanted = moving_shapes.describe_scene(scene)
         assert all(word in text for word in (wanted.color, wanted.shape, wanted.background))
@@ -107,7 +111,7 @@ def test_shapes_are_counted_against_what_was_asked_for():
     }
     entries = [{}, {}]
     classifier = frechet.load_classifier(checkpoint.ASSETS / "classifier")
-    evaluate._measure_shapes(entries, sampled, asked, 0, classifier)
+    evaluate._measure_shapes(entries, sampled, evaluate.Shapes(asked, classifier), 0)
     right, half = entries
     assert right["accuracy"]["all four"]["hits"] == 24
     assert half["accuracy"]["all four"]["hits"] == 12
@@ -132,16 +136,37 @@ def test_markdown_names_what_each_model_has():
         "prompts": 4,
         "seeds": 2,
         "steps": 25,
+        "scheduler": "ddim",
         "guidance_scale": 3.0,
         "backend": "cpu",
         "versions": {"jax": "0.10"},
         "models": [{**entry, "accuracy": accuracy}, {**entry, "name": "b", "psnr": 31.26}],
     }
     lines = report.summary(results).splitlines()
-    assert lines[0] == "4 prompts, 2 videos each, 25 steps, guidance 3, cpu; jax 0.10"
+    assert lines[0] == "4 prompts, 2 videos each, 25 steps of ddim, guidance 3, cpu; jax 0.10"
     assert lines[2].split(" | ")[-1] == "PSNR dB |"
     assert "97.5% (95.0% to 99.0%)" in lines[4]
     assert "31.3" in lines[5]
+
+
+def test_a_page_shows_figures_above_intervals_and_large_videos_smaller():
+    table = report._table([{"model": "<a>", "shape": "87.5% (52.9% to 97.8%)"}, {"model": "b"}])
+    assert "<td>&lt;a&gt;</td>" in table
+    assert "<td data-value='87.5'>87.5% <small>(52.9% to 97.8%)</small></td>" in table
+    assert "<tr><td>b</td><td></td></tr>" in table
+    videos = np.random.default_rng(0).integers(256, size=(4, 2, 16, 1024, 3), dtype=np.uint8)
+    figure = report._figure("a", videos)
+    data = base64.b64decode(re.search(r"base64,([^']*)", figure)[1])
+    assert imageio.imread(data, extension=".gif").shape == (2, 16, 1024, 3)
+
+
+def test_a_model_that_fails_among_others_is_named():
+    def pipe(*_args, **_options):
+        raise NotFiniteError("step 1 of 2 gave latents that are not finite")
+
+    cases = evaluate.Cases(Inputs(["a"], ["a"]), None)
+    with pytest.raises(InputError, match=r"^bad: step 1 of 2 gave"):
+        evaluate.sample({"bad": pipe}, cases, {"steps": 2}, 1.0, [0])
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors"},
     "files": {"errors"},
-    "cli": {"checkpoint", "data", "errors", "pipelines"},
-    "checkpoint": GROUND,
+    "cli": {"checkpoint", "data", "diffusion", "errors", "pipelines"},
+    "checkpoint": GROUND | {"files"},
     "memory": {"axes", "errors"},
     "markdown": set(),
     "kernels": {"axes", "errors"},
@@ -25,11 +25,11 @@ ALLOWED = {
     "quant": GROUND | {"kernels", "models"},
     "metrics": GROUND | {"checkpoint", "data"},
     "pipelines": GROUND | {"checkpoint", "memory", "models", "diffusion", "quant"},
-    "report": GROUND | {"data", "files", "markdown", "quant"},
+    "report": GROUND | {"data", "markdown", "quant"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "kernels", "markdown", "memory", "models", "pipelines", "quant"},
     "training": GROUND
-    | {"checkpoint", "data", "diffusion", "files", "metrics", "models", "pipelines"},
+    | {"checkpoint", "data", "diffusion", "files", "memory", "metrics", "models", "pipelines"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}
 

@@ -20,7 +20,13 @@ from qvd_jax import calibrate, checkpoint
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
 from qvd_jax.pipelines.loading import save
-from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
+from qvd_jax.pipelines.quantization import (
+    CalibrationConfig,
+    collect,
+    list_layers,
+    quantize,
+    quantize_observed,
+)
 from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -212,6 +218,23 @@ def test_methods_are_refused_where_they_have_no_meaning(pipe, pattern, spec, mes
         quantize(pipe, policy, PROMPTS, CONFIG, SIZE)
 
 
+def test_a_layer_no_data_reached_stays_float(pipe):
+    policy = Policy("own", (Rule("*/time_emb_proj", LayerSpec("minmax")),))
+    paths = [layer.path for layer in list_layers(pipe, SIZE)]
+    observed = collect(pipe, paths, PROMPTS[:1], CONFIG, SIZE, lambda *_: None)
+    unseen = "mid_block/blocks_0/resnet/time_emb_proj"
+    del observed.joined[unseen]
+    quantized, reports = quantize_observed(pipe, policy, observed, CONFIG, SIZE)
+    assert quantized.quantization.specs.keys() == {report.path for report in reports}
+    assert unseen not in quantized.quantization.specs
+    found, exact = (
+        p.params["unet"]["mid_block"]["blocks_0"]["resnet"]["time_emb_proj"]
+        for p in (quantized, pipe)
+    )
+    chex.assert_trees_all_equal(found, exact)
+    assert np.isfinite(quantized(PROMPTS[:1], **SAMPLE)).all()
+
+
 def test_layers_of_long_videos_are_those_of_their_windows(pipe):
     longer = pipe.unet.config.max_frames + 1
     layers = list_layers(pipe, {**SIZE, "frames": longer})
@@ -235,6 +258,7 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
+        "--report", str(tmp_path / "report"),
     ]  # fmt: skip
     before = {path.name for path in tmp_path.iterdir()}
     write = checkpoint.save_params
@@ -249,6 +273,7 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == before
     monkeypatch.setattr(checkpoint, "save_params", write)
     assert calibrate.main(arguments) == 0
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html"}
 
 
 def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
@@ -262,7 +287,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
-        "--report", str(tmp_path / "report"),
+        "--report", str(tmp_path / "report"), "--scheduler", "euler",
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -279,7 +304,9 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     assert float_line.startswith("UNet, float: ")
     assert float_line.endswith(" 1.000 of float32's")
     assert float(int8_line.split()[-3]) < 1
-    assert checkpoint.read_manifest(tmp_path / "int8").quantization["policy"] == "own"
+    manifest = checkpoint.read_manifest(tmp_path / "int8")
+    assert manifest.quantization["policy"] == "own"
+    assert manifest.scheduler["solver"] == "euler"
 
     assert (
         calibrate.main([*arguments[:1], str(tmp_path / "int8"), "--out", str(tmp_path / "x")]) == 2

@@ -1,6 +1,8 @@
 """`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
 
 import json
+import signal
+import time
 
 import imageio.v3 as imageio
 import numpy as np
@@ -22,7 +24,8 @@ def run(checkpoint, *arguments):
 
 def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n\n  ein blauer Kreis, süß  \n", encoding="utf-8")
+    # Some editors begin a file with a mark.
+    prompts.write_text("\n\n  ein blauer Kreis, süß  \n", encoding="utf-8-sig")
     out = tmp_path / "video.mp4"
     code = run(
         tiny_checkpoint, "--prompts-file", prompts, "--prompt", "a dog", "--out", out,
@@ -123,9 +126,33 @@ def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):
     assert "ddim" in capsys.readouterr().err
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(tiny_checkpoint, tmp_path, capsys, monkeypatch):
+class Collected:
+    """An object whose collection, in which exceptions are lost, is interrupted."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def collect_and_go_on():
+    Collected()
+    for _ in range(100):
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: signal.raise_signal(signal.SIGINT),
+        lambda: signal.raise_signal(signal.SIGTERM),
+        collect_and_go_on,
+    ],
+    ids=["int", "term", "lost"],
+)
+def test_interruption_ends_with_130_and_leaves_nothing(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, act
+):
     def interrupt(*_args, **_options):
-        raise KeyboardInterrupt
+        act()
 
     monkeypatch.setattr(sample.video_io, "write_video", interrupt)
     assert run(tiny_checkpoint, "--prompt", "a", "b", "--out", tmp_path / "a.gif") == 130

@@ -1,5 +1,6 @@
 """The training loop and its tasks, a few steps of each at toy size."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,6 +162,16 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"3", "6"}
 
 
+def test_a_full_disk_is_told_before_a_checkpoint_is_begun(tmp_path, monkeypatch):
+    loop.train(Line(), CONFIG, tmp_path)
+    (tmp_path / "checkpoints" / "12").rename(tmp_path / "12")
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(InputError, match=r"checkpoints: 0\.00 GB are needed, 0\.00 GB are free"):
+        loop.train(Line(), CONFIG, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["9"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -260,7 +271,9 @@ def test_every_task_trains_and_its_model_loads(tmp_path):
     bank = tmp_path / "vae" / "model" / "bank-8-0.npz"
     whole = bank.read_bytes()
     bank.write_bytes(whole[:-100])
-    with pytest.raises(InputError, match=r"bank-8-0.npz is damaged .*; without it it is made anew"):
+    with pytest.raises(
+        InputError, match=r"bank-8-0.npz is damaged: .*; without it it is made anew"
+    ):
         make_task(from_dict(RunConfig, yaml.safe_load(text), "damaged"))
     bank.write_bytes(whole)
     deep = text.replace("[8, 8]", "[8, 8, 8]").replace("[2, 2]", "[2, 2, 2]")

@@ -42,6 +42,8 @@ class VAEConfig:
     temporal_decoder: bool = False
 
     def __post_init__(self) -> None:
+        if not self.block_channels:
+            raise ValueError("VAEConfig needs at least one level")
         for level, channels in enumerate(self.block_channels):
             if self.norm_groups < 1 or channels % self.norm_groups:
                 raise ValueError(

@@ -105,7 +105,8 @@ class ComponentConfigs:
         self, dtype: DTypeLike, quantization: Quantization | None = None
     ) -> dict[str, Params]:
         """Trees of `jax.ShapeDtypeStruct` of all networks' parameters, by name."""
-        inputs = self.example_inputs()
+        # Without the zeros themselves: a damaged config may ask for any number of them.
+        inputs = jax.eval_shape(self.example_inputs)
         shapes = {}
         for name, module in self.modules(dtype, quantization).items():
             variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])

@@ -15,6 +15,7 @@ from qvd_jax import checkpoint
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.memory import tree_bytes
 from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
@@ -142,7 +143,7 @@ def save(
       reports: of the layers of a quantized pipeline.
 
     Raises:
-      InputError: the folder exists, or its parent does not.
+      InputError: the folder exists, its parent does not, or space is short.
     """
     manifest = make_manifest(
         pipe.configs,
@@ -153,6 +154,7 @@ def save(
         quantization=pipe.quantization,
     )
     with checkpoint.write_directory(Path(path), overwrite=overwrite) as folder:
+        checkpoint.check_space(folder, tree_bytes(pipe.params))
         for name, params in pipe.params.items():
             checkpoint.save_params(folder, name, params)
         if isinstance(pipe, TextPipeline):

@@ -55,6 +55,10 @@ class VideoDefaults:
     fps: int = 8
     prompts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.fps < 1:
+            raise ValueError(f"fps = {self.fps}: at least 1 is needed")
+
     @property
     def guided(self) -> bool:
         """Whether there is guidance."""
@@ -307,7 +311,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 raise NotFiniteError(
                     f"step {step + 1} of {steps} (timestep {schedule.table.timestep[step]:g}) "
                     f"gave latents that are not finite; try float32, or a lower guidance scale "
-                    f"than {want.guidance_scale:g}"
+                    f"than {want.guidance_scale:g}; calibration names the layer they come from"
                 )
             if callback is not None:
                 callback(start + count, state.latents)

@@ -72,7 +72,8 @@ def quantize(
       progress: called with what is done, how many parts are done and of how many.
 
     Returns:
-      The quantized pipeline, and for each layer what it is worth.
+      The quantized pipeline, and for each layer what it is worth. A layer no data reached stays
+      float and has no report.
 
     Raises:
       InputError: the pipeline is quantized already, the policy fits no layer, there are no
@@ -122,6 +123,8 @@ def _solve(
     config: CalibrationConfig,
     progress: Progress,
 ) -> tuple[VideoPipeline, list[LayerReport]]:
+    # What no data reached stays float.
+    specs = {path: spec for path, spec in specs.items() if path in observed.joined}
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
@@ -287,7 +290,9 @@ def collect(
     steps = config.steps or want.steps
     schedule = pipe.schedule(steps)
     noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
-    before, failure = _sample_path(pipe, inputs, options, steps, config.seed, noise, progress)
+    first = np.asarray(noise) * schedule.initial_scale
+    after, failure = _sample_path(pipe, inputs, options, steps, config.seed, noise, progress)
+    before = [first, *after]
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
@@ -345,12 +350,12 @@ def _sample_path(
     noise: Array,
     progress: Progress,
 ) -> tuple[list[np.ndarray], NotFiniteError | None]:
-    """Latents `[B, F, h, w, C]` before each step; up to the one that gave none, and why."""
-    before = [np.asarray(noise) * pipe.schedule(steps).initial_scale]
+    """Latents `[B, F, h, w, C]` after each step; up to the one that gave none, and why."""
+    after: list[np.ndarray] = []
 
     def keep(done: int, latents: Array) -> None:
         progress("sampling", done, steps)
-        before.append(np.array(latents))
+        after.append(np.array(latents))
 
     try:
         pipe(
@@ -364,8 +369,8 @@ def _sample_path(
         )
     except NotFiniteError as error:
         # The layer it began in is found by observing the steps up to there.
-        return before, error
-    return before, None
+        return after, error
+    return after, None
 
 
 def _by_step(parts: list[Statistics], steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,10 +18,12 @@ import orbax.checkpoint as ocp
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.memory import tree_bytes
 
 Batch = Mapping[str, np.ndarray]
 
@@ -247,6 +249,7 @@ class Checkpoints:
         Raises:
           InputError: it cannot be written; the checkpoints before it stay.
         """
+        checkpoint.check_space(self._folder, tree_bytes(state))
         run = {**self._described, "checksum": _checksum(state)}
         try:
             self._manager.save(

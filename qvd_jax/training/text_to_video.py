@@ -1,7 +1,6 @@
 """Trains text encoder and UNet together on latents of the moving shapes."""
 
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
-from qvd_jax.errors import InputError, first_line
-from qvd_jax.files import replace_when_whole
+from qvd_jax.errors import InputError
+from qvd_jax.files import read_arrays, replace_when_whole
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
@@ -104,12 +103,10 @@ class TextToVideo:
         if not bank.is_file():
             _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
         try:
-            with np.load(bank) as stored:
-                self._scenes, self._latents = stored["scenes"], stored["latents"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise InputError(
-                f"{bank} is damaged ({first_line(error)}); without it it is made anew"
-            ) from error
+            stored = read_arrays(bank)
+        except InputError as error:
+            raise InputError(f"{error}; without it it is made anew") from error
+        self._scenes, self._latents = stored["scenes"], stored["latents"]
         frames, side = self._latents.shape[1], self._latents.shape[2] * vae.stride
         asked = config.defaults
         if asked.frames > frames or (asked.height, asked.width) != (side, side):

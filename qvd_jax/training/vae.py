@@ -69,6 +69,10 @@ class VAETask:
         side = self.config.model.stride
         return self._vae.init(key, jnp.zeros((1, 1, side, side, 3)))["params"]
 
+    def _whole(self, params: Params) -> Params:
+        """What is trained, with what is not."""
+        return {**self._start, **params}
+
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Random frames of random training scenes."""
         chosen = self._scenes[rng.integers(len(self._scenes), size=size)]
@@ -80,7 +84,7 @@ class VAETask:
         The error is absolute (sharp), squared (else plain backgrounds would be learned first and
         long), and absolute between neighboring pixels (outlines, which cover few of them).
         """
-        params = {**self._start, **params}
+        params = self._whole(params)
         pixels = to_unit_range(batch["frames"])
         mean, log_variance = self._vae.apply({"params": params}, pixels, method="encode")
         noise = jax.random.normal(key, mean.shape)
@@ -97,14 +101,12 @@ class VAETask:
         rng = np.random.default_rng(0)
         scenes = moving_shapes.scenes("held_out")[:_SHEET_ROWS]
         frames = moving_shapes.render_frames(scenes, rng, self.config.size)[:, None]
-        params = {**self._start, **params}
-        return np.concatenate(
-            [frames, np.asarray(reconstruct(self.config.model, params, frames))], 1
-        )
+        decoded = reconstruct(self.config.model, self._whole(params), frames)
+        return np.concatenate([frames, np.asarray(decoded)], 1)
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes the VAE; the scaling factor of a new one gives scaled latents unit variance."""
-        params, factor = {**self._start, **params}, self._scaling_factor
+        params, factor = self._whole(params), self._scaling_factor
         if factor is None:
             frames = self.batch(np.random.default_rng(0), _SCALE_FRAMES)["frames"]
             mean, _ = self._vae.apply({"params": params}, to_unit_range(frames), method="encode")

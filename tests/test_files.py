@@ -1,0 +1,79 @@
+"""Files and folders appear whole or not at all."""
+
+import numpy as np
+import pytest
+
+from qvd_jax import files
+from qvd_jax.errors import InputError
+
+
+def write(path, *, overwrite=False):
+    with files.write_folder(path, "mark.txt", overwrite=overwrite) as folder:
+        (folder / "mark.txt").write_text("new")
+        assert not (path / "mark.txt").exists() or (path / "mark.txt").read_text() == "old"
+
+
+def test_a_folder_appears_whole_and_replaces_its_kind(tmp_path):
+    place = tmp_path / "results"
+    write(place)
+    (place / "mark.txt").write_text("old")
+    (place / "more.txt").write_text("old")
+    write(place, overwrite=True)
+    assert [file.read_text() for file in place.iterdir()] == ["new"]
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty")
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "empty"}
+    assert place.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
+        (OSError("disk full"), InputError, "^{tmp}/results could not be written: disk full"),
+        (InputError("{folder}/a.png is bad"), InputError, "^{tmp}/results/a.png is bad"),
+    ],
+)
+def test_what_fails_leaves_what_was_there(tmp_path, error, expected, message):
+    place = tmp_path / "results"
+    write(place)
+
+    def fail():
+        with files.write_folder(place, "mark.txt", overwrite=True) as folder:
+            (folder / "half.txt").write_text("half")
+            raise type(error)(str(error).format(folder=folder))
+
+    with pytest.raises(expected, match=message.format(tmp=tmp_path)):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    assert [path.name for path in place.iterdir()] == ["mark.txt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overwrite", "message"),
+    [
+        ("mine", True, "mine holds other files and no mark.txt; name another folder"),
+        ("mine/notes.txt", True, "notes.txt is a file; name a folder"),
+        ("none/results", False, "the folder .*none does not exist; make it first"),
+        ("earlier", False, "earlier exists already; pass --overwrite"),
+    ],
+)
+def test_folders_of_another_kind_are_not_replaced(tmp_path, name, overwrite, message):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    write(tmp_path / "earlier")
+    with pytest.raises(InputError, match=message):
+        write(tmp_path / name, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK", b"\x93NUMPY", None])
+def test_damaged_arrays_are_named(tmp_path, data):
+    file = tmp_path / "a.npz"
+    np.savez(file, x=np.arange(3))
+    np.testing.assert_array_equal(files.read_arrays(file)["x"], np.arange(3))
+    if data is None:
+        np.savez(file, x=np.array([{}], dtype=object))
+    else:
+        file.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.npz is damaged: "):
+        files.read_arrays(file)

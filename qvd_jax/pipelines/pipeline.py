@@ -155,7 +155,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         return schedule
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Shape `[F, h, w, C]` of one video's latents.
+        """Shape `[F, h, w, C]` of one video's latents while it is sampled.
 
         Raises:
           InputError: there are no frames, or a side does not fit the strides.
@@ -252,8 +252,10 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                     f"videos of {want.frames} frames, {want.height}x{want.width}"
                 )
         noise = noise * schedule.initial_scale
-        result = self._sample(noise, schedule, conditions(), want, seed, callback)
-        return np.asarray(result) if output_type == "latents" else self.decode(result)
+        whole = replace(want, frames=shape[0])
+        sampled = np.asarray(self._sample(noise, schedule, conditions(), whole, seed, callback))
+        sampled = sampled[:, : want.frames]
+        return sampled if output_type == "latents" else self.decode(sampled)
 
     def _sample(
         self,

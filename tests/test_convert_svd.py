@@ -264,6 +264,7 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
     [
         ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no use for --motion"),
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
+        ({}, ["--appearance-encoder", "x"], "which has no --appearance-encoder"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
         ({}, ["--lora", "x.ckpt"], "is Stable Video Diffusion, which has no --lora"),
         ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),

@@ -25,7 +25,8 @@ import qvd_jax
 from convert import companions, ldm, names, svd
 from convert.__main__ import main as convert
 from convert.tensors import LazyTensor
-from qvd_jax import calibrate, sample
+from qvd_jax import calibrate, memory, sample
+from qvd_jax.memory import tree_bytes
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -93,6 +94,20 @@ def test_latents_and_pixels_equal_diffusers_pipeline(tiny, converted, monkeypatc
         pixels = tiny[1].decode_latents(expected, 3, 3).permute(0, 2, 3, 4, 1)
     expected_video = (pixels / 2 + 0.5).clamp(0, 1).numpy() * 255
     assert np.abs(pipe.decode(found) - expected_video).max() <= 1
+
+
+def test_decoding_in_chunks_equals_diffusers(tiny, converted, monkeypatch):
+    """Frames do not see beyond their chunk, so it has all of them where memory allows."""
+    pipe = qvd_jax.load(converted)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 12, 4), dtype=np.float32)
+    # As if half of the memory held two and a half frames.
+    needed = tree_bytes(pipe.params["vae"]) + memory.total_bytes() // 5
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
+    with torch.no_grad():
+        theirs = torch.from_numpy(latents).permute(0, 1, 4, 2, 3)
+        pixels = tiny[1].decode_latents(theirs, 4, 2).permute(0, 2, 3, 4, 1)
+    expected = (pixels / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert np.abs(pipe.decode(latents) - expected).max() <= 1
 
 
 @pytest.mark.parametrize("size", [(576, 1024), (300, 224), (40, 90)])

@@ -24,6 +24,7 @@ import qvd_jax
 from convert import names
 from convert.__main__ import main as convert
 from qvd_jax import calibrate, sample
+from qvd_jax.data.video_io import write_video
 from qvd_jax.models.appearance import AppearanceEncoder
 from qvd_jax.models.configs import MAGIC_ANIMATE
 from qvd_jax.models.controlnet import ControlNet
@@ -316,7 +317,8 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
         ({"--motion-video": "{tmp}/empty"}, "empty holds no images"),
         ({"--motion-video": "{tmp}/mixed"}, "1.png has [8, 24] pixels, 0.png beside it [16, 24]"),
         ({"--motion-video": "{tmp}/poses", "--frames": "4"}, "has 3 frames, 4 are asked for"),
-        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "image 1 has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses.mp4"}, "the motion video has 16x32 pixels"),
         ({"--motion-video": "{tmp}/poses", "--prompt": "a"}, "makes videos from images"),
         ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "has no SparseCtrl"),
     ],
@@ -324,6 +326,7 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
 def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message):
     imageio.imwrite(tmp_path / "dancer.png", pixels(0))
     (tmp_path / "text.mp4").write_text("no video")
+    write_video(tmp_path / "poses.mp4", np.zeros((2, 16, 32, 3), np.uint8), 8)
     for folder in ("empty", "poses", "mixed"):
         (tmp_path / folder).mkdir()
     for number, pose in enumerate(pixels(1, 3)):

@@ -244,6 +244,9 @@ def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, ca
     assert 10 * np.log10(np.square(expected).sum() / np.square(error).sum()) > 30
 
 
+_CAT = ["--image", "{tmp}/cat.png", "--height", "8", "--width", "12"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -253,9 +256,11 @@ def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, ca
         (["--image", "{tmp}/text.png"], "text.png cannot be read as an image"),
         (["--image", "{tmp}/gray.png"], "gray.png: one RGB image with 8 bits is needed"),
         (["--image", "{tmp}/alpha.png"], "alpha.png: one RGB image with 8 bits is needed"),
-        (["--image", "{tmp}/cat.png", "--height", "16"], "image 1 has 8x12 pixels"),
+        (["--image", "{tmp}/cat.png", "--height", "16"], "cat.png has 8x12 pixels"),
+        ([*_CAT, "--motion-bucket-id", "-1"], "motion_bucket_id = -1: it must be 0 or more"),
+        ([*_CAT, "--noise-aug-strength", "nan"], "noise_aug_strength = nan: it must be finite"),
         (
-            ["--image", "{tmp}/cat.png", "--negative-prompt", "b"],
+            [*_CAT, "--negative-prompt", "b"],
             "--negative-prompt has no meaning for a model of the family 'svd'",
         ),
     ],

@@ -78,13 +78,7 @@ class AnimationPipeline(TextPipeline):
             frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
         )
         images = check_images(images, want.height, want.width)
-        if motion_video is None or not len(motion_video):
-            raise InputError("there is no motion video; one is needed")
-        if len(motion_video) < want.frames:
-            raise InputError(
-                f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
-            )
-        check_image(motion_video[0], want.height, want.width, "the motion video")
+        check_motion(motion_video, want)
         return self._generate(
             images,
             lambda: self.conditions(images, want, seed, motion_video),
@@ -132,3 +126,14 @@ class AnimationPipeline(TextPipeline):
         window = self.window(frames)
         noise = super().initial_noise(seed, videos, (window, *shape[1:]))
         return jnp.take(noise, np.arange(frames) % window, axis=1)
+
+
+def check_motion(motion_video: np.ndarray | None, want: VideoDefaults) -> None:
+    """Raises `InputError` if a motion video is missing, too short or of another size."""
+    if motion_video is None or not len(motion_video):
+        raise InputError("there is no motion video; one is needed")
+    if len(motion_video) < want.frames:
+        raise InputError(
+            f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
+        )
+    check_image(motion_video[0], want.height, want.width, "the motion video")

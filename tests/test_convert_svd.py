@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
 from PIL import Image
 from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
-from random_families import make_svd
+from random_families import make_svd, original_svd
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -175,26 +175,8 @@ def test_names_of_the_real_image_encoder():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 632_076_800
 
 
-def original_weights(tiny: Tiny) -> dict[str, torch.Tensor]:
-    pipe = tiny[1]
-    parts = {
-        "model.diffusion_model.": ldm_unet(pipe.unet.state_dict(), (True, False), 1),
-        "first_stage_model.": svd_vae(pipe.vae.state_dict(), 2),
-        "conditioner.embedders.0.open_clip.model.visual.": open_clip_visual(
-            pipe.image_encoder.state_dict()
-        ),
-        # Of no use here, as in the published file.
-        "conditioner.embedders.3.encoder.": {"quant_conv.weight": torch.zeros(1)},
-    }
-    return {
-        prefix + name: tensor.contiguous()
-        for prefix, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
-
-
 def test_original_file_gives_what_the_folder_gives(tiny, converted, tmp_path, capsys):
-    save_file(original_weights(tiny), tmp_path / "svd.safetensors")
+    save_file(original_svd(tiny[1]), tmp_path / "svd.safetensors")
     out = tmp_path / "out"
     assert convert([str(tmp_path / "svd.safetensors"), "--out", str(out)]) == 0
     assert "14 frames by default" in capsys.readouterr().out
@@ -217,7 +199,7 @@ def test_original_file_gives_what_the_folder_gives(tiny, converted, tmp_path, ca
     ],
 )
 def test_bad_original_files_end_with_one_message(tiny, tmp_path, capsys, lost, message):
-    weights = {name: t for name, t in original_weights(tiny).items() if lost not in name}
+    weights = {name: t for name, t in original_svd(tiny[1]).items() if lost not in name}
     save_file(weights, tmp_path / "svd.safetensors")
     assert convert([str(tmp_path / "svd.safetensors"), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err

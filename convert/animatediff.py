@@ -35,6 +35,7 @@ _OTHER_FAMILIES = (
     ("temp_convs", "ModelScope or ZeroScope"),
     ("transformer_in", "ModelScope or ZeroScope"),
     ("add_embedding", "Stable Diffusion XL"),
+    ("_lora.", "a LoRA, which --lora takes"),
 )
 
 
@@ -69,8 +70,8 @@ def motion_tensors(tensors: Tensors, where: str) -> Tensors:
         }
     strange = [name for name in renamed if ".motion_modules." not in name]
     other = _describe(tensors)
-    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed) and not other
-    if not renamed or (strange and not is_whole):
+    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed)
+    if other or not renamed or (strange and not is_whole):
         found = f"{len(strange)} other tensors, the first {strange[0]}" if strange else "no tensors"
         raise InputError(f"{where}: motion modules are expected, it holds {other or found}")
     return renamed

@@ -25,10 +25,10 @@ def open_controlnet(path: Path) -> tuple[Tensors, ControlNetConfig]:
     renamed = animatediff.without_positions(renamed)
     if not any(name.startswith("controlnet_down_blocks.") for name in renamed):
         raise InputError(f"{path} is no ControlNet: it has no controlnet_down_blocks")
-    return renamed, _config(renamed, str(path))
+    return renamed, _config(renamed, animatediff.is_original(tensors), str(path))
 
 
-def _config(tensors: Tensors, where: str) -> ControlNetConfig:
+def _config(tensors: Tensors, original_norms: bool, where: str) -> ControlNetConfig:
     embedding = "controlnet_cond_embedding"
     widths: tuple[int, ...] = ()
     first = f"{embedding}.weight"
@@ -43,6 +43,7 @@ def _config(tensors: Tensors, where: str) -> ControlNetConfig:
         condition_channels=keys.require(tensors, first, where)[1],
         embedding_channels=widths,
         motion_attentions=len(attentions),
+        temporal_norm_scope="frame" if original_norms else "joint",
         # Motion modules are SparseCtrl's, which was trained on zeros in the latents' place.
         ignores_latents=bool(attentions),
     )

@@ -61,7 +61,8 @@ def _open_folder(source: Path, unet: Path | None, vae: Path | None) -> Parts:
     of_images = (source / "image_encoder").is_dir() and not (source / "text_encoder").is_dir()
     encoder = "image_encoder" if of_images else "text_encoder"
     needed = ["unet", "vae", encoder, *([] if of_images else ["tokenizer"]), "scheduler"]
-    missing = [part for part in needed[unet is not None :] if not (source / part).is_dir()]
+    given = {"unet": unet, "vae": vae}
+    missing = [part for part in needed if not given.get(part) and not (source / part).is_dir()]
     if missing:
         raise InputError(
             f"{source} lacks the folders {', '.join(missing)} of a diffusers text-to-image, "

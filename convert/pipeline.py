@@ -117,14 +117,18 @@ def open_source(
     parts = open_parts(source, unet, vae)
     opened = _open_unet(source, parts, motion)
     tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
-    if loras and opened.family != "animatediff":
-        raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --lora")
+    additions = {
+        "--lora": loras,
+        "--controlnet": controlnet,
+        "--appearance-encoder": appearance_encoder,
+    }
+    for option, given in additions.items():
+        if given and opened.family != "animatediff":
+            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no {option}")
     for path, scale in loras:
         tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
         notes.append(f"merged {path.name} at scale {scale:g}")
     if controlnet is not None:
-        if opened.family != "animatediff":
-            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --controlnet")
         found, config = open_controlnet(controlnet)
         tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
         opened = opened._replace(config=replace(opened.config, controlnet=config))
@@ -310,12 +314,13 @@ def _open_animatediff(
         tensors, unet_json, motion_json, original_norms=original, where=where
     )
     notes = []
+    version = animatediff.version(tensors)
     claimed = motion_json.get("use_motion_mid_block")
     if claimed is not None and claimed != config.temporal_mid_block:
         notes.append(
             f"config.json says use_motion_mid_block = {claimed}, but the weights "
             f"{'have' if config.temporal_mid_block else 'lack'} a mid-block motion module; the "
-            f"weights decide: {_version(config)}"
+            f"weights decide: {version}"
         )
     norms = "original" if original else "diffusers"
     return _UNet(
@@ -325,7 +330,7 @@ def _open_animatediff(
         schedules.ANIMATEDIFF,
         motion is None,
         VideoDefaults(),
-        f"AnimateDiff {_version(config)}, GroupNorm scopes of {norms} AnimateDiff",
+        f"AnimateDiff {version}, GroupNorm scopes of {norms} AnimateDiff",
         tuple(notes),
     )
 
@@ -351,12 +356,6 @@ def _open_scheduler(parts: Parts, unet: _UNet) -> tuple[schedules.SchedulerConfi
     solver = unet.scheduler.solver
     name = next(name for name, ours in schedules.SOLVERS.items() if ours == solver)
     return unet.scheduler, (f"scheduler set to {_TITLES[unet.family]}'s {name}: {reason}",)
-
-
-def _version(config: UNet3DConfig) -> str:
-    if config.temporal_mid_block:
-        return "v2"
-    return "v1" if config.max_frames == 24 else "v3"
 
 
 def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:

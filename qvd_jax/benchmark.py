@@ -23,9 +23,6 @@ from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
 
-# Where a checkpoint brings none; the time does not depend on it.
-_PROMPT = "a corgi on a beach"
-
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,15 +136,10 @@ def _unet_variants(
 
 
 def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
-    paths = [checkpoint.find(name) for name in args.checkpoint]
-    first, *_ = manifests = [checkpoint.read_manifest(path) for path in paths]
-    for path, manifest in zip(paths, manifests, strict=True):
-        if manifest.takes_images or manifest.takes_conditions:
-            raise InputError(f"{path} needs more than prompts; only text to video is measured")
-    prompts = first.example_prompts or [_PROMPT]
-    components, _, defaults, _ = read_configs(paths[0], first)
+    first = checkpoint.find(args.checkpoint[0])
+    components, _, defaults, _ = read_configs(first, checkpoint.read_manifest(first))
     case = sampling.SampleCase(
-        prompts=tuple(itertools.islice(itertools.cycle(prompts), args.batch)),
+        videos=args.batch,
         steps=vars(args).get("steps") or defaults.steps,
         frames=args.frames or defaults.frames,
         height=args.height or defaults.height,
@@ -226,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     }
     for name, one in parsers.items():
         of_unet = name in ("products", "unet", "profile")
-        counted = "videos, guidance halves counted" if of_unet else "prompts"
+        counted = "videos, guidance halves counted" if of_unet else "videos"
         one.add_argument("--batch", type=positive_int, default=1, metavar="B", help=counted)
         add_size_arguments(one)
         if of_unet:

@@ -18,8 +18,11 @@ from qvd_jax import checkpoint
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, Solver
 from qvd_jax.errors import InputError
-from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.pipelines.animation import check_motion
+from qvd_jax.pipelines.loading import read_configs
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
 from qvd_jax.pipelines.text import TextPipeline
+from qvd_jax.pipelines.text_to_video import check_conditions
 
 
 class Main(Protocol):
@@ -133,8 +136,11 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """What --condition and --motion-video say, as arguments of the pipeline's call.
 
+    They are checked before the checkpoint is loaded, which may take a minute.
+
     Raises:
-      InputError: the checkpoint takes none, needs some, or one cannot be read.
+      InputError: the checkpoint takes none, needs some, or one cannot be read or does not fit the
+        videos.
     """
     manifest = checkpoint.read_manifest(path)
     if manifest.takes_motion_video != (args.motion_video is not None):
@@ -150,7 +156,9 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             else f"{path} has SparseCtrl; pass --condition IMAGE@FRAME"
         )
     if args.motion_video:
-        return {"motion_video": video_io.read_video(args.motion_video)}
+        motion = video_io.read_video(args.motion_video)
+        check_motion(motion, _wanted(args, path, manifest))
+        return {"motion_video": motion}
     if not args.condition:
         return {}
     images, indices = [], []
@@ -160,6 +168,7 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
         images.append(video_io.read_image(Path(name)))
         indices.append(int(frame))
+    check_conditions(images, indices, _wanted(args, path, manifest))
     return {"conditioning_frames": images, "controlnet_frame_indices": indices}
 
 
@@ -171,7 +180,8 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
       path: the checkpoint's folder.
 
     Raises:
-      InputError: it is none, needs the other kind of input, there is none, or one cannot be read.
+      InputError: it is none, needs the other kind of input, there is none, or one cannot be read
+        or does not fit the videos.
     """
     manifest = checkpoint.read_manifest(path)
     prompts = list(getattr(args, "prompt", []))
@@ -182,9 +192,11 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
             raise InputError(f"{path} makes videos from images; pass --image FILE, not prompts")
         if not args.image:
             raise InputError(f"there are no images; {path} needs --image FILE")
-        return Inputs(
-            [video_io.read_image(file) for file in args.image], [file.stem for file in args.image]
-        )
+        images = [video_io.read_image(file) for file in args.image]
+        want = _wanted(args, path, manifest)
+        for file, image in zip(args.image, images, strict=True):
+            check_image(image, want.height, want.width, str(file))
+        return Inputs(images, [file.stem for file in args.image])
     if args.image:
         raise InputError(f"{path} makes videos from prompts; leave --image out")
     prompts = prompts or manifest.example_prompts
@@ -203,6 +215,13 @@ def naming(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _wanted(args: argparse.Namespace, path: Path, manifest: checkpoint.Manifest) -> VideoDefaults:
+    """The checkpoint's defaults with the size that is asked for."""
+    return replace(
+        read_configs(path, manifest).defaults, **passed(args, "frames", "height", "width")
+    )
 
 
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:

@@ -1,7 +1,6 @@
-"""GroupNorm over the original AnimateDiff code's scopes, in diffusers' UNet."""
+"""GroupNorm over the original AnimateDiff code's scopes, in diffusers' networks."""
 
 import torch
-from diffusers import UNetMotionModel
 
 
 class OracleNorm(torch.nn.Module):
@@ -24,7 +23,7 @@ class OracleNorm(torch.nn.Module):
         return x.permute(0, 2, 1, 3, 4) if len(shape) == 5 else x.flatten(0, 1)
 
 
-def original_norms(unet: UNetMotionModel, version: str, frames: int) -> None:
+def original_norms(unet: torch.nn.Module, version: str, frames: int) -> None:
     """CHECKPOINTS.md 1.5: motion norms per frame; v1's resnet norms jointly over the frames."""
     for name, module in list(unet.named_modules()):
         for child_name, child in module.named_children():

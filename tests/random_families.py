@@ -1,5 +1,6 @@
 """Tiny random checkpoints of the other families, in the layouts they are published in."""
 
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,15 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from original_norms import original_norms
-from pytorch_sources import make_sd15, original_motion, split_motion
+from pytorch_sources import (
+    Weights,
+    ldm_unet,
+    make_sd15,
+    open_clip_visual,
+    original_motion,
+    split_motion,
+    svd_vae,
+)
 from random_animatediff import (
     CHANNELS,
     make_adapter,
@@ -72,6 +81,16 @@ def make_modelscope(folder: Path) -> TextToVideoSDPipeline:
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def original_modelscope(pipe: TextToVideoSDPipeline) -> Weights:
+    """What `text2video_pytorch_model.pth` holds."""
+    weights = ldm_unet(pipe.unet.state_dict(), (True, False), 1)
+    # Projections over time are 1-D convolutions there.
+    return {
+        name: tensor[..., None] if re.search(r"(\.2|blocks\.0\.1)\.proj_.*weight", name) else tensor
+        for name, tensor in weights.items()
+    }
 
 
 def make_svd_unet() -> UNetSpatioTemporalConditionModel:
@@ -138,6 +157,24 @@ def make_svd(folder: Path) -> StableVideoDiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def original_svd(pipe: StableVideoDiffusionPipeline) -> Weights:
+    """What `svd.safetensors` holds."""
+    parts = {
+        "model.diffusion_model.": ldm_unet(pipe.unet.state_dict(), (True, False), 1),
+        "first_stage_model.": svd_vae(pipe.vae.state_dict(), 2),
+        "conditioner.embedders.0.open_clip.model.visual.": open_clip_visual(
+            pipe.image_encoder.state_dict()
+        ),
+        # Of no use here, as in the published file.
+        "conditioner.embedders.3.encoder.": {"quant_conv.weight": torch.zeros(1)},
+    }
+    return {
+        prefix + name: tensor.contiguous()
+        for prefix, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def make_sparsectrl_module(kind: str) -> SparseControlNetModel:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import pytest
 
 from qvd_jax import benchmark, memory
-from qvd_jax.benchmarks import growth, products, profile, rounds
+from qvd_jax.benchmarks import growth, products, profile, rounds, sampling
 from qvd_jax.benchmarks.unet import SIZES, Case
+from qvd_jax.checkpoint import Manifest
 from qvd_jax.errors import InputError
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.quant.observers import list_layers
@@ -167,6 +168,30 @@ def test_peak_memory_is_what_is_alive_at_once():
         return y + 1
 
     assert memory.peak_bytes(chain, wide, narrow) == 4 * (2 * 100_000 + 1_000 + 10_000)
+
+
+@pytest.mark.parametrize(
+    ("unet", "encoder", "options"),
+    [
+        ({}, "text_encoder", []),
+        ({}, "image_encoder", []),
+        ({"controlnet": {}}, "text_encoder", ["conditioning_frames", "controlnet_frame_indices"]),
+        ({"controlnet": {}, "appearance_encoder": True}, "text_encoder", ["motion_video"]),
+    ],
+    ids=["text", "image", "SparseCtrl", "MagicAnimate"],
+)
+def test_every_pipeline_gets_inputs_of_its_kind_and_size(unet, encoder, options):
+    manifest = Manifest("", {"unet": unet, encoder: {}}, {}, {"prompts": ["a", "b"]}, "", {})
+    case = sampling.SampleCase(videos=3, steps=1, frames=4, height=8, width=16)
+    inputs, given = sampling.make_inputs(case, manifest)
+    assert list(given) == options
+    if manifest.takes_images:
+        assert [image.shape for image in inputs] == 3 * [(8, 16, 3)]
+    else:
+        assert inputs == ["a", "b", "a"]
+    frames = {"motion_video": 4, "conditioning_frames": 1}
+    for name in given.keys() & frames.keys():
+        assert given[name].shape == (frames[name], 8, 16, 3)
 
 
 def test_what_cannot_fit_is_refused_before_anything_is_allocated(capsys):

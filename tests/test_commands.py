@@ -3,8 +3,10 @@
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import imageio.v3 as imageio
 import numpy as np
@@ -15,6 +17,7 @@ from pytorch_sources import (
     make_sd15,
     original_motion,
     read_weights,
+    rewrite,
     split_motion,
 )
 from random_animatediff import make_pipeline
@@ -25,6 +28,7 @@ from qvd_jax import calibrate, evaluate, sample
 from qvd_jax.data.video_io import write_video
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+_SVD = "stable-video-diffusion-img2vid"
 SIZE = ["--frames", "3", "--height", "16", "--width", "24", "--steps", "2"]
 PROGRAMS = {
     "convert": convert.main,
@@ -57,10 +61,10 @@ def make_animatelcm(root: Path) -> None:
     save_file(lora, root / "AnimateLCM_sd15_t2v_lora.safetensors")
 
 
-def make_sparsectrl(root: Path) -> None:
+def make_sparsectrl(root: Path, kind: str) -> None:
     make_animatediff(root, "v3", "v3_sd15_mm.ckpt")
-    random_families.make_sparsectrl("rgb", root)
-    (root / "rgb.ckpt").rename(root / "v3_sd15_sparsectrl_rgb.ckpt")
+    random_families.make_sparsectrl(kind, root)
+    (root / f"{kind}.ckpt").rename(root / f"v3_sd15_sparsectrl_{kind}.ckpt")
     lora = {}
     for name, weight in read_weights(root / "v3" / "unet").items():
         if found := re.search(
@@ -70,6 +74,27 @@ def make_sparsectrl(root: Path) -> None:
             lora[f"{stem}.up.weight"] = torch.randn(weight.shape[0], 2)
             lora[f"{stem}.down.weight"] = torch.randn(2, weight.shape[1])
     torch.save(lora, root / "v3_sd15_adapter.ckpt")
+
+
+def make_original_modelscope(root: Path) -> None:
+    folder = root / "text-to-video-ms-1.7b"
+    pipe = random_families.make_modelscope(folder)
+    shutil.rmtree(folder / "unet")
+    weights = random_families.original_modelscope(pipe)
+    torch.save(weights, root / "text2video_pytorch_model.pth")
+
+
+def make_zeroscope(root: Path) -> None:
+    """Pickles alone, as published."""
+    folder = root / "zeroscope_v2_576w"
+    random_families.make_modelscope(folder)
+    for part in ("unet", "vae", "text_encoder"):
+        rewrite(folder / part, "bin")
+
+
+def make_original_svd(root: Path) -> None:
+    pipe = random_families.make_svd(root / "folder")
+    save_file(random_families.original_svd(pipe), root / "svd.safetensors")
 
 
 def make_magicanimate(root: Path) -> None:
@@ -85,25 +110,74 @@ def make_magicanimate(root: Path) -> None:
         (root / found).rename(root / published)
 
 
-SOURCES: dict[str, Callable[[Path], object]] = {
-    "animatediff": lambda root: make_animatediff(root, "v2", "mm_sd_v15_v2.ckpt"),
-    "animatelcm": make_animatelcm,
-    "lightning": lambda root: make_animatediff(
-        root, "v2", "animatediff_lightning_4step_diffusers.safetensors"
+class Model(NamedTuple):
+    """A model, whose commands are those of a config.
+
+    Attributes:
+      config: its name.
+      make: writes the published files into a folder.
+      instead: what in the commands is another file's name.
+    """
+
+    config: str
+    make: Callable[[Path], object]
+    instead: tuple[str, str] = ("", "")
+
+
+MODELS = {
+    "animatediff v1": Model(
+        "animatediff",
+        lambda root: make_animatediff(root, "v1", "mm_sd_v15.ckpt"),
+        ("mm_sd_v15_v2.ckpt", "mm_sd_v15.ckpt"),
     ),
-    "sparsectrl": make_sparsectrl,
-    "modelscope": lambda root: random_families.make_modelscope(root / "text-to-video-ms-1.7b"),
-    "svd": lambda root: random_families.make_svd(root / "stable-video-diffusion-img2vid"),
-    "magicanimate": make_magicanimate,
+    "animatediff v2": Model(
+        "animatediff", lambda root: make_animatediff(root, "v2", "mm_sd_v15_v2.ckpt")
+    ),
+    "animatediff v3": Model(
+        "animatediff",
+        lambda root: make_animatediff(root, "v3", "v3_sd15_mm.ckpt"),
+        ("mm_sd_v15_v2.ckpt", "v3_sd15_mm.ckpt"),
+    ),
+    "animatelcm": Model("animatelcm", make_animatelcm),
+    "lightning": Model(
+        "lightning",
+        lambda root: make_animatediff(
+            root, "v2", "animatediff_lightning_4step_diffusers.safetensors"
+        ),
+    ),
+    "sparsectrl rgb": Model("sparsectrl", lambda root: make_sparsectrl(root, "rgb")),
+    "sparsectrl scribble": Model(
+        "sparsectrl",
+        lambda root: make_sparsectrl(root, "scribble"),
+        ("sparsectrl_rgb.ckpt", "sparsectrl_scribble.ckpt"),
+    ),
+    "modelscope": Model(
+        "modelscope", lambda root: random_families.make_modelscope(root / "text-to-video-ms-1.7b")
+    ),
+    "modelscope original": Model(
+        "modelscope",
+        make_original_modelscope,
+        ("text-to-video-ms-1.7b", "text-to-video-ms-1.7b --unet text2video_pytorch_model.pth"),
+    ),
+    "zeroscope": Model("zeroscope", make_zeroscope),
+    "svd": Model("svd", lambda root: random_families.make_svd(root / _SVD)),
+    "svd original": Model("svd", make_original_svd, (_SVD, "svd.safetensors")),
+    "magicanimate": Model("magicanimate", make_magicanimate),
 }
 
 
+def test_every_config_of_a_policy_is_run():
+    policies = {file.stem for file in CONFIGS.glob("*.yaml") if "\nrules:" in file.read_text()}
+    assert {model.config for model in MODELS.values()} == policies
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_model_goes_from_its_published_files_to_its_evaluation(name, tmp_path, monkeypatch):
+    config, make, (found, instead) = MODELS[name]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(CONFIGS)
-    SOURCES[name](tmp_path)
+    make(tmp_path)
     (tmp_path / "prompts.txt").write_text("a corgi on a beach\na fox in the snow\n")
     rng = np.random.default_rng(0)
     for picture in ("corgi", "fox", "dancer", "singer", "first"):
@@ -112,13 +186,14 @@ def test_a_model_goes_from_its_published_files_to_its_evaluation(name, tmp_path,
     poses = np.kron(rng.integers(256, size=(3, 2, 3, 3), dtype=np.uint8), np.ones((1, 8, 8, 1)))
     write_video(Path("poses.mp4"), poses.astype(np.uint8), 8)
 
-    lines = re.findall(r"^# python -m (.+)$", (CONFIGS / f"{name}.yaml").read_text(), re.M)
+    lines = re.findall(r"^# python -m (.+)$", (CONFIGS / f"{config}.yaml").read_text(), re.M)
+    assert found in lines[0]
     for line in lines:
-        program, *arguments = shlex.split(line)
+        program, *arguments = shlex.split(line.replace(found, instead) if found else line)
         assert PROGRAMS[program]([*arguments, *([] if program == "convert" else SIZE)]) == 0, line
 
-    reference, candidate = json.loads(Path(f"{name}-results/results.json").read_text())["models"]
+    reference, candidate = json.loads(Path(f"{config}-results/results.json").read_text())["models"]
     assert reference["policy"] == "float"
     assert candidate["unet_bytes"] < 0.5 * reference["unet_bytes"]
     assert candidate["latent_sqnr"][-1] > 20
-    assert Path(f"{name}-results/report.html").is_file()
+    assert Path(f"{config}-results/report.html").is_file()

@@ -189,6 +189,13 @@ def spatial_only(source: Path) -> Path:
     return source.parent / "mm.ckpt"
 
 
+def motion_lora(source: Path) -> Path:
+    module = "mid_block.motion_modules.0.transformer_blocks.0.attn1.processor"
+    weights = {f"{module}.to_q_lora.{side}.weight": torch.zeros(2, 2) for side in ("up", "down")}
+    torch.save(weights, source.parent / "lora.ckpt")
+    return source.parent / "lora.ckpt"
+
+
 def lora(tensors: Weights, scale: str = "") -> Edit:
     def apply(source: Path) -> list[object]:
         torch.save(tensors, source.parent / "lora.ckpt")
@@ -353,6 +360,11 @@ MOTION = [
         "mm.ckpt: motion modules are expected, it holds ",
         " other tensors, the first conv_in.bias",
         id="spatial weights",
+    ),
+    case(
+        motion(motion_lora),
+        "lora.ckpt: motion modules are expected, it holds a LoRA, which --lora takes",
+        id="LoRA",
     ),
     case(
         motion(lambda source: source / "model_index.json"),

@@ -1,5 +1,8 @@
 """MagicAnimate against an oracle of diffusers' parts, by the rules of CHECKPOINTS.md 4."""
 
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,10 @@ import qvd_jax
 from convert import names
 from convert.__main__ import main as convert
 from qvd_jax import calibrate, sample
+from qvd_jax.data.video_io import write_video
+from qvd_jax.models.appearance import AppearanceEncoder
 from qvd_jax.models.configs import MAGIC_ANIMATE
+from qvd_jax.models.controlnet import ControlNet
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 
@@ -63,25 +69,23 @@ def transformers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
     }
 
 
-@torch.no_grad()
-def oracle(
-    models: MagicAnimate,
-    image: np.ndarray,
-    motion: np.ndarray,
-    noise: np.ndarray,
-    windows: list[list[int]],
-    guidance: float,
-) -> torch.Tensor:
-    """Latents `[1, C, F, h, w]` after 4 steps."""
-    halves = 2 if guidance > 1 else 1
+@contextmanager
+def shown(models: MagicAnimate, halves: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Reference attention by CHECKPOINTS.md 4.4: gives the bank that the readers read.
+
+    The appearance encoder writes the tokens it normalizes into the bank; of `halves` of a batch
+    the UNet's last sees them.
+    """
     bank: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, block in transformers(models.appearance).items():
-        hooks.append(
-            block.norm1.register_forward_hook(
-                lambda module, inputs, out, name=name: bank.__setitem__(name, out)
-            )
+    writers, readers = transformers(models.appearance), transformers(models.unet)
+    assert writers.keys() == readers.keys()
+    hooks = [
+        block.norm1.register_forward_hook(
+            lambda module, inputs, out, name=name: bank.__setitem__(name, out)
         )
+        for name, block in writers.items()
+    ]
+    attends = {name: block.attn1.forward for name, block in readers.items()}
 
     def reader(name: str, attend: Any) -> Any:
         def read(hidden: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -93,11 +97,61 @@ def oracle(
 
         return read
 
-    attends = {name: block.attn1.forward for name, block in transformers(models.unet).items()}
-    assert attends.keys() == transformers(models.appearance).keys()
-    for name, block in transformers(models.unet).items():
+    for name, block in readers.items():
         block.attn1.forward = reader(name, attends[name])
+    yield bank
+    for hook in hooks:
+        hook.remove()
+    for name, block in readers.items():
+        block.attn1.forward = attends[name]
 
+
+def residuals(
+    models: MagicAnimate,
+    latents: torch.Tensor,
+    t: Any,
+    text: torch.Tensor,
+    poses: torch.Tensor,
+    halves: int,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The ControlNet's, of the cond half alone, repeated for both (CHECKPOINTS.md 4.5)."""
+    frames = latents[0].transpose(0, 1)
+    down, mid = models.controlnet(
+        frames, t, text.repeat(len(frames), 1, 1), poses, return_dict=False
+    )
+    return [torch.cat([d] * halves) for d in down], torch.cat([mid] * halves)
+
+
+def predict(
+    models: MagicAnimate,
+    latents: torch.Tensor,
+    t: Any,
+    text: torch.Tensor,
+    poses: torch.Tensor,
+    halves: int,
+) -> torch.Tensor:
+    """The UNet's prediction `[halves, C, F, h, w]` of `[1, C, F, h, w]`; the bank is filled."""
+    down, mid = residuals(models, latents, t, text, poses, halves)
+    return models.unet(
+        torch.cat([latents] * halves),
+        t,
+        text.repeat(halves * latents.shape[2], 1, 1),
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=mid,
+    ).sample
+
+
+@torch.no_grad()
+def oracle(
+    models: MagicAnimate,
+    image: np.ndarray,
+    motion: np.ndarray,
+    noise: np.ndarray,
+    windows: list[list[int]],
+    guidance: float,
+) -> torch.Tensor:
+    """Latents `[1, C, F, h, w]` after 4 steps."""
+    halves = 2 if guidance > 1 else 1
     tokenizer, text_encoder = models.pipe.tokenizer, models.pipe.text_encoder
     ids = tokenizer("", padding="max_length", max_length=16, return_tensors="pt").input_ids
     text = text_encoder(ids)[0]
@@ -107,31 +161,63 @@ def oracle(
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
     scheduler.set_timesteps(4)
     latents = torch.from_numpy(noise).permute(0, 4, 1, 2, 3)
-    for t in scheduler.timesteps:
-        models.appearance(reference, t, text)
-        frames = latents[0].transpose(0, 1)
-        down, mid = models.controlnet(
-            frames, t, text.repeat(len(frames), 1, 1), poses, return_dict=False
-        )
-        total, views = torch.zeros(halves, *latents.shape[1:]), torch.zeros(latents.shape[2])
-        for window in windows:
-            total[:, :, window] += models.unet(
-                torch.cat([latents[:, :, window]] * halves),
-                t,
-                text.repeat(halves * len(window), 1, 1),
-                down_block_additional_residuals=[torch.cat([d[window]] * halves) for d in down],
-                mid_block_additional_residual=torch.cat([mid[window]] * halves),
-            ).sample
-            views[window] += 1
-        prediction = total / views[:, None, None]
-        if halves == 2:
-            prediction = prediction[:1] + guidance * (prediction[1:] - prediction[:1])
-        latents = scheduler.step(prediction, t, latents).prev_sample
-    for hook in hooks:
-        hook.remove()
-    for name, block in transformers(models.unet).items():
-        block.attn1.forward = attends[name]
+    with shown(models, halves):
+        for t in scheduler.timesteps:
+            models.appearance(reference, t, text)
+            total, views = torch.zeros(halves, *latents.shape[1:]), torch.zeros(latents.shape[2])
+            for window in windows:
+                seen = latents[:, :, window]
+                total[:, :, window] += predict(models, seen, t, text, poses[window], halves)
+                views[window] += 1
+            prediction = total / views[:, None, None]
+            if halves == 2:
+                prediction = prediction[:1] + guidance * (prediction[1:] - prediction[:1])
+            latents = scheduler.step(prediction, t, latents).prev_sample
     return latents
+
+
+def test_the_unet_and_its_parts_equal_the_oracle(models, converted):
+    """What is banked, the residuals and the prediction, in float32, to 1e-4 of their scale."""
+    networks, pipe, halves = models[1], qvd_jax.load(converted), 2
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    latents, reference = draw(1, WINDOW, 8, 12, 4), draw(1, 1, 8, 12, 4)
+    text, poses = draw(1, 7, 24), draw(1, WINDOW, 16, 24, 3)
+    told, t = torch.from_numpy(text), 500
+    frames, motion, image = (
+        torch.from_numpy(x[0]).permute(0, 3, 1, 2) for x in (latents, poses, reference)
+    )
+    with shown(networks, halves) as bank, torch.no_grad():
+        networks.appearance(image, t, told)
+        video = frames.transpose(0, 1)[None]
+        down, mid = residuals(networks, video, t, told, motion, halves)
+        expected = predict(networks, video, t, told, motion, halves)
+
+    latents, text = (np.repeat(x, halves, axis=0) for x in (latents, text))
+    forward = functools.partial(
+        pipe.unet.apply,
+        capture_intermediates=lambda module, method: (
+            isinstance(module, AppearanceEncoder | ControlNet) and method == "__call__"
+        ),
+        mutable=["intermediates"],
+    )
+    found, seen = jax.jit(forward)(
+        {"params": pipe.params["unet"]}, latents, np.float32([t]), text, None, poses, reference
+    )
+    ((tokens,), (added,)) = (
+        seen["intermediates"][name]["__call__"] for name in ("appearance_encoder", "controlnet")
+    )
+    written = [leaf[0] for leaf in jax.tree.leaves((tokens.mid, tokens.up))]
+    assert len(written) == len(bank)
+    # Both run from the middle up.
+    for one, banked in zip(written, bank.values(), strict=True):
+        assert relative_error(one, banked) <= 1e-4
+    for one, residual in zip((*added.down, added.mid), (*down, mid), strict=True):
+        assert relative_error(one[0], residual[:WINDOW].permute(0, 2, 3, 1)) <= 1e-4
+    assert relative_error(found, expected.permute(0, 2, 3, 4, 1)) <= 1e-4
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
@@ -139,20 +225,25 @@ def pixels(seed: int, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    ("windows", "guidance"),
-    [([[0, 1, 2, 3]], 3.0), ([[0, 1, 2, 3]], 1.0), ([[0, 1, 2, 3], [3, 4, 5, 0]], 3.0)],
-    ids=["one window", "no guidance", "a loop of windows"],
+    ("frames", "windows", "guidance"),
+    [
+        (4, [[0, 1, 2, 3]], 3.0),
+        (3, [[0, 1, 2, 3]], 1.0),
+        (6, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 0, 1]], 3.0),
+    ],
+    ids=["one window", "no guidance and a frame more", "a loop of windows and two frames more"],
 )
-def test_latents_equal_the_oracle(models, converted, windows, guidance):
-    """One image, same noise, 4 steps; the negatives do not see the reference."""
+def test_latents_equal_the_oracle(models, converted, frames, windows, guidance):
+    """One image, same noise, 4 steps; the last pose is held until the windows are whole."""
     pipe = qvd_jax.load(converted)
     assert pipe.family == "magicanimate"
     assert pipe.defaults.frames == 16
     pipe = replace(pipe, defaults=replace(pipe.defaults, frames=WINDOW))
-    frames = 1 + max(map(max, windows))
+    sampled = 1 + max(map(max, windows))
     image, motion = pixels(0), pixels(1, frames + 1)
-    noise = np.random.default_rng(0).standard_normal((1, frames, 8, 12, 4), dtype=np.float32)
-    expected = oracle(models[1], image, motion[:frames], noise, windows, guidance)
+    noise = np.random.default_rng(0).standard_normal((1, sampled, 8, 12, 4), dtype=np.float32)
+    held = np.concatenate([motion[:frames], *[motion[frames - 1 : frames]] * (sampled - frames)])
+    expected = oracle(models[1], image, held, noise, windows, guidance)[:, :, :frames]
     found = pipe(
         image,
         motion,
@@ -226,7 +317,8 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
         ({"--motion-video": "{tmp}/empty"}, "empty holds no images"),
         ({"--motion-video": "{tmp}/mixed"}, "1.png has [8, 24] pixels, 0.png beside it [16, 24]"),
         ({"--motion-video": "{tmp}/poses", "--frames": "4"}, "has 3 frames, 4 are asked for"),
-        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "image 1 has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses.mp4"}, "the motion video has 16x32 pixels"),
         ({"--motion-video": "{tmp}/poses", "--prompt": "a"}, "makes videos from images"),
         ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "has no SparseCtrl"),
     ],
@@ -234,6 +326,7 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
 def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message):
     imageio.imwrite(tmp_path / "dancer.png", pixels(0))
     (tmp_path / "text.mp4").write_text("no video")
+    write_video(tmp_path / "poses.mp4", np.zeros((2, 16, 32, 3), np.uint8), 8)
     for folder in ("empty", "poses", "mixed"):
         (tmp_path / folder).mkdir()
     for number, pose in enumerate(pixels(1, 3)):

@@ -1,7 +1,6 @@
 """ModelScope from a folder that diffusers saved to the same latents."""
 
 import json
-import re
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import torch
 from conftest import relative_error
 from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
 from pytorch_sources import ldm_unet
-from random_families import make_modelscope
+from random_families import make_modelscope, original_modelscope
 
 import qvd_jax
 from convert import ldm, names
@@ -86,13 +85,7 @@ def make_original(tiny: Tiny, folder: Path) -> Path:
     for part in tiny[0].iterdir():
         if part.name != "unet":
             (folder / part.name).symlink_to(part)
-    weights = ldm_unet(tiny[1].unet.state_dict(), (True, False), 1)
-    # Projections over time are 1-D convolutions there.
-    weights = {
-        name: tensor[..., None] if re.search(r"(\.2|blocks\.0\.1)\.proj_.*weight", name) else tensor
-        for name, tensor in weights.items()
-    }
-    torch.save(weights, folder.parent / "text2video_pytorch_model.pth")
+    torch.save(original_modelscope(tiny[1]), folder.parent / "text2video_pytorch_model.pth")
     return folder.parent / "text2video_pytorch_model.pth"
 
 

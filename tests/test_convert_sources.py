@@ -270,6 +270,18 @@ def test_original_v1_converts_to_bfloat16_rounded_and_joins_frames_in_resnets_al
         )
 
 
+def test_a_vae_of_its_own_needs_none_in_the_source(tiny, tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for part in tiny[0].iterdir():
+        if part.name != "vae":
+            (folder / part.name).symlink_to(part)
+    with pytest.raises(InputError, match="source lacks the folders vae of a diffusers"):
+        open_source(folder)
+    opened = open_source(folder, vae=tiny[0] / "vae")
+    assert opened.tensors["vae"].keys() == open_source(tiny[0]).tensors["vae"].keys()
+
+
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_version_and_norm_scopes_follow_from_the_weights(version, tmp_path):
     folder = tmp_path / "pipeline"

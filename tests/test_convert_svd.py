@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
 from PIL import Image
 from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
-from random_families import make_svd
+from random_families import make_svd, original_svd
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -25,7 +25,8 @@ import qvd_jax
 from convert import companions, ldm, names, svd
 from convert.__main__ import main as convert
 from convert.tensors import LazyTensor
-from qvd_jax import calibrate, sample
+from qvd_jax import calibrate, memory, sample
+from qvd_jax.memory import tree_bytes
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -95,6 +96,20 @@ def test_latents_and_pixels_equal_diffusers_pipeline(tiny, converted, monkeypatc
     assert np.abs(pipe.decode(found) - expected_video).max() <= 1
 
 
+def test_decoding_in_chunks_equals_diffusers(tiny, converted, monkeypatch):
+    """Frames do not see beyond their chunk, so it has all of them where memory allows."""
+    pipe = qvd_jax.load(converted)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 8, 12, 4), dtype=np.float32)
+    # As if half of the memory held two and a half frames.
+    needed = tree_bytes(pipe.params["vae"]) + memory.total_bytes() // 5
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
+    with torch.no_grad():
+        theirs = torch.from_numpy(latents).permute(0, 1, 4, 2, 3)
+        pixels = tiny[1].decode_latents(theirs, 4, 2).permute(0, 2, 3, 4, 1)
+    expected = (pixels / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert np.abs(pipe.decode(latents) - expected).max() <= 1
+
+
 @pytest.mark.parametrize("size", [(576, 1024), (300, 224), (40, 90)])
 def test_images_are_resized_as_published(size):
     image = np.random.default_rng(0).uniform(-1, 1, (*size, 3))
@@ -160,26 +175,8 @@ def test_names_of_the_real_image_encoder():
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 632_076_800
 
 
-def original_weights(tiny: Tiny) -> dict[str, torch.Tensor]:
-    pipe = tiny[1]
-    parts = {
-        "model.diffusion_model.": ldm_unet(pipe.unet.state_dict(), (True, False), 1),
-        "first_stage_model.": svd_vae(pipe.vae.state_dict(), 2),
-        "conditioner.embedders.0.open_clip.model.visual.": open_clip_visual(
-            pipe.image_encoder.state_dict()
-        ),
-        # Of no use here, as in the published file.
-        "conditioner.embedders.3.encoder.": {"quant_conv.weight": torch.zeros(1)},
-    }
-    return {
-        prefix + name: tensor.contiguous()
-        for prefix, tensors in parts.items()
-        for name, tensor in tensors.items()
-    }
-
-
 def test_original_file_gives_what_the_folder_gives(tiny, converted, tmp_path, capsys):
-    save_file(original_weights(tiny), tmp_path / "svd.safetensors")
+    save_file(original_svd(tiny[1]), tmp_path / "svd.safetensors")
     out = tmp_path / "out"
     assert convert([str(tmp_path / "svd.safetensors"), "--out", str(out)]) == 0
     assert "14 frames by default" in capsys.readouterr().out
@@ -202,7 +199,7 @@ def test_original_file_gives_what_the_folder_gives(tiny, converted, tmp_path, ca
     ],
 )
 def test_bad_original_files_end_with_one_message(tiny, tmp_path, capsys, lost, message):
-    weights = {name: t for name, t in original_weights(tiny).items() if lost not in name}
+    weights = {name: t for name, t in original_svd(tiny[1]).items() if lost not in name}
     save_file(weights, tmp_path / "svd.safetensors")
     assert convert([str(tmp_path / "svd.safetensors"), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
@@ -229,6 +226,9 @@ def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, ca
     assert 10 * np.log10(np.square(expected).sum() / np.square(error).sum()) > 30
 
 
+_CAT = ["--image", "{tmp}/cat.png", "--height", "8", "--width", "12"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -238,9 +238,11 @@ def test_calibrate_and_sample_from_an_image(converted, tmp_path, monkeypatch, ca
         (["--image", "{tmp}/text.png"], "text.png cannot be read as an image"),
         (["--image", "{tmp}/gray.png"], "gray.png: one RGB image with 8 bits is needed"),
         (["--image", "{tmp}/alpha.png"], "alpha.png: one RGB image with 8 bits is needed"),
-        (["--image", "{tmp}/cat.png", "--height", "16"], "image 1 has 8x12 pixels"),
+        (["--image", "{tmp}/cat.png", "--height", "16"], "cat.png has 8x12 pixels"),
+        ([*_CAT, "--motion-bucket-id", "-1"], "motion_bucket_id = -1: it must be 0 or more"),
+        ([*_CAT, "--noise-aug-strength", "nan"], "noise_aug_strength = nan: it must be finite"),
         (
-            ["--image", "{tmp}/cat.png", "--negative-prompt", "b"],
+            [*_CAT, "--negative-prompt", "b"],
             "--negative-prompt has no meaning for a model of the family 'svd'",
         ),
     ],
@@ -264,6 +266,7 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
     [
         ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no use for --motion"),
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
+        ({}, ["--appearance-encoder", "x"], "which has no --appearance-encoder"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
         ({}, ["--lora", "x.ckpt"], "is Stable Video Diffusion, which has no --lora"),
         ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),

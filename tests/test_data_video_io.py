@@ -1,6 +1,9 @@
 """Written videos read back as what was written; failures leave nothing."""
 
+import warnings
+
 import imageio.v3 as imageio
+import jax
 import numpy as np
 import pytest
 
@@ -84,6 +87,15 @@ def test_unwritable_places_are_named(tmp_path):
         with pytest.raises(InputError, match=message):
             files.check_writable(path, overwrite=False)
     files.check_writable(tmp_path / "there.mp4", overwrite=True)
+
+
+def test_reading_a_video_does_not_warn_of_threads(tmp_path):
+    jax.devices()
+    video_io.write_video(tmp_path / "a.mp4", gradient(2, 16, 16), 8)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always", RuntimeWarning)
+        assert video_io.read_video(tmp_path / "a.mp4").shape == (2, 16, 16, 3)
+    assert not given
 
 
 def test_images_of_a_folder_are_read_in_the_order_of_their_numbers(tmp_path):

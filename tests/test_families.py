@@ -194,10 +194,13 @@ def unet_inputs(pipe: VideoPipeline, family: Family) -> list[tuple[Any, ...]]:
     return calls
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "animatelcm", "lightning"])
+ALIKE = {"animatelcm": "animatediff", "lightning": "animatediff", "zeroscope": "modelscope"}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ALIKE])
 def test_configs_are_the_named_policy_and_their_commands_parse(name, monkeypatch):
     file = CONFIGS / f"{name}.yaml"
-    family = FAMILIES.get(name, FAMILIES["animatediff"])
+    family = FAMILIES[ALIKE.get(name, name)]
     layers = list_layers(make(family), family.options)
     assert match(read_policy(str(file)), layers) == match(named_policy("qvd-w8a8"), layers)
     lines = [line[2:] for line in file.read_text().splitlines() if line.startswith("# python -m ")]

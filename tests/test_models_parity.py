@@ -455,13 +455,17 @@ def run_controlnet(
     )
 
 
-@pytest.mark.parametrize("kind", [RGB, SCRIBBLE, "image"])
-def test_controlnet_whole(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "original"), [(RGB, False), (SCRIBBLE, False), (RGB, True), ("image", False)]
+)
+def test_controlnet_whole(kind, original, tmp_path):
     """SparseCtrl with either condition, and an ordinary ControlNet, frame by frame."""
     published = make_controlnet().eval() if kind == "image" else make_sparsectrl_module(kind)
     randomize(published)
     published.save_pretrained(tmp_path)
     _, config = open_controlnet(tmp_path)
+    if original:
+        config = replace(config, temporal_norm_scope="frame")
     unet = UNet3DConfig(
         block_channels=CHANNELS,
         layers_per_block=1,
@@ -478,6 +482,11 @@ def test_controlnet_whole(kind, tmp_path):
     latents, timesteps = video(BATCH, FRAMES, HEIGHT, WIDTH, 4), np.float32([500])
     text = video(BATCH, 7, 24, seed=1)
     control = video(BATCH, FRAMES, scale * HEIGHT, scale * WIDTH, config.condition_channels, seed=2)
+    module = ControlNet(unet, config, FLOAT)
+    inputs = latents, timesteps, text, control
+    variables = transfer_call(published, run_controlnet, module, *inputs)
+    if original:
+        original_norms(published, "v3", FRAMES)
     told = torch.from_numpy(text).repeat_interleave(FRAMES, 0)
     with torch.no_grad():
         if kind == "image":
@@ -492,9 +501,6 @@ def test_controlnet_whole(kind, tmp_path):
                 sample, 500, told, condition[:, :-1], conditioning_mask=condition[:, -1:],
                 return_dict=False,
             )  # fmt: skip
-    module = ControlNet(unet, config, FLOAT)
-    inputs = latents, timesteps, text, control
-    variables = transfer_call(published, run_controlnet, module, *inputs)
     found = jax.jit(nn.apply(run_controlnet, module))(variables, *inputs)
     assert len(found.down) == len(down)
     for one, expected in zip((*found.down, found.mid), (*down, mid), strict=True):

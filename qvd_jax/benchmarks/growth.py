@@ -21,14 +21,14 @@ def cases(base: SampleCase) -> list[tuple[str, int, SampleCase]]:
     """What grows, how large it is, and the case; all else is as in `base`.
 
     Args:
-      base: of the smallest size; of its prompts the first is used.
+      base: of the smallest size; of one video.
     """
-    base = replace(base, prompts=base.prompts[:1])
+    base = replace(base, videos=1)
     sides = (replace(base, height=n * base.height, width=n * base.width) for n in SIDES)
     return [
         *(("frames", n, replace(base, frames=n)) for n in FRAMES),
         *(("pixels", case.height * case.width, case) for case in sides),
-        *(("videos", n, replace(base, prompts=n * base.prompts)) for n in VIDEOS),
+        *(("videos", n, replace(base, videos=n)) for n in VIDEOS),
     ]
 
 

@@ -1,5 +1,6 @@
 """Whole videos from checkpoints: start-up without and with a cache, time, peak memory."""
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
+import numpy as np
 import tqdm
 
 from qvd_jax import checkpoint, markdown
@@ -25,20 +27,23 @@ from qvd_jax.pipelines.loading import load, read_configs
 
 _MEMORY_STEPS = (2, 8)
 
+# Where a checkpoint brings none; the time does not depend on it.
+_PROMPT = "a corgi on a beach"
+
 
 @dataclass(frozen=True)
 class SampleCase:
     """One call of a pipeline.
 
     Attributes:
-      prompts: one video each.
+      videos: B.
       steps: S.
       frames: F.
       height: H in pixels.
       width: W in pixels.
     """
 
-    prompts: tuple[str, ...]
+    videos: int
     steps: int
     frames: int
     height: int
@@ -48,10 +53,12 @@ class SampleCase:
 def build(case: SampleCase, variant: Variant) -> Run:
     """Sampling and decoding with the checkpoint that is the variant's mode."""
     pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
+    inputs, options = make_inputs(case, checkpoint.read_manifest(checkpoint.find(variant.mode)))
 
     def run() -> None:
         pipe(
-            case.prompts,
+            inputs,
+            **options,
             steps=case.steps,
             frames=case.frames,
             height=case.height,
@@ -59,6 +66,26 @@ def build(case: SampleCase, variant: Variant) -> Run:
         )
 
     return run
+
+
+def make_inputs(
+    case: SampleCase, manifest: checkpoint.Manifest
+) -> tuple[list[Any], dict[str, Any]]:
+    """What the checkpoint's pipeline is called with: its prompts, or noise as images and motion."""
+    rng = np.random.default_rng(0)
+
+    def images(count: int) -> np.ndarray:
+        return rng.integers(256, size=(count, case.height, case.width, 3), dtype=np.uint8)
+
+    options: dict[str, Any] = {}
+    if manifest.takes_motion_video:
+        options["motion_video"] = images(case.frames)
+    if manifest.takes_conditions:
+        options |= {"conditioning_frames": images(1), "controlnet_frame_indices": [0]}
+    if manifest.takes_images:
+        return list(images(case.videos)), options
+    prompts = itertools.cycle(manifest.example_prompts or [_PROMPT])
+    return list(itertools.islice(prompts, case.videos)), options
 
 
 def needed_bytes(case: SampleCase, variant: Variant) -> int:
@@ -77,7 +104,7 @@ def needed_bytes(case: SampleCase, variant: Variant) -> int:
     variables = {"params": params["unet"]}
     working = peak_bytes(unet.apply, variables, *shapes) - tree_bytes(variables)
     # On the CPU the UNet sees one video after the other.
-    together = 1 if jax.default_backend() == "cpu" else len(case.prompts)
+    together = 1 if jax.default_backend() == "cpu" else case.videos
     return tree_bytes(params) + (1 + defaults.guided) * together * working
 
 

@@ -1,8 +1,10 @@
 """Reading images and videos, writing videos and sheets; nothing half-written is left behind."""
 
+import contextlib
 import functools
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +63,18 @@ def read_video(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path} does not exist; a video, or a folder of images, is expected")
     try:
-        return np.asarray(imageio.imread(path, plugin="FFMPEG"))
+        with _ffmpeg():
+            return np.asarray(imageio.imread(path, plugin="FFMPEG"))
     except Exception as error:  # ffmpeg's failures come in many kinds.
         raise InputError(f"{path} cannot be read as a video: {first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _ffmpeg() -> Iterator[None]:
+    """Where imageio starts ffmpeg; between fork and exec no thread of JAX's is needed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+        yield
 
 
 def _counted(path: Path) -> list[str | int]:
@@ -132,9 +143,7 @@ def _even(video: np.ndarray) -> np.ndarray:
 
 
 def _encode_mp4(path: Path, video: np.ndarray, fps: int) -> None:
-    with warnings.catch_warnings():
-        # imageio starts ffmpeg; between fork and exec no thread of JAX's is needed.
-        warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+    with _ffmpeg():
         # macro_block_size: halved chroma needs even sides, imageio would round them up to 16.
         imageio.imwrite(
             path,

@@ -16,12 +16,14 @@ class ControlNetConfig:
         of the latents; none, and the condition has that size already.
       motion_attentions: self-attentions over time behind each layer on the way down, as in
         `UNet3DConfig`; 0 for one of images.
+      temporal_norm_scope: scope of the motion modules' norms.
       ignores_latents: whether it sees zeros in the latents' place (SparseCtrl).
     """
 
     condition_channels: int
     embedding_channels: tuple[int, ...] = ()
     motion_attentions: int = 0
+    temporal_norm_scope: NormScope = "joint"
     ignores_latents: bool = False
 
 

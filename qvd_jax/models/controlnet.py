@@ -84,6 +84,7 @@ class ControlNet(nn.Module):
             self.unet,
             temporal_op="motion_module" if config.motion_attentions else None,
             motion_attentions=config.motion_attentions,
+            temporal_norm_scope=config.temporal_norm_scope,
             temporal_mid_block=False,
             resnet_norm_scope="frame",
             controlnet=None,

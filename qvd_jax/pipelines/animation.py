@@ -1,5 +1,6 @@
 """Animation: a person's image moves as a motion video does (MagicAnimate)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,11 @@ from qvd_jax.pipelines.text import TextPipeline
 
 @dataclass(frozen=True, kw_only=True)
 class AnimationPipeline(TextPipeline):
-    """An animation model: MagicAnimate (Xu et al., arXiv 2311.16498). Its text is empty."""
+    """An animation model: MagicAnimate (Xu et al., arXiv 2311.16498). Its text is empty.
+
+    The UNet always sees the default's number of frames, which it was trained on. A video of another
+    number is sampled longer, its last pose held until the windows are whole, and then cut.
+    """
 
     closed_windows = True
 
@@ -49,16 +54,18 @@ class AnimationPipeline(TextPipeline):
           images: one or more, uint8 `[H, W, 3]` each.
           motion_video: the DensePose rendering of a video, uint8 `[F, H, W, 3]`; frames past F
             are left out.
-          frames: F; more than the default run in windows that overlap by a quarter.
+          frames: F; up to a multiple of the default are sampled, in windows that overlap by a
+            quarter.
           height: H in pixels, that of images and motion; divisible by the strides of VAE and UNet.
           width: W in pixels, likewise.
           steps: S.
           guidance_scale: 1 or less samples without guidance.
           seed: of the noise.
-          latents: unit-normal noise `[B, F, h, w, C]` instead of the drawn one.
+          latents: unit-normal noise `[B, F, h, w, C]` instead of the drawn one, of all frames that
+            are sampled.
           output_type: "video" or "latents".
           callback_on_step_end: called after each step with the number of finished steps and the
-            latents, which it must copy to keep.
+            latents of all frames that are sampled, which it must copy to keep.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -71,13 +78,7 @@ class AnimationPipeline(TextPipeline):
             frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
         )
         images = check_images(images, want.height, want.width)
-        if motion_video is None or not len(motion_video):
-            raise InputError("there is no motion video; one is needed")
-        if len(motion_video) < want.frames:
-            raise InputError(
-                f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
-            )
-        check_image(motion_video[0], want.height, want.width, "the motion video")
+        check_motion(motion_video, want)
         return self._generate(
             images,
             lambda: self.conditions(images, want, seed, motion_video),
@@ -101,15 +102,23 @@ class AnimationPipeline(TextPipeline):
         text = jnp.repeat(text, len(inputs) * (1 + want.guided), axis=0)
         # One by one: an image's latents must not depend on the others, even in rounding.
         means = [self.encode(to_unit_range(image)[None])[0] for image in inputs]
+        sampled, *_ = self.latents_shape(want.frames, want.height, want.width)
+        poses = motion_video[np.minimum(np.arange(sampled), want.frames - 1)]
         return Conditions(
             text,
-            control=jnp.asarray(motion_video[None, : want.frames], jnp.float32) / 255,
+            control=jnp.asarray(poses[None], jnp.float32) / 255,
             reference=jnp.stack(means) * self.vae.config.scaling_factor,
         )
 
     def window(self, frames: int) -> int:
-        """Never more frames than the default, though there are positions for some more."""
-        return min(frames, super().window(self.defaults.frames))
+        """The default's number of frames, whatever a video has."""
+        return super().window(self.defaults.frames)
+
+    def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """As of every pipeline, of whole windows."""
+        frames, height, width, channels = super().latents_shape(frames, height, width)
+        window = self.window(frames)
+        return window * math.ceil(frames / window), height, width, channels
 
     def initial_noise(self, seed: int, videos: int, shape: tuple[int, ...]) -> Array:
         """Noise of one window, repeated over the video."""
@@ -117,3 +126,14 @@ class AnimationPipeline(TextPipeline):
         window = self.window(frames)
         noise = super().initial_noise(seed, videos, (window, *shape[1:]))
         return jnp.take(noise, np.arange(frames) % window, axis=1)
+
+
+def check_motion(motion_video: np.ndarray | None, want: VideoDefaults) -> None:
+    """Raises `InputError` if a motion video is missing, too short or of another size."""
+    if motion_video is None or not len(motion_video):
+        raise InputError("there is no motion video; one is needed")
+    if len(motion_video) < want.frames:
+        raise InputError(
+            f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
+        )
+    check_image(motion_video[0], want.height, want.width, "the motion video")

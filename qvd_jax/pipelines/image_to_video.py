@@ -1,6 +1,7 @@
 """Image to video: an image becomes the UNet's context and part of its input (2311.15127)."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
+from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPVisionEncoder
 from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -118,6 +120,12 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             noise_aug_strength=noise_aug_strength,
         )
         images = check_images(images, want.height, want.width)
+        if want.motion_bucket_id < 0:
+            raise InputError(f"motion_bucket_id = {want.motion_bucket_id}: it must be 0 or more")
+        if not 0 <= want.noise_aug_strength < math.inf:
+            raise InputError(
+                f"noise_aug_strength = {want.noise_aug_strength:g}: it must be finite, 0 or more"
+            )
         return self._generate(
             images,
             lambda: self.conditions(images, want, seed),

@@ -78,7 +78,13 @@ class TextToVideoPipeline(TextPipeline):
             steps=steps,
             guidance_scale=guidance_scale,
         )
-        self._check_control(conditioning_frames, controlnet_frame_indices, want)
+        if (self.unet.config.controlnet is not None) != bool(len(conditioning_frames)):
+            raise InputError(
+                "conditioning_frames were given, the model has no ControlNet"
+                if len(conditioning_frames)
+                else "the model has a ControlNet, whose conditioning_frames are missing"
+            )
+        check_conditions(conditioning_frames, controlnet_frame_indices, want)
         return self._generate(
             prompts,
             lambda: self.conditions(
@@ -108,26 +114,6 @@ class TextToVideoPipeline(TextPipeline):
         control = self._control(conditioning_frames, controlnet_frame_indices, want, seed)
         return Conditions(text, control=control)
 
-    def _check_control(
-        self, images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
-    ) -> None:
-        """Raises `InputError` if the conditions do not fit the model or the video."""
-        if (self.unet.config.controlnet is not None) != bool(len(images)):
-            raise InputError(
-                "the model has a ControlNet, whose conditioning_frames are missing"
-                if not len(images)
-                else "conditioning_frames were given, the model has no ControlNet"
-            )
-        if len(images) != len(indices) or len(set(indices)) != len(indices):
-            raise InputError(
-                f"controlnet_frame_indices = {list(indices)}: a frame of its own is needed for "
-                f"each of the {len(images)} conditioning_frames"
-            )
-        for image, index in zip(images, indices, strict=True):
-            if not 0 <= index < want.frames:
-                raise InputError(f"there is no frame {index} of {want.frames} (0 is the first)")
-            check_image(image, want.height, want.width, f"the condition of frame {index}")
-
     def _control(
         self,
         images: Sequence[np.ndarray],
@@ -150,6 +136,21 @@ class TextToVideoPipeline(TextPipeline):
             content = (mean + jnp.exp(log_variance / 2) * noise) * self.vae.config.scaling_factor
         content = jnp.concatenate([content, jnp.ones_like(content[..., :1])], axis=-1)
         return jnp.zeros(shape).at[0, jnp.asarray(indices)].set(content)
+
+
+def check_conditions(
+    images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
+) -> None:
+    """Raises `InputError` if images, or the frames they are about, do not fit a video."""
+    if len(images) != len(indices) or len(set(indices)) != len(indices):
+        raise InputError(
+            f"controlnet_frame_indices = {list(indices)}: a frame of its own is needed for "
+            f"each of the {len(images)} conditioning_frames"
+        )
+    for image, index in zip(images, indices, strict=True):
+        if not 0 <= index < want.frames:
+            raise InputError(f"there is no frame {index} of {want.frames} (0 is the first)")
+        check_image(image, want.height, want.width, f"the condition of frame {index}")
 
 
 def _negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]:

@@ -89,6 +89,21 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
         np.testing.assert_array_equal(found, expected, implementation)
 
 
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "products"),
+    [(16, 3, 1, 3), (15, 3, 1, 1), (16, 3, 2, 1), (16, 1, 1, 1)],
+)
+def test_the_cpu_multiplies_large_images_by_rows_of_the_kernel(side, kernel, stride, products):
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (1, side, side, 3), "random"), codes(rng, (2, kernel, kernel, 3), "random")
+    arguments = (x, w, sums(w), (stride,) * 2, ((kernel // 2,) * 2,) * 2)
+    convolve = jax.jit(int8.conv, static_argnums=(3, 4))
+    text = export.export(convolve, platforms=["cpu"])(*arguments).mlir_module()
+    assert len(re.findall(r"stablehlo\.dot_general", text)) == products
+    expected = conv_in_64_bits(x, w, *arguments[3:])
+    np.testing.assert_array_equal(convolve(*arguments), expected)
+
+
 @pytest.mark.parametrize("vnni", [True, False])
 def test_what_every_cpu_can_run_agrees(vnni, monkeypatch):
     monkeypatch.setattr(int8, "_has_vnni", lambda: vnni)

@@ -28,6 +28,9 @@ DISPATCHED = "int8, ours"
 """The formulation `qvd_jax.kernels.int8` chooses."""
 
 _REPEATS = 20
+_SECONDS = 1
+"""After which a formulation that is slow by orders of magnitude is not repeated any more."""
+
 _CHECKED_ROWS = 64
 
 
@@ -188,8 +191,8 @@ def _time(
     result = np.asarray(run(*operands))
     if np.issubdtype(result.dtype, np.integer):
         _check(result, product, x, w)
-    spent = []
-    for _ in range(_REPEATS):
+    spent: list[float] = []
+    while len(spent) < _REPEATS and sum(spent) < _SECONDS:
         started = time.perf_counter()
         jax.block_until_ready(run(*operands))
         spent.append(time.perf_counter() - started)

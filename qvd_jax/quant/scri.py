@@ -94,11 +94,13 @@ def search(
         return integrate(lower, upper, jnp.float32(0), jnp.float32(1), activation_bits)
     targets = np.geomspace(half.max(), positive.min(), RANGE_CANDIDATES).astype(np.float32)
     error = functools.partial(
-        _output_error,
+        _error_of_candidate,
         lower,
         upper,
         inputs,
         weights,
+        # Less the shift, beside whose part of the output errors would be lost to rounding.
+        row_product(inputs - _as_last((lower + upper) / 2, 3), weights),
         activation_bits=activation_bits,
         weight_bits=weight_bits,
     )
@@ -116,11 +118,12 @@ def search(
 
 
 @functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))
-def _output_error(
+def _error_of_candidate(
     lower: Array,
     upper: Array,
     inputs: Array,
     weights: Array,
+    exact: Array,
     target: Array,
     clip: Array,
     *,
@@ -128,12 +131,13 @@ def _output_error(
     weight_bits: int,
 ) -> Array:
     quantizer = integrate(lower, upper, target, clip, activation_bits)
-    return output_error(inputs, weights, quantizer, activation_bits, weight_bits)
+    return output_error(inputs, weights, exact, quantizer, activation_bits, weight_bits)
 
 
 def output_error(
     inputs: Array,
     weights: Array,
+    exact: Array,
     quantizer: ActivationQuantizer,
     activation_bits: int,
     weight_bits: int,
@@ -145,6 +149,7 @@ def output_error(
     Args:
       inputs: sampled rows `[R, P, C]`.
       weights: `[P, C, O]`.
+      exact: the float layer's output `[R, O]`, up to a constant.
       quantizer: of the input.
       activation_bits: b_a.
       weight_bits: b_w.
@@ -154,8 +159,6 @@ def output_error(
     weight_codes, scale = quantize_weights(folded, weight_bits, quantizer.step)
     codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32)
     product = row_product(codes, weight_codes.astype(jnp.float32).reshape(weights.shape))
-    # Without the shift, whose part of the output is constant.
-    exact = row_product(inputs - _as_last(quantizer.shift, 3), weights)
     return (product * scale[None] - exact).var(0).mean()
 
 

@@ -4,6 +4,7 @@ The map runs from our side: every parameter of a Flax module names the PyTorch t
 of, so a checkpoint fits exactly if these names are its names.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -167,9 +168,9 @@ def check_names(params: Params, names: Names, tensors: Tensors, where: str) -> N
                 lines.append(f"! {name} {shape}: does not fit {path} {leaf.shape}")
                 continue
             have = tuple(shape[axis] for axis in _axes(path, len(shape)))
-            # A 1x1 convolution is a Dense here.
-            unit_axes = have[: len(have) - len(want)]
-            if have[len(unit_axes) :] != want or set(unit_axes) - {1}:
+            # A convolution whose stride is its size, such as 1x1, is a Dense here.
+            folded = len(have) - len(want) + 1
+            if (math.prod(have[:folded]), *have[folded:]) != want:
                 lines.append(f"! {name} {shape}: does not fit {path} {leaf.shape}")
     lines += [f"+ {name} {tensors[name].shape}" for name in tensors if name not in expected]
     if lines:

@@ -159,15 +159,10 @@ class CLIPVisionEncoder(nn.Module):
 
     def setup(self) -> None:
         config, layers = self.config, self.layers
-        patch, tokens = config.patch_size, (config.image_size // config.patch_size) ** 2 + 1
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
         normal = nn.initializers.normal(0.02)
-        self.patch_embedding = layers.conv(
-            config.hidden_size,
-            (patch, patch),
-            strides=(patch, patch),
-            padding=((0, 0), (0, 0)),
-            use_bias=False,
-        )
+        # A convolution whose stride is its size; XLA takes minutes to compile it for the CPU.
+        self.patch_embedding = layers.dense(config.hidden_size, use_bias=False)
         self.class_embedding = self.param(
             "class_embedding", normal, (config.hidden_size,), layers.param_dtype
         )
@@ -181,8 +176,11 @@ class CLIPVisionEncoder(nn.Module):
 
     def __call__(self, image: Array) -> Array:
         """Maps normalized pixels `[B, H, W, 3]` of `image_size` to `[B, projection_size]`."""
-        patches = self.patch_embedding(image.astype(self.layers.dtype))
-        patches = patches.reshape(len(image), -1, patches.shape[-1])
+        batch, height, width, channels = image.shape
+        size = self.config.patch_size
+        patches = image.reshape(batch, height // size, size, width // size, size, channels)
+        patches = patches.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
+        patches = self.patch_embedding(patches.astype(self.layers.dtype))
         first = jnp.broadcast_to(self.class_embedding, (len(image), 1, patches.shape[-1]))
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding(jnp.arange(x.shape[1]))[None]

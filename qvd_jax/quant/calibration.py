@@ -1,9 +1,9 @@
 """From a float layer, its statistics and its specification to quantized parameters and a report.
 
 Rounding errors of weights add up to a constant where a layer's input has a mean, and inputs are far
-from zero-mean once SCRI has centered their ranges (what comes out of SiLU lies near one end). Every
-layer's bias takes that constant (bias correction: Nagel et al., arXiv 1906.04721, section 4.2), so
-that on the sampled rows the mean of the output is the float layer's.
+from zero-mean once SCRI has centered their ranges (what comes out of SiLU lies near one end). The
+bias of a layer with quantized inputs takes that constant (bias correction: Nagel et al., arXiv
+1906.04721, section 4.2): on the sampled rows the mean of the output is the float layer's.
 """
 
 import math

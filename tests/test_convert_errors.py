@@ -601,17 +601,20 @@ def test_existing_output_is_not_replaced_unless_asked(source, parent, tiny_check
     assert_one_line_error(run(source), f"{parent}/out exists already; pass --overwrite")
 
 
-@pytest.mark.parametrize("kind", ["folder", "file"])
-def test_overwrite_replaces_nothing_but_a_checkpoint(source, parent, run, kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("folder", "holds other files and no manifest.json; name another folder"),
+        ("file", "is a file; name a folder"),
+    ],
+)
+def test_overwrite_replaces_nothing_but_a_checkpoint(source, parent, run, kind, message):
     if kind == "folder":
         (parent / "out").mkdir()
         (parent / "out" / "thesis.tex").write_text("years of work")
     else:
         (parent / "out").write_text("years of work")
-    assert_one_line_error(
-        run(source, "--overwrite"),
-        f"{parent}/out holds other files and no manifest.json; name another folder",
-    )
+    assert_one_line_error(run(source, "--overwrite"), f"{parent}/out {message}")
 
 
 def test_overwrite_replaces_a_whole_checkpoint(tmp_path, parent, tiny_checkpoint):

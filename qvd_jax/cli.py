@@ -43,7 +43,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         # Schedulers end a process so; what it was writing is to be cleared away all the same.
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-        hook, sys.unraisablehook = sys.unraisablehook, _interrupt_again
+        hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_interrupt_again, hook)
         try:
             main(argv)
         except (InputError, OSError) as error:
@@ -60,12 +61,12 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     return wrapped
 
 
-def _interrupt_again(lost: Any) -> None:
+def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
     """Repeats an interruption that met JAX in the garbage collector, where nobody can catch it."""
     if lost.exc_type is KeyboardInterrupt:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     else:
-        sys.__unraisablehook__(lost)
+        otherwise(lost)
 
 
 def enable_compilation_cache() -> str:

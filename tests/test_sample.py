@@ -152,7 +152,12 @@ def test_interruption_ends_with_130_and_leaves_nothing(
     tiny_checkpoint, tmp_path, capsys, monkeypatch, act
 ):
     def interrupt(*_args, **_options):
-        act()
+        # Shells have what runs in their background ignore interruptions, tests too.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            act()
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     monkeypatch.setattr(sample.video_io, "write_video", interrupt)
     assert run(tiny_checkpoint, "--prompt", "a", "b", "--out", tmp_path / "a.gif") == 130

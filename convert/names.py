@@ -44,6 +44,7 @@ _UNET: Rules = (
     (r"/(spatial|temporal)/", r"/\1_res_block/"),
     (r"/block/", "/transformer_blocks_0/"),
     (r"/temporal_block/", "/temporal_transformer_blocks_0/"),
+    (r"/token_attn/", "/attn2/"),
     (r"/to_out/", "/to_out_0/"),
     (r"/(ff|ff_in)/proj/", r"/\1/net_0/proj/"),
     (r"/(ff|ff_in)/out/", r"/\1/net_2/"),

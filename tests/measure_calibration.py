@@ -58,10 +58,14 @@ def measure(work: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, help="for 13 GB of checkpoints; a temporary folder")
+    parser.add_argument("--keep", type=Path, help="a new folder for the 13 GB of checkpoints")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=args.work) as work:
-        results = measure(Path(work))
+    if args.keep:
+        args.keep.mkdir(parents=True)
+        results = measure(args.keep)
+    else:
+        with tempfile.TemporaryDirectory() as work:
+            results = measure(Path(work))
     command = f"python tests/measure_calibration.py --out {args.out}"
     write_record(args.out, command, results)
 

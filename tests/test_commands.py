@@ -180,7 +180,7 @@ def test_a_model_goes_from_its_published_files_to_its_evaluation(name, tmp_path,
     make(tmp_path)
     (tmp_path / "prompts.txt").write_text("a corgi on a beach\na fox in the snow\n")
     rng = np.random.default_rng(0)
-    for picture in ("corgi", "fox", "dancer", "singer", "first"):
+    for picture in ["bear", "corgi", "dancer", "deer", "first", "fox", "hare", "otter", "singer"]:
         image = rng.integers(256, size=(16, 24, 3), dtype=np.uint8)
         imageio.imwrite(f"{picture}.png", image)
     poses = np.kron(rng.integers(256, size=(3, 2, 3, 3), dtype=np.uint8), np.ones((1, 8, 8, 1)))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,7 +106,12 @@ FAMILIES = {
             max_frames=None,
             added_ids=3,
         ),
-        ("resnet/temporal/conv1", "resnet/temporal/time_emb_proj", "add_embedding/linear_1"),
+        (
+            "resnet/temporal/conv1",
+            "resnet/temporal/time_emb_proj",
+            "add_embedding/linear_1",
+            "temporal_block/token_attn/to_out",
+        ),
         pipeline=qvd_jax.ImageToVideoPipeline,
         inputs=lambda: list(pictures(1)),
         scheduler=schedules.STABLE_VIDEO_DIFFUSION,
@@ -245,10 +251,13 @@ def test_int8_keeps_what_the_unet_gives_and_multiplies_int8(name, monkeypatch):
 
     monkeypatch.setattr(int8, "_has_vnni", lambda: True)
     params = jax.eval_shape(lambda: quantized.params["unet"])
-    leaves = jax.tree.leaves(params)
-    weights = {leaf.shape for leaf in leaves if leaf.dtype == jnp.int8}
-    # What stays float may have the shape of something that does not.
-    weights -= {leaf.shape for leaf in leaves if leaf.dtype == jnp.float32}
+    leaves = flax.traverse_util.flatten_dict(params, sep="/")
+    assert quantized.quantization is not None
+    specs = quantized.quantization.specs
+    multiplied = {f"{path}/kernel" for path, spec in specs.items() if spec.activation_bits < 16}
+    weights = {leaves[path].shape for path in multiplied}
+    # Float products may have the shape of something that is int8.
+    weights -= {leaf.shape for path, leaf in leaves.items() if path not in multiplied}
     for platform in ("cpu", "cuda", "tpu"):
         forward = jax.jit(lambda params, *call: quantized.unet.apply({"params": params}, *call))
         text = export.export(forward, platforms=[platform])(params, *calls[0]).mlir_module()

@@ -238,7 +238,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = self.layers.layer_norm()
         self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
         if self.single_token_context:
-            self.attn2 = SingleTokenAttention(self.channels, self.layers)
+            self.token_attn = SingleTokenAttention(self.channels, self.layers)
         else:
             self.norm2 = self.layers.layer_norm()
             self.attn2 = CrossAttention(self.channels, self.heads, self.layers)
@@ -250,7 +250,7 @@ class TransformerBlock(nn.Module):
 
         Args:
           x: the tokens.
-          context: of `attn2.context_features`.
+          context: of `context_features` of the attention to it.
         """
         if self.has_input_ff:
             x = x + self.ff_in(self.norm_in(x))
@@ -427,8 +427,8 @@ class SpatioTemporalTransformer(nn.Module):
     def context_features(self, context: Array) -> tuple[Any, Any]:
         """What the context `[B, 1, C]` adds in the spatial and in the temporal block."""
         return (
-            self.block.attn2.context_features(context),
-            self.temporal_block.attn2.context_features(context),
+            self.block.token_attn.context_features(context),
+            self.temporal_block.token_attn.context_features(context),
         )
 
     def __call__(self, x: Array, context: tuple[Array, Array]) -> Array:

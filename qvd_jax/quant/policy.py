@@ -30,6 +30,9 @@ _KEPT_FLOAT_BESIDE = (
     # Of the frames' numbers, which are the same for every video.
     "*/time_pos_embed/*",
 )
+# Once per video, of the one token of its image: the few images of a calibration cannot tell the
+# range of the next one's, so the input stays float.
+_IMAGE_TOKEN = "*/token_attn/*"
 
 # The methods of ordinary layers and of temporal features.
 _NAMED: dict[str, tuple[Method, Method]] = {
@@ -137,6 +140,7 @@ def named_policy(name: str) -> Policy:
             *(Rule(pattern) for pattern in _KEPT_FLOAT),
             *(Rule(pattern, optional=True) for pattern in _KEPT_FLOAT_BESIDE),
             *(Rule(pattern, temporal, optional=True) for pattern in _TEMPORAL_FEATURES),
+            Rule(_IMAGE_TOKEN, LayerSpec("minmax", weight_bits, 16), optional=True),
             Rule("*", ordinary),
         ),
     )

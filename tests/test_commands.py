@@ -71,8 +71,9 @@ def make_sparsectrl(root: Path, kind: str) -> None:
             r"(.*\.attentions\..*attn\d)\.(to_(?:q|k|v|out))(?:\.0)?\.weight$", name
         ):
             stem = f"{found[1]}.processor.{found[2]}_lora"
-            lora[f"{stem}.up.weight"] = torch.randn(weight.shape[0], 2)
-            lora[f"{stem}.down.weight"] = torch.randn(2, weight.shape[1])
+            # Larger ones make attention so steep that rounding float weights changes the video.
+            lora[f"{stem}.up.weight"] = 0.1 * torch.randn(weight.shape[0], 2)
+            lora[f"{stem}.down.weight"] = 0.1 * torch.randn(2, weight.shape[1])
     torch.save(lora, root / "v3_sd15_adapter.ckpt")
 
 

@@ -22,7 +22,7 @@ def ranges(x):
 
 def output_error(x, w, quantizer, activation_bits, weight_bits):
     exact = scri.row_product(jnp.asarray(x) - quantizer.shift[None, None], w)
-    return scri.output_error(x, w, exact, quantizer, activation_bits, weight_bits)
+    return scri.output_error(x, w, exact, quantizer, activation_bits, weight_bits).mean()
 
 
 def relative_output_error(x, w, quantizer, activation_bits=8, weight_bits=8):
@@ -98,6 +98,29 @@ def test_output_error_is_the_variance_of_the_dequantized_layers():
     error = y - np.einsum("ntc,tco->no", x.astype(np.float64), w)
     expected = (np.square(error).mean(0) - np.square(error.mean(0))).mean()
     assert float(output_error(x, w, quantizer, 8, 4)) == pytest.approx(expected, rel=1e-2)
+
+
+def test_weights_are_clipped_where_each_output_errs_least():
+    """The errors of all candidates, written out in float64."""
+    x, w = layer(taps=2, rows=256)
+    quantizer = scri.search(*ranges(x), x, w, 8, 4)
+    exact = scri.row_product(x, w)
+    found = np.asarray(scri.search_weight_clip(x, w, exact, quantizer, 8, 4))
+    z, s, d = (np.asarray(part, np.float64) for part in quantizer)
+    read = s * d * np.clip(np.rint((x - z) / (s * d)), -127, 127)
+
+    def errors(clip):
+        folded = w.astype(np.float64) * s[None, :, None]
+        scale = d * clip * np.abs(folded).max((0, 1)) / 7
+        scale = scale.astype(qtensor.SCALE_DTYPE).astype(np.float64) / d
+        stored = scale * np.clip(np.rint(folded / scale), -7, 7) / s[None, :, None]
+        error = np.einsum("ntc,tco->no", read, stored)
+        return (error - np.einsum("ntc,tco->no", x.astype(np.float64), w)).var(0)
+
+    least = np.min([errors(clip) for clip in scri.WEIGHT_CLIP_CANDIDATES], 0)
+    assert (errors(found) <= 1.001 * least).all()
+    assert errors(found).mean() < 0.9 * errors(1).mean()
+    assert (scri.search_weight_clip(x, w, exact, quantizer, 8, 8) == 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 3.5])

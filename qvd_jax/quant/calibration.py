@@ -123,7 +123,13 @@ def quantize_layer(
     in_scale = (1 / (quantizer.factor * quantizer.step)).astype(SCALE_DTYPE)
     quantizer = quantizer._replace(factor=1 / (in_scale.astype(jnp.float32) * quantizer.step))
     folded = weights * quantizer.factor[None, :, None]
-    codes, scale = quantize_weights(folded.reshape(-1, outputs), spec.weight_bits, quantizer.step)
+    clip: Array | float = 1.0
+    if spec.method == "scri":
+        bits = spec.activation_bits, spec.weight_bits
+        clip = scri.search_weight_clip(statistics.rows, weights, exact, quantizer, *bits)
+    codes, scale = quantize_weights(
+        folded.reshape(-1, outputs), spec.weight_bits, quantizer.step, clip
+    )
     input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
     code_weights = codes.astype(jnp.float32).reshape(weights.shape)
     product = scri.row_product(input_codes, code_weights) * scale[None]

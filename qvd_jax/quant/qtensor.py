@@ -27,7 +27,10 @@ def quantize(x: Array, scale: Array, bits: int) -> Array:
 
 
 def quantize_weights(
-    weights: Array, bits: int, input_step: Array | float = 1.0
+    weights: Array,
+    bits: int,
+    input_step: Array | float = 1.0,
+    clip: Array | float = 1.0,
 ) -> tuple[Array, Array]:
     """Codes of a weight matrix, symmetric for each output channel.
 
@@ -35,10 +38,11 @@ def quantize_weights(
       weights: `[K, O]`.
       bits: of a code.
       input_step: D of the input's codes, 1 of a float input.
+      clip: share of each output's largest weight that gets the largest code, `[O]` or a scalar.
 
     Returns:
       Codes `[K, O]`, and the scales `[O]` of a product of codes in SCALE_DTYPE.
     """
-    scale = scale_for(jnp.abs(weights).max(0), bits) * input_step
+    scale = scale_for(clip * jnp.abs(weights).max(0), bits) * input_step
     scale = scale.astype(SCALE_DTYPE)
     return quantize(weights, scale.astype(jnp.float32)[None] / input_step, bits), scale

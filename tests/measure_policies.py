@@ -90,7 +90,7 @@ def measure(
     """Evaluates a model quantized by each policy against the shapes model."""
     candidates = calibrated(out, model, policies)
     candidates = candidates if model == MODEL else [model, *candidates]
-    place = out / name
+    place = out / f"{name}-results"
     options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
     options.append("--overwrite")  # what an interruption may have left
     if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):

@@ -120,7 +120,7 @@ def test_weights_are_clipped_where_each_output_errs_least():
     least = np.min([errors(clip) for clip in scri.WEIGHT_CLIP_CANDIDATES], 0)
     assert (errors(found) <= 1.001 * least).all()
     assert errors(found).mean() < 0.9 * errors(1).mean()
-    assert (scri.search_weight_clip(x, w, exact, quantizer, 8, 8) == 1).all()
+    assert (scri.search_weight_clip(x, w, exact, quantizer, 8, 5) == 1).all()
 
 
 @pytest.mark.parametrize("value", [0.0, 3.5])

@@ -27,6 +27,7 @@ from qvd_jax.pipelines.quantization import collect, list_layers, quantize_observ
 from qvd_jax.quant.policy import named_policy
 
 RESULTS = Path(__file__).parent.parent / "docs/results/policies.json"
+COMMAND = "python tests/measure_policies.py --out runs/policies"
 MODEL = "shapes"
 WIDTHS = ("w8a8", "w6a6", "w4a8")
 ORDER = ("float", *WIDTHS, "w8a16")
@@ -96,10 +97,12 @@ def measure(
     if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
         sys.exit(2)
     found: dict[str, Any] = json.loads((place / "results.json").read_text())
-    # The figures of single layers are many, and in the report; times are of a machine in use.
+    # The figures of single layers are many, and in the report; times are of a machine in use, and
+    # so are folders.
     for measured in found["models"]:
         del measured["layers"], measured["seconds_per_video"]
-    del found["table"]
+        measured["name"] = Path(measured["name"]).name
+    del found["table"], found["command"]
     return found
 
 
@@ -120,8 +123,7 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
 
 def record(digest: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """All parts and their table."""
-    command = " ".join(["python", *sys.argv])
-    return {"command": command, "model": digest, "parts": parts, "table": table(parts)}
+    return {"command": COMMAND, "model": digest, "parts": parts, "table": table(parts)}
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:

@@ -48,7 +48,7 @@ def measure(work: Path) -> dict[str, object]:
             "peak_over_size": round(restored.peak_bytes / size, 3),
         },
         "unet_bytes_on_disk": {
-            "bfloat16": checkpoint.disk_bytes(model / "unet"),
+            "float32": checkpoint.disk_bytes(model / "unet"),
             "qvd-w8a8": checkpoint.disk_bytes(int8 / "unet"),
         },
         "int8_checkpoint_bytes": size,

@@ -105,6 +105,15 @@ def test_layers_equal_their_definition_in_float64(conv, method):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+def test_inputs_round_halves_to_even_and_stop_at_the_last_code():
+    module = layer_set({"": LayerSpec("minmax")}).dense(1, use_bias=False)
+    x = np.concatenate([np.arange(-520, 520) / 4, np.nextafter(np.arange(-127, 127) + 0.5, 0)])
+    x = x.astype(np.float32)[:, None]
+    params = module.init(jax.random.key(0), x)["params"] | {"kernel": jnp.ones((1, 1), jnp.int8)}
+    found = jax.jit(module.apply)({"params": params | {"sums": jnp.ones(1, jnp.int32)}}, x)
+    np.testing.assert_array_equal(found, np.clip(np.rint(x), -127, 127))
+
+
 def correlate(x, kernel, conv):
     """Zero-padded correlation in float64."""
     if conv is None:

@@ -27,6 +27,7 @@ from qvd_jax import config as configs
 from qvd_jax import files
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.memory import buffers_freed_at_once
 
 T = TypeVar("T")
 
@@ -230,7 +231,8 @@ def restore_params(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
         )
         try:
-            return checkpointer.restore(item, target)
+            with buffers_freed_at_once():
+                return checkpointer.restore(item, target)
         except Exception as error:
             # Orbax's own message says nothing of use.
             raise InputError(

@@ -1,8 +1,10 @@
 """What a computation needs of memory, estimated before anything is allocated."""
 
+import contextlib
+import ctypes
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,30 @@ def peak_bytes(function: Callable[..., Any], *arguments: Any) -> int:
       *arguments: trees of arrays or of `jax.ShapeDtypeStruct`; nothing is computed.
     """
     return _peak(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+# Of glibc's malloc.h, and what it begins with and ends at by itself.
+_M_MMAP_THRESHOLD = -3
+_LEAST_MMAP_THRESHOLD = 2**17
+_LARGEST_MMAP_THRESHOLD = 2**25
+
+
+@contextlib.contextmanager
+def buffers_freed_at_once() -> Iterator[None]:
+    """Has glibc return what is freed inside the block to the system; elsewhere it does nothing.
+
+    Once large buffers were freed, glibc keeps buffers up to their size for each thread, in pieces:
+    a restore that reads thousands of arrays by several threads then holds a third more than these.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, _LEAST_MMAP_THRESHOLD)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
 def tree_bytes(tree: Params) -> int:

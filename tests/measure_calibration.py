@@ -1,4 +1,4 @@
-"""Time and peak memory of calibrating AnimateDiff v2 at its real size, and of restoring the result.
+"""Time and peak memory of calibrating AnimateDiff v2 at its real size.
 
     python tests/measure_calibration.py --out docs/results/calibration_cpu.json
 
@@ -16,14 +16,6 @@ from timed import timed_python, write_record
 from qvd_jax import checkpoint
 
 PROMPTS = "a red circle moving left\na blue square growing\n"
-RESTORE = """
-import sys, time
-import jax, qvd_jax
-started = time.perf_counter()
-pipe = qvd_jax.load(sys.argv[1])
-jax.block_until_ready(pipe.params)
-print(time.perf_counter() - started)
-"""
 
 
 def measure(work: Path) -> dict[str, object]:
@@ -38,20 +30,12 @@ def measure(work: Path) -> dict[str, object]:
         "-m", "qvd_jax.calibrate", *options, "--prompts-file", str(work / "prompts.txt")
     )
     print(calibration.printed)
-    restored = timed_python("-c", RESTORE, str(int8))
-    size = checkpoint.disk_bytes(int8)
     return {
         "calibration": {"seconds": calibration.seconds, "peak_bytes": calibration.peak_bytes},
-        "restore": {
-            "seconds": float(restored.printed),
-            "peak_bytes": restored.peak_bytes,
-            "peak_over_size": round(restored.peak_bytes / size, 3),
-        },
         "unet_bytes_on_disk": {
             "float32": checkpoint.disk_bytes(model / "unet"),
             "qvd-w8a8": checkpoint.disk_bytes(int8 / "unet"),
         },
-        "int8_checkpoint_bytes": size,
     }
 
 

@@ -208,7 +208,7 @@ class FeedForward(nn.Module):
 
 
 def _gelu(x: Array) -> Array:
-    """x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415), as PyTorch computes it.
+    """GELU, x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415), as PyTorch computes it.
 
     `nn.gelu` takes erfc, which differs only where the result is next to zero, and costs a CPU
     several times as much.

@@ -65,6 +65,7 @@ def test_checkpoints_are_timed_and_weighed(tiny_checkpoint, tmp_path, capsys, wh
     (result,) = json.loads(out.read_text())["results"]
     if what == "sample":
         assert result["cold_s"] > result["warm_s"] > result["median_s"] > 0
+        assert result["cold_s"] > result["cold_compile_s"] > result["warm_compile_s"]
     else:
         assert 1e8 < result["load_bytes"] < result["sample_2_bytes"]
     assert "| checkpoint | dtype |" in capsys.readouterr().out

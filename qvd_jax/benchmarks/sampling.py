@@ -112,19 +112,20 @@ def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[st
     """Seconds from a fresh process to its first videos, with an empty cache and with a full one.
 
     Returns:
-      For each variant `cold_s` and `warm_s`; imports and loading are included.
+      For each variant `cold_s` and `warm_s`, imports and loading included, and `cold_compile_s`
+      and `warm_compile_s`, which is how much longer than the second videos the first ones took.
     """
     results = []
     with tqdm.tqdm(total=2 * len(variants), desc="starting", unit="process") as bar:
         for variant in variants:
+            spent: dict[str, float] = {}
             with tempfile.TemporaryDirectory() as cache:
-                seconds = []
-                for _ in range(2):
-                    started = time.perf_counter()
-                    _in_fresh_process(_first_videos, case, variant, cache)
-                    seconds.append(time.perf_counter() - started)
+                for start in ("cold", "warm"):
+                    spent[f"{start}_s"], spent[f"{start}_compile_s"] = _in_fresh_process(
+                        _first_videos, case, variant, cache, time.time()
+                    )
                     bar.update()
-            results.append({**asdict(variant), "cold_s": seconds[0], "warm_s": seconds[1]})
+            results.append({**asdict(variant), **spent})
     return results
 
 
@@ -180,10 +181,17 @@ def _in_fresh_process(function: Any, *arguments: Any) -> Any:
             ) from error
 
 
-def _first_videos(case: SampleCase, variant: Variant, cache: str) -> None:
+def _first_videos(
+    case: SampleCase, variant: Variant, cache: str, started: float
+) -> tuple[float, float]:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
     enable_compilation_cache()
-    build(case, variant)()
+    run = build(case, variant)
+    loaded = time.time()
+    run()
+    first = time.time()
+    run()
+    return first - started, (first - loaded) - (time.time() - first)
 
 
 def _load_only(case: SampleCase, variant: Variant) -> int:

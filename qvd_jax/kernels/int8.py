@@ -217,8 +217,10 @@ def _unsigned(codes: Array) -> Array:
 
 
 def _mixed_dot(unsigned: Array, weights: Array) -> Array:
-    product = _mixed_dot_p.bind(unsigned.reshape(-1, unsigned.shape[-1]), weights)
-    return product.reshape(*unsigned.shape[:-1], -1)
+    rows = unsigned.reshape(-1, unsigned.shape[-1])
+    # One row alone XLA multiplies with weights converted to int32, two 35 times as fast.
+    product = _mixed_dot_p.bind(jnp.repeat(rows, 2, 0) if len(rows) == 1 else rows, weights)
+    return product[: len(rows)].reshape(*unsigned.shape[:-1], -1)
 
 
 @functools.cache

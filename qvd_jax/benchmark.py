@@ -6,9 +6,10 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qvd_jax import checkpoint
@@ -60,7 +61,8 @@ def measure_products(args: argparse.Namespace) -> Measured:
 
 def measure_unet(args: argparse.Namespace) -> Measured:
     """One forward of the UNet, beside the peers'."""
-    case, variants = _unet_variants(args, installed(args.against))
+    against = {name: args.against[name] for name in installed([*args.against])}
+    case, variants = _unet_variants(args, against)
     results = rounds.measure({unet.OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
     return case, results, rounds.table(results, variants[0])
 
@@ -124,7 +126,7 @@ def _unet_case(args: argparse.Namespace) -> unet.Case:
 
 
 def _unet_variants(
-    args: argparse.Namespace, against: Sequence[str] = ()
+    args: argparse.Namespace, against: Mapping[str, Sequence[str]] = MappingProxyType({})
 ) -> tuple[unet.Case, list[Variant]]:
     """The case, and what is measured of it: ours, then the peers'."""
     case = _unet_case(args)
@@ -179,13 +181,10 @@ def installed(names: Sequence[str]) -> list[str]:
 
 
 def unet_variants(
-    dtypes: Sequence[str], policies: Sequence[str], against: Sequence[str]
+    dtypes: Sequence[str], policies: Sequence[str], against: Mapping[str, Sequence[str]]
 ) -> list[Variant]:
-    """Every mode of ours and of the peers, in every dtype."""
-    modes = {
-        unet.OURS: (unet.FLOAT_MODE, *policies),
-        **{name: peers.MODES[name] for name in against},
-    }
+    """Ours, and the given modes of the peers, in every dtype."""
+    modes = {unet.OURS: (unet.FLOAT_MODE, *policies), **against}
     return list(
         dict.fromkeys(
             Variant(framework, mode, dtype)
@@ -196,13 +195,19 @@ def unet_variants(
     )
 
 
-def _peers(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
+def _peers(text: str) -> dict[str, tuple[str, ...]]:
+    """Modes by peer, from "torchao,diffusers:eager"; without a mode it is all of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for entry in text.split(","):
+        name, _, mode = entry.partition(":")
         if name not in peers.BUILDS:
             known = ", ".join(peers.BUILDS)
             raise argparse.ArgumentTypeError(f"{name!r} is no peer; {known} are")
-    return names
+        if mode and mode not in peers.MODES[name]:
+            known = ", ".join(map(repr, peers.MODES[name]))
+            raise argparse.ArgumentTypeError(f"{mode!r} is no mode of {name}, but {known}")
+        found[name] = (*found.get(name, ()), *([mode] if mode else peers.MODES[name]))
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,9 +242,9 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--against",
                 type=_peers,
-                default=[],
-                metavar=",".join(peers.BUILDS),
-                help="peers, timed in turn with ours",
+                default={},
+                metavar="PEER[:MODE],...",
+                help=f"{', '.join(peers.BUILDS)}, timed in turn with ours",
             )
         if name in ("unet", "profile"):
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")

@@ -150,6 +150,38 @@ def test_missing_peers_are_named_with_their_install_command(capsys, monkeypatch)
         benchmark.installed(["torchao"])
 
 
+@pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        ("qwix,tinygrad", "'tinygrad' is no peer; diffusers, torchao, qwix are"),
+        ("torchao:eager", "'eager' is no mode of torchao, but 'int8 compiled'"),
+    ],
+)
+def test_unknown_peers_are_refused(capsys, against, message):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["unet", "--against", against])
+    assert message in capsys.readouterr().err
+
+
+def test_one_mode_of_a_peer_is_timed_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        rounds, "measure", lambda builds, case, variants, count: asked.append(variants)
+    )
+    monkeypatch.setattr(rounds, "table", lambda *_: "")
+    sizes = ["--size", "tiny", "--height", "16", "--width", "16", "--dtype", "float32"]
+    assert (
+        benchmark.main(["unet", *sizes, "--against", "qwix,diffusers:eager,diffusers:compiled"])
+        == 0
+    )
+    assert [(variant.framework, variant.mode) for variant in asked[0]] == [
+        ("qvd_jax", "float"),
+        ("qwix", "int8"),
+        ("diffusers", "eager"),
+        ("diffusers", "compiled"),
+    ]
+
+
 def test_an_unknown_policy_is_refused_before_anything_runs(capsys):
     assert benchmark.main(["unet", "--policy", "qvd-w9"]) == 2
     assert "unknown policy 'qvd-w9'" in capsys.readouterr().err

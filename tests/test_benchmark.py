@@ -170,13 +170,9 @@ def test_one_mode_of_a_peer_is_timed_alone(monkeypatch):
     )
     monkeypatch.setattr(rounds, "table", lambda *_: "")
     sizes = ["--size", "tiny", "--height", "16", "--width", "16", "--dtype", "float32"]
-    assert (
-        benchmark.main(["unet", *sizes, "--against", "qwix,diffusers:eager,diffusers:compiled"])
-        == 0
-    )
+    assert benchmark.main(["unet", *sizes, "--against", "diffusers:eager,diffusers:compiled"]) == 0
     assert [(variant.framework, variant.mode) for variant in asked[0]] == [
         ("qvd_jax", "float"),
-        ("qwix", "int8"),
         ("diffusers", "eager"),
         ("diffusers", "compiled"),
     ]

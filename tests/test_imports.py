@@ -15,7 +15,7 @@ ALLOWED = {
     "config": {"errors"},
     "files": {"errors"},
     "cli": {"checkpoint", "data", "diffusion", "errors", "pipelines"},
-    "checkpoint": GROUND | {"files"},
+    "checkpoint": GROUND | {"files", "memory"},
     "memory": {"axes", "errors"},
     "markdown": set(),
     "kernels": {"axes", "errors"},

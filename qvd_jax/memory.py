@@ -1,4 +1,4 @@
-"""What a computation needs of memory, estimated before anything is allocated."""
+"""What a computation needs of memory, before anything is allocated, and how it is given back."""
 
 import contextlib
 import ctypes

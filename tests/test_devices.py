@@ -157,7 +157,9 @@ def test_training_divides_over_the_devices(found, tmp_path):
 def test_int8_products_divide_too(found, int8):
     # A rounding apart before a quantizer is a code apart behind it, which three steps of random
     # weights make 31 dB at the worst of 48 videos, most of which are equal.
-    assert psnr(int8(PROMPTS, **SMALL), found["int8"]).min() > 28
+    apart = psnr(int8(PROMPTS, **SMALL), found["int8"])
+    assert np.median(apart) > 40
+    assert apart.min() > 28
     assert (found["int8"] != found["videos"]).any()
 
 

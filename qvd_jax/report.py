@@ -47,7 +47,8 @@ td small {{ display: block; }}
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 28rem), 1fr)); }}
 figure {{ margin: 0; }} svg, img {{ width: 100%; max-width: 48rem; height: auto; }}
 svg {{ background: #fff; border-radius: .25rem; }} img {{ image-rendering: pixelated; }}
-ol {{ columns: 22rem; }} figcaption, small, .note {{ color: var(--quiet); font-size: .85rem; }}
+ol {{ columns: 22rem; column-gap: 3rem; }}
+figcaption, small, .note {{ color: var(--quiet); font-size: .85rem; }}
 </style></head><body>
 <h1>{title}</h1>
 {body}

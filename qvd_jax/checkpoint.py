@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -186,8 +187,11 @@ def save_params(folder: Path, name: str, params: Params) -> None:
       name: the component.
       params: tree of `jax.Array`; Orbax would copy numpy arrays, all of them at once.
     """
+    # TensorStore gives a byte to each int4, half of which compression takes back; what fills its
+    # bytes is not worth the time and the memory.
+    has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=has_int4)
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
     item = folder.absolute() / name
     with ocp.Checkpointer(handler) as checkpointer:

@@ -81,6 +81,14 @@ def test_loading_casts_to_the_asked_dtype_and_no_other(reference, tiny_checkpoin
         qvd_jax.load(tiny_checkpoint, dtype="float16")
 
 
+def test_four_bits_take_little_more_than_half_a_byte_on_disk(tmp_path):
+    codes = np.random.default_rng(0).integers(-7, 8, 500_000)
+    for dtype in (jnp.int4, jnp.int8):
+        checkpoint.save_params(tmp_path, dtype.dtype.name, {"kernel": jnp.asarray(codes, dtype)})
+    assert checkpoint.disk_bytes(tmp_path / "int4") < 0.6 * len(codes)
+    assert checkpoint.disk_bytes(tmp_path / "int8") >= len(codes)
+
+
 def test_parameters_land_where_the_sharding_says(reference, tiny_checkpoint):
     # Not where arrays go by default.
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")

@@ -54,7 +54,7 @@ from qvd_jax.models.blocks import ResnetBlock, SpatioTemporalResnet, TemporalCon
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
 from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.controlnet import ControlNet, Residuals
-from qvd_jax.models.layers import FLOAT, sinusoidal_embedding, sinusoidal_positions
+from qvd_jax.models.layers import FLOAT, silu, sinusoidal_embedding, sinusoidal_positions
 from qvd_jax.models.stages import Stage
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
@@ -657,3 +657,15 @@ def test_attention_is_softmax_attention(shape, is_causal):
     attention = jax.jit(dot_product_attention, static_argnames="is_causal")
     found = attention(q, k, v, is_causal=is_causal)
     assert relative_error(found, expected) <= TOLERANCE
+    half = attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), is_causal=is_causal)
+    assert half.dtype == jnp.bfloat16
+    assert relative_error(half.astype(jnp.float32), expected) <= 2**-6
+
+
+def test_silu_rounds_once():
+    x = np.linspace(-20, 20, 4001).astype(jnp.bfloat16)
+    exact = np.float64(x) / (1 + np.exp(-np.float64(x)))
+    found = jax.jit(silu)(x)
+    assert found.dtype == jnp.bfloat16
+    # Half of a bfloat16's last bit, and a float32's error of the value that is rounded.
+    np.testing.assert_allclose(np.float64(found), exact, rtol=1.001 * 2**-8)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qvd_jax.axes import Array
 from qvd_jax.models.configs import UNet3DConfig
-from qvd_jax.models.layers import LayerSet, TimestepEmbedding, sinusoidal_embedding
+from qvd_jax.models.layers import LayerSet, TimestepEmbedding, silu, sinusoidal_embedding
 from qvd_jax.models.stages import (
     Features,
     Stage,
@@ -53,7 +53,7 @@ class AppearanceEncoder(nn.Module):
     def temporal_features(self, timesteps: Array) -> Features:
         """Projections of the time embedding, as in `UNet3D`."""
         sinusoid = sinusoidal_embedding(timesteps, self.unet.block_channels[0])
-        embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
+        embedding = silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
         return map_stages(
             lambda stage: stage.temporal_features(embedding),
             self.down_blocks,

@@ -61,44 +61,67 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
         return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
 
     def cpu(q: Array, k: Array, v: Array) -> Array:
-        batch, length, heads, _ = q.shape
-        if is_causal or 4 * batch * heads * length * k.shape[1] <= _CPU_LOGITS_BYTES:
-            return _cpu_attention(q, k, v, is_causal=is_causal)
-        rows = _CPU_BLOCK_BYTES // (4 * heads * k.shape[1])
-        block = math.gcd(length, 2 ** max(rows.bit_length() - 1, 0))
-        block = block if block >= _CPU_LEAST_BLOCK else length
-
-        def one_video(video: tuple[Array, Array, Array]) -> Array:
-            q, k, v = video
-            blocks = q.reshape(length // block, block, *q.shape[1:])
-            out = lax.map(lambda rows: _cpu_attention(rows, k, v, is_causal=False), blocks)
-            return out.reshape(q.shape)
-
-        return lax.map(one_video, (q, k, v))
+        # Without the barrier XLA folds the transpositions into products that are half as fast.
+        q, k, v = lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+        batch, heads, length, _ = q.shape
+        if is_causal or 4 * batch * heads * length * k.shape[2] <= _CPU_LOGITS_BYTES:
+            out = _attend(q, k, v, is_causal=is_causal)
+        else:
+            out = lax.map(lambda video: _attend_in_blocks(*video), (q, k, v))
+        return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
     return lax.platform_dependent(q, k, v, cpu=cpu, default=library)
 
 
-def _cpu_attention(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
-    """`dot_product_attention` of `[..., L, heads, D]` that divides after the product with v.
+def _attend(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """Attention of `[..., heads, L, D]`, float32, that divides after the product with v.
 
-    The division then runs over `[L, D]` instead of `[L, M]`; `jax.nn.dot_product_attention` was
-    the slowest of the formulations measured on the CPU.
+    The division then runs over `[L, D]` instead of `[L, M]`. With the heads before the tokens it
+    took 0.5 to 0.8 of the time on two cores of a Xeon; `jax.nn.dot_product_attention` was the
+    slowest of the formulations measured.
     """
-    f32 = jnp.float32
-    logits = jnp.einsum("...lhd,...mhd->...hlm", q, k, preferred_element_type=f32)
+    weights = _exponentials(q, k, is_causal=is_causal)
+    return _weigh(weights, v) / weights.sum(-1, keepdims=True)
+
+
+def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
+    """`_attend` for one video, `[heads, L, D]`, in blocks of queries.
+
+    The sums of the weights are one more column of the product with v: with a single use of the
+    exponentials XLA fuses everything into one pass, in 0.6 to 0.8 of the time. Results stay
+    float32 for the loops: XLA's CPU writes a slice of bfloat16 by converting the whole array.
+    """
+    heads, length, width = q.shape
+    rows = _CPU_BLOCK_BYTES / (4 * heads * k.shape[1])
+    block = math.gcd(length, 2 ** max(round(math.log2(rows)), 0))
+    block = block if block >= _CPU_LEAST_BLOCK else length
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+    def attend(q: Array) -> Array:
+        out = _weigh(_exponentials(q, k, is_causal=False), v)
+        return out[..., :width] / out[..., width:]
+
+    blocks = jnp.swapaxes(q.reshape(heads, length // block, block, width), 0, 1)
+    return jnp.swapaxes(lax.map(attend, blocks), 0, 1).reshape(q.shape)
+
+
+def _exponentials(q: Array, k: Array, *, is_causal: bool) -> Array:
+    """Weights before they are divided by their sums, float32 `[..., heads, L, M]`."""
+    logits = jnp.einsum("...ld,...md->...lm", q, k, preferred_element_type=jnp.float32)
     logits = logits * (1 / math.sqrt(q.shape[-1]))
     if is_causal:
         rows, columns = (
             lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim + axis) for axis in (-2, -1)
         )
-        logits = jnp.where(columns <= rows, logits, jnp.finfo(f32).min)
-    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
-    total = weights.sum(-1)
-    out = jnp.einsum(
-        "...hlm,...mhd->...lhd", weights.astype(v.dtype), v, preferred_element_type=f32
+        logits = jnp.where(columns <= rows, logits, jnp.finfo(jnp.float32).min)
+    return jnp.exp(logits - logits.max(-1, keepdims=True))
+
+
+def _weigh(weights: Array, v: Array) -> Array:
+    """Float32 `[..., heads, L, D]`."""
+    return jnp.einsum(
+        "...lm,...md->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
-    return (out / jnp.swapaxes(total, -1, -2)[..., None]).astype(q.dtype)
 
 
 def _split_heads(x: Array, heads: int) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qvd_jax.axes import Array
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
-from qvd_jax.models.layers import LayerSet, TimestepEmbedding, sinusoidal_embedding
+from qvd_jax.models.layers import LayerSet, TimestepEmbedding, silu, sinusoidal_embedding
 from qvd_jax.models.stages import (
     Features,
     down_stages,
@@ -56,9 +56,9 @@ class ConditionEmbedding(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, h, w, channels]`."""
-        x = nn.silu(self.conv_in(x))
+        x = silu(self.conv_in(x))
         for block in self.blocks:
-            x = nn.silu(block(x))
+            x = silu(block(x))
         return self.conv_out(x)
 
 
@@ -106,7 +106,7 @@ class ControlNet(nn.Module):
     def temporal_features(self, timesteps: Array) -> Features:
         """Projections of the time embedding, as in `UNet3D`."""
         sinusoid = sinusoidal_embedding(timesteps, self.unet.block_channels[0])
-        embedding = nn.silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
+        embedding = silu(self.time_embedding(sinusoid.astype(self.layers.dtype)))
         return map_stages(
             lambda stage: stage.temporal_features(embedding), self.down_blocks, self.mid_block
         )

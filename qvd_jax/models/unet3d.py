@@ -11,7 +11,13 @@ from qvd_jax.models.appearance import AppearanceEncoder
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.controlnet import ControlNet
-from qvd_jax.models.layers import FLOAT, LayerSet, TimestepEmbedding, sinusoidal_embedding
+from qvd_jax.models.layers import (
+    FLOAT,
+    LayerSet,
+    TimestepEmbedding,
+    silu,
+    sinusoidal_embedding,
+)
 from qvd_jax.models.stages import Features, down_stages, map_stages, mid_stage, run_down, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8
@@ -84,7 +90,7 @@ class UNet3D(nn.Module):
             ids = sinusoidal_embedding(added_ids.reshape(-1), _ADDED_ID_WIDTH)
             ids = ids.reshape(-1, self.config.added_ids * _ADDED_ID_WIDTH)
             embedding = embedding + self.add_embedding(ids.astype(self.layers.dtype))
-        embedding = nn.silu(embedding)
+        embedding = silu(embedding)
         features = map_stages(
             lambda stage: stage.temporal_features(embedding),
             self.down_blocks,
@@ -186,7 +192,7 @@ class UNet3D(nn.Module):
             x = x + residuals.mid
         for stage, feature, text in zip(self.up_blocks, temporal.up, context.up, strict=True):
             x, _ = stage(x, feature, text, skips)
-        x = nn.silu(self.conv_norm_out(x))
+        x = silu(self.conv_norm_out(x))
         return self.conv_out(x).astype(jnp.float32)
 
     def _show(self, reference: Array, temporal: Features, context: Features) -> Features:

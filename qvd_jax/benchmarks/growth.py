@@ -1,7 +1,6 @@
 """How the cost of sampling grows with frames, size and the number of videos."""
 
 import io
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,17 +32,26 @@ def cases(base: SampleCase) -> list[tuple[str, int, SampleCase]]:
 
 
 def measure(base: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
-    """Seconds and peak bytes of every case, each in a process of its own."""
-    pairs = list(itertools.product(variants, cases(base)))
+    """Seconds and peak bytes of every case, each in a process of its own.
+
+    A case that is of several curves is measured once.
+    """
+    # In the order of the cases, each once.
+    distinct = dict.fromkeys((variant, case) for variant in variants for *_, case in cases(base))
+    costs = {
+        (variant, case): measure_cost(case, variant)
+        for variant, case in tqdm.tqdm(distinct, desc="growth", unit="process")
+    }
     return [
         {
             "checkpoint": variant.mode,
             "dtype": variant.dtype,
             "grows": grows,
             "value": value,
-            **measure_cost(case, variant),
+            **costs[variant, case],
         }
-        for variant, (grows, value, case) in tqdm.tqdm(pairs, desc="growth", unit="process")
+        for variant in variants
+        for grows, value, case in cases(base)
     ]
 
 
@@ -74,17 +82,15 @@ def plot(results: Sequence[dict[str, Any]]) -> bytes:
     figure = Figure(figsize=(4 * len(names), 6), layout="constrained", dpi=120)
     axes = figure.subplots(2, len(names), sharex="col", sharey="row", squeeze=False)
     for column, name in enumerate(names):
+        of_name = [r for r in results if r["grows"] == name]
         for variant in variants:
-            points = [
-                r
-                for r in results
-                if r["grows"] == name and (r["checkpoint"], r["dtype"]) == variant
-            ]
+            points = [r for r in of_name if (r["checkpoint"], r["dtype"]) == variant]
             values = [r["value"] for r in points]
             label = " ".join(variant)
             axes[0, column].plot(values, [r["seconds"] for r in points], "o-", label=label)
             axes[1, column].plot(values, [r["peak_bytes"] / 1e9 for r in points], "o-")
         axes[1, column].set_xlabel(name)
+        axes[1, column].set_xticks(sorted({r["value"] for r in of_name}))
     axes[0, 0].set_ylabel("seconds")
     axes[1, 0].set_ylabel("peak memory, GB")
     axes[0, 0].legend()

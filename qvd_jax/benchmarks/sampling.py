@@ -4,6 +4,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import statistics
 import sys
 import tempfile
 import time
@@ -26,6 +27,7 @@ from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import load, read_configs
 
 _MEMORY_STEPS = (2, 8)
+_REPEATS = 5
 
 # Where a checkpoint brings none; the time does not depend on it.
 _PROMPT = "a corgi on a beach"
@@ -149,8 +151,8 @@ def measure_memory(case: SampleCase, variants: Sequence[Variant]) -> list[dict[s
 
 
 def measure_cost(case: SampleCase, variant: Variant) -> dict[str, float]:
-    """Seconds and peak memory of sampling once more in a fresh process that has done it before."""
-    seconds, peak = _in_fresh_process(_sample_twice, case, variant)
+    """Median seconds and peak memory of sampling in a fresh process that has done it before."""
+    seconds, peak = _in_fresh_process(_sample_again, case, variant)
     return {"seconds": seconds, "peak_bytes": peak}
 
 
@@ -204,12 +206,15 @@ def _sample_once(case: SampleCase, variant: Variant, steps: int) -> int:
     return _peak_bytes()
 
 
-def _sample_twice(case: SampleCase, variant: Variant) -> tuple[float, int]:
+def _sample_again(case: SampleCase, variant: Variant) -> tuple[float, int]:
     run = build(case, variant)
     run()
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started, _peak_bytes()
+    spent = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        run()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent), _peak_bytes()
 
 
 def _peak_bytes() -> int:

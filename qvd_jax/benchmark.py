@@ -96,7 +96,7 @@ def measure_memory(args: argparse.Namespace) -> Measured:
 def measure_growth(args: argparse.Namespace) -> Measured:
     """Time and peak memory as frames, size and videos grow."""
     case, variants = _sample_case(args)
-    _check_fits((grown for _, _, grown in growth.cases(case)), variants)
+    _check_fits(dict.fromkeys(grown for _, _, grown in growth.cases(case)), variants)
     results = growth.measure(case, variants)
     picture = growth.plot(results)
     write_bytes(args.plot, picture)

@@ -106,6 +106,7 @@ def test_operations_are_told_apart_by_their_names():
         f"{block}/resnet/conv1/int8_product/cond/branch_0_fun/mixed_int8_dot": "int8 products",
         f"{attention}/attn1._project/to_qkv/int8_product/cond/branch_0_fun/xor": "quantizing",
         f"{attention}/cond/branch_0_fun/reduce_max": "attention",
+        f"{attention}/cond/branch_0_fun/dot_general": "attention",
         f"{attention}/cond/branch_0_fun/while/body/...lm,...md->...ld/dot_general": "attention",
         f"{attention}/to_out/dot_general": "float products",
         f"{block}/resnet/conv1/int8_product/conv_general_dilated": "int8 products",

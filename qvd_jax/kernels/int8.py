@@ -176,17 +176,21 @@ def _gathered_conv(
     unsigned: bool,
     by_rows: bool,
 ) -> Array:
-    """One product over whole patches, or the sum of one for each row of the kernel."""
+    """One product over whole patches, or the sum of one for each row of the kernel.
+
+    Rows are gathered along the width once: each row of the kernel sees the same ones, but at
+    another height.
+    """
     product, fill = (_mixed_dot, _ZERO) if unsigned else (_signed_dot, 0)
     codes = _unsigned(codes) if unsigned else codes
-    seen = taps(codes, weights.shape[1:-1], strides, padding, fill)
-    parts = weights.shape[1] if by_rows else 1
-    count = len(seen) // parts
+    kernel, step, parts = weights.shape[1:-1], 1, 1
+    if by_rows:
+        (parts, *width), (step, *steps) = kernel, strides
+        kernel, strides = (1, *width), (1, *steps)
+    patches = jnp.concatenate(taps(codes, kernel, strides, padding, fill), axis=-1)
     rows = weights.reshape(len(weights), parts, -1)
-    products = (
-        product(jnp.concatenate(seen[i * count : (i + 1) * count], axis=-1), rows[:, i])
-        for i in range(parts)
-    )
+    last = patches.shape[1] - parts
+    products = (product(patches[:, i : i + last + 1 : step], rows[:, i]) for i in range(parts))
     total = functools.reduce(jnp.add, products)
     return _take_off_zeros(total, sums) if unsigned else total
 

@@ -37,9 +37,15 @@ def taps(
       `[B, *out, C]` for each element, in row-major order.
     """
     sizes = output_sizes(x.shape[1:-1], kernel, strides, padding)
-    # XLA would compute the producer of `x` anew for every tap.
-    x = lax.optimization_barrier(x)
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill)
+    # XLA would compute the producer of `x` anew for every tap: on the GPU the barrier keeps it
+    # from that, on the CPU a concatenation, where `jnp.pad` would not.
+    padded = lax.optimization_barrier(x)
+    for axis, amounts in enumerate(padding, start=1):
+        low, high = (
+            jnp.full((*padded.shape[:axis], amount, *padded.shape[axis + 1 :]), fill, x.dtype)
+            for amount in amounts
+        )
+        padded = jnp.concatenate([low, padded, high], axis)
 
     def tap(offsets: Sequence[int]) -> Array:
         window = (

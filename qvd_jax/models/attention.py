@@ -357,7 +357,7 @@ class TemporalBlock(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
-        positions = self._positions(x.shape[-2]).astype(x.dtype)
+        positions = self._positions(x.shape[-2])
         x = x + self.attn1(self.norm1(x) + positions)
         if self.attentions == 2:
             x = x + self.attn2(self.norm2(x) + positions)

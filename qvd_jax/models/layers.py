@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, NormScope
@@ -60,12 +61,12 @@ class LayerSet:
         )
 
     def layer_norm(self) -> nn.Module:
-        """LayerNorm over the last axis."""
-        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, param_dtype=self.param_dtype)
+        """LayerNorm over the last axis; float32, for what follows rounds or quantizes."""
+        return nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, param_dtype=self.param_dtype)
 
     def group_norm(self, groups: int, epsilon: float, scope: NormScope = "frame") -> "GroupNorm":
         """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames."""
-        return GroupNorm(groups, epsilon, scope, dtype=self.dtype, param_dtype=self.param_dtype)
+        return GroupNorm(groups, epsilon, scope, param_dtype=self.param_dtype)
 
 
 FLOAT = LayerSet(
@@ -79,20 +80,18 @@ class GroupNorm(nn.Module):
     """GroupNorm (Wu and He, arXiv 1803.08494) written as one scale and shift per channel.
 
     The form lets XLA fuse the normalization with the activation behind it. Statistics are
-    float32, the variance centred.
+    float32, the variance centred; so is the result, for what follows rounds or quantizes.
 
     Attributes:
       groups: number of groups; divides C.
       epsilon: added to the variance.
       norm_scope: "frame" normalizes every frame alone, "joint" all frames of a video together.
-      dtype: dtype of the result.
       param_dtype: dtype of `scale` and `bias`.
     """
 
     groups: int
     epsilon: float
     norm_scope: NormScope = "frame"
-    dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -104,18 +103,21 @@ class GroupNorm(nn.Module):
         axes = (1, 2, 3) if self.norm_scope == "joint" else (2, 3)
         x = x.astype(jnp.float32)
 
+        # By a product, for XLA would fuse `repeat` into what follows, a division for each element.
+        members = np.repeat(np.eye(self.groups), channels // self.groups, axis=1)
+
         def group_mean(values: Array) -> Array:
             # Channels are averaged after positions: XLA vectorizes that order on the CPU.
             means = values.mean(axes, keepdims=True)
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
-            return jnp.repeat(grouped.mean(-1), channels // self.groups, axis=-1)
+            return jnp.matmul(grouped.mean(-1), members.astype(np.float32), precision="highest")
 
         mean = group_mean(x)
         variance = group_mean(jnp.square(x - mean))
         scale, bias = (p.astype(jnp.float32).reshape(1, 1, 1, 1, channels) for p in (scale, bias))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
         shift = bias - mean * factor
-        return (x * factor + shift).astype(self.dtype)
+        return x * factor + shift
 
 
 def sinusoidal_embedding(timesteps: Array, width: int) -> Array:
@@ -204,22 +206,22 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[..., C]` to `[..., C]`."""
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(value * _gelu(gate))
+        return self.out(value.astype(jnp.float32) * _gelu(gate))
 
 
 def silu(x: Array) -> Array:
-    """SiLU, x sigmoid(x), in float32.
+    """SiLU, x sigmoid(x), in float32, for what follows rounds or quantizes.
 
     In bfloat16 `nn.silu` rounds after each of its steps, which takes a CPU twice the time.
     """
-    return nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+    return nn.silu(x.astype(jnp.float32))
 
 
 def _gelu(x: Array) -> Array:
-    """GELU, x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415), as PyTorch computes it.
+    """GELU, x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415), as PyTorch computes it; float32.
 
     `nn.gelu` takes erfc, which differs only where the result is next to zero, and costs a CPU
     several times as much.
     """
     half = 0.5 * x.astype(jnp.float32)
-    return (half + half * jax.lax.erf(half * math.sqrt(2))).astype(x.dtype)
+    return half + half * jax.lax.erf(half * math.sqrt(2))

@@ -80,7 +80,7 @@ class QuantDense(nn.Dense):
         )
         scale, bias = _output_params(self, self.features)
         if spec.activation_bits == 16:
-            product = _float_dot(x, kernel)
+            product = _float_dot(x.astype(self.dtype), kernel)
         elif spec.method == "htdq":
             fine, coarse, ratio = _two_range_codes(self, x, spec)
             sums = _sums(self, self.features)
@@ -117,9 +117,13 @@ class QuantConv(nn.Conv):
         batch, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
         x = x.reshape(-1, *spatial, channels)
         if spec.activation_bits == 16:
-            weights = jnp.moveaxis(kernel, 0, -1).astype(x.dtype)
+            weights = jnp.moveaxis(kernel, 0, -1).astype(self.dtype)
             product = self.conv_general_dilated(
-                x, weights, self.strides, self.padding, dimension_numbers=_channels_last(rank)
+                x.astype(self.dtype),
+                weights,
+                self.strides,
+                self.padding,
+                dimension_numbers=_channels_last(rank),
             )
             y = _to_output(product, scale, bias)
         else:

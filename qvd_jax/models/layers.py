@@ -104,13 +104,14 @@ class GroupNorm(nn.Module):
         x = x.astype(jnp.float32)
 
         # By a product, for XLA would fuse `repeat` into what follows, a division for each element.
-        members = np.repeat(np.eye(self.groups), channels // self.groups, axis=1)
+        eye = np.eye(self.groups, dtype=np.float32)
+        members = np.repeat(eye, channels // self.groups, axis=1)
 
         def group_mean(values: Array) -> Array:
             # Channels are averaged after positions: XLA vectorizes that order on the CPU.
             means = values.mean(axes, keepdims=True)
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
-            return jnp.matmul(grouped.mean(-1), members.astype(np.float32), precision="highest")
+            return jnp.matmul(grouped.mean(-1), members, precision="highest")
 
         mean = group_mean(x)
         variance = group_mean(jnp.square(x - mean))

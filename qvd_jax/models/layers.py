@@ -207,7 +207,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[..., C]` to `[..., C]`."""
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
-        return self.out(value.astype(jnp.float32) * _gelu(gate))
+        return self.out(value * _gelu(gate))
 
 
 def silu(x: Array) -> Array:

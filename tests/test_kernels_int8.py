@@ -104,6 +104,24 @@ def test_the_cpu_multiplies_large_images_by_rows_of_the_kernel(side, kernel, str
     np.testing.assert_array_equal(convolve(*arguments), expected)
 
 
+@pytest.mark.parametrize("kind", ["random", "extreme", "lowest"])
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize(("size", "products"), [((7, 9), 1), ((8, 8), 2), ((5, 13), 2)])
+def test_conv_of_an_upsampled_image_equals_64_bit_integers(size, products, vnni, kind, monkeypatch):
+    if vnni and "unsigned" not in int8.runnable_dots():
+        pytest.skip("this CPU has no VNNI")
+    monkeypatch.setattr(int8, "_has_vnni", lambda: vnni)
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (2, *size, 5), kind), codes(rng, (4, 3, 3, 5), kind)
+    convolve = jax.jit(lambda *arguments: int8.upsampled_conv(*arguments))
+    found = convolve(x, w, sums(w))
+    assert found.dtype == jnp.int32
+    expected = conv_in_64_bits(x.repeat(2, 1).repeat(2, 2), w, (1, 1), ((1, 1), (1, 1)))
+    np.testing.assert_array_equal(found, expected)
+    text = export.export(convolve, platforms=["cpu"])(x, w, sums(w)).mlir_module()
+    assert len(re.findall(r"stablehlo\.dot_general", text)) == (products if vnni else 1)
+
+
 @pytest.mark.parametrize("vnni", [True, False])
 def test_what_every_cpu_can_run_agrees(vnni, monkeypatch):
     monkeypatch.setattr(int8, "_has_vnni", lambda: vnni)

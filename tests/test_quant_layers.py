@@ -19,6 +19,7 @@ CONVS = {
     "stride 2": ((3, 3), (2, 2), ((1, 1), (1, 1)), (2, 1, 6, 5)),
     "one-sided": ((3, 3), (2, 2), ((0, 1), (0, 1)), (1, 2, 6, 6)),
     "1x1": ((1, 1), (1, 1), ((0, 0), (0, 0)), (2, 1, 4, 4)),
+    "upsampled": ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 2, 16, 18)),
     "temporal": ((3, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 0)), (2, 5, 3, 2)),
 }
 CHANNELS, OUTPUTS = 12, 10
@@ -35,7 +36,13 @@ class Net(nn.Module):
             self.layer = self.layers.dense(OUTPUTS)
         else:
             kernel, strides, padding, _ = CONVS[self.conv]
-            self.layer = self.layers.conv(OUTPUTS, kernel, strides=strides, padding=padding)
+            self.layer = self.layers.conv(
+                OUTPUTS,
+                kernel,
+                strides=strides,
+                padding=padding,
+                upsampled=self.conv == "upsampled",
+            )
 
     def __call__(self, x):
         return self.layer(x)
@@ -46,6 +53,8 @@ def case(conv, seed=0):
     shape = (4, 7) if conv is None else CONVS[conv][3]
     x = rng.normal(size=(*shape, CHANNELS)) * rng.lognormal(0, 1, CHANNELS)
     x = jnp.asarray(x + rng.normal(0, 3, CHANNELS), jnp.float32)
+    if conv == "upsampled":
+        x = jnp.repeat(jnp.repeat(x[..., ::2, ::2, :], 2, axis=-3), 2, axis=-2)
     net = Net(FLOAT, conv)
     params = net.init(jax.random.key(seed), x)["params"]
     params["layer"]["bias"] = jnp.asarray(rng.normal(size=OUTPUTS), jnp.float32)
@@ -103,6 +112,13 @@ def test_layers_equal_their_definition_in_float64(conv, method):
     expected = expected + correlate(np.broadcast_to(mean, x.shape), kernel, conv)
     found = np.asarray(int8_net.apply({"params": int8_params}, x), np.float64)
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_only_a_padded_3x3_convolution_can_make_use_of_upsampling():
+    layers = layer_set({"": LayerSpec("minmax")})
+    module = layers.conv(OUTPUTS, (3, 3), strides=(2, 2), upsampled=True)
+    with pytest.raises(ValueError, match="of an upsampled input must be 3x3, padded by 1, not of "):
+        module.init(jax.random.key(0), jnp.ones((1, 4, 4, CHANNELS)))
 
 
 def test_inputs_round_halves_to_even_and_stop_at_the_last_code():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.benchmarks.unet import Case, compile_forward, param_shapes, random_params
-from qvd_jax.models.layers import FLOAT
+from qvd_jax.models.layers import FLOAT, Conv
 from qvd_jax.models.unet3d import UNet3D
 
 REQUIRED = {
@@ -57,7 +57,7 @@ def build_qwix(case: Case, variant: Variant) -> Run:
     import qwix
 
     dtype = jnp.dtype(variant.dtype)
-    plain = replace(FLOAT, dense_cls=nn.Dense, conv_cls=nn.Conv, dtype=dtype, param_dtype=dtype)
+    plain = replace(FLOAT, dense_cls=nn.Dense, conv_cls=Conv, dtype=dtype, param_dtype=dtype)
     module = UNet3D(case.config, plain)
     rule = qwix.QuantizationRule(weight_qtype=jnp.int8, act_qtype=jnp.int8)
     quantized = qwix.quantize_model(module, qwix.PtqProvider([rule]))

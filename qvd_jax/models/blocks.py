@@ -176,7 +176,7 @@ class Upsample(nn.Module):
     layers: LayerSet
 
     def setup(self) -> None:
-        self.conv = self.layers.conv(self.channels, (3, 3))
+        self.conv = self.layers.conv(self.channels, (3, 3), upsampled=True)
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, 2H, 2W, C]`."""

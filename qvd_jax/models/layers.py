@@ -15,6 +15,17 @@ from qvd_jax.axes import Array, NormScope
 from qvd_jax.kernels import floating
 
 
+class Conv(nn.Conv):
+    """`nn.Conv` that is told where its input comes from.
+
+    Attributes:
+      upsampled: whether the input is a nearest-neighbour upsampling, every position twice along
+        H and W; quantized layers multiply each once.
+    """
+
+    upsampled: bool = False
+
+
 @dataclass(frozen=True)
 class LayerSet:
     """The Dense and conv classes a network is built from, with their dtypes.
@@ -24,7 +35,7 @@ class LayerSet:
 
     Attributes:
       dense_cls: called like `nn.Dense`.
-      conv_cls: called like `nn.Conv`.
+      conv_cls: called like `Conv`.
       dtype: dtype of the computation.
       param_dtype: dtype in which parameters are stored.
     """
@@ -48,6 +59,7 @@ class LayerSet:
         strides: tuple[int, ...] | None = None,
         padding: tuple[tuple[int, int], ...] | None = None,
         use_bias: bool = True,
+        upsampled: bool = False,
     ) -> nn.Module:
         """A convolution over the axes before the last; padding defaults to half the kernel."""
         return self.conv_cls(
@@ -56,6 +68,7 @@ class LayerSet:
             strides=strides or (1,) * len(kernel_size),
             padding=padding or tuple((k // 2, k // 2) for k in kernel_size),
             use_bias=use_bias,
+            upsampled=upsampled,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
@@ -71,7 +84,7 @@ class LayerSet:
 
 FLOAT = LayerSet(
     dense_cls=functools.partial(nn.Dense, dot_general=floating.dot_general),
-    conv_cls=functools.partial(nn.Conv, conv_general_dilated=floating.conv_general_dilated),
+    conv_cls=functools.partial(Conv, conv_general_dilated=floating.conv_general_dilated),
 )
 """Flax's own layers in float32; `dataclasses.replace` gives other dtypes."""
 

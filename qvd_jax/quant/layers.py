@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.patches import output_sizes
-from qvd_jax.models.layers import LayerSet
+from qvd_jax.models.layers import Conv, LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
@@ -93,8 +93,8 @@ class QuantDense(nn.Dense):
         return _to_output(product, scale, bias).astype(self.dtype)
 
 
-class QuantConv(nn.Conv):
-    """`nn.Conv` with explicit padding whose product is int8 where `specs` names its path.
+class QuantConv(Conv):
+    """`Conv` with explicit padding whose product is int8 where `specs` names its path.
 
     Attributes:
       specs: of all quantized layers, by module path.
@@ -110,6 +110,12 @@ class QuantConv(nn.Conv):
             return super().__call__(x)
         if math.prod(self.kernel_size) == 1 and np.any(self.padding):
             raise ValueError(f"padding = {self.padding} of a kernel of one tap is no use")
+        form = (tuple(self.kernel_size), self.strides, self.padding)
+        if self.upsampled and form != ((3, 3), (1, 1), ((1, 1), (1, 1))):
+            raise ValueError(
+                "a convolution of an upsampled input must be 3x3, padded by 1, not of "
+                "kernel, strides and padding {}, {}, {}".format(*form)
+            )
         rank, channels = len(self.kernel_size), x.shape[-1]
         shape = (self.features, *self.kernel_size, channels)
         kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))
@@ -128,9 +134,12 @@ class QuantConv(nn.Conv):
             y = _to_output(product, scale, bias)
         else:
             gain = _gain(self, spec)
-            codes = _codes(self, x, spec, gain)
+            codes = _codes(self, x[:, ::2, ::2] if self.upsampled else x, spec, gain)
             sums = _sums(self, self.features)
-            product = int8.conv(codes, kernel, sums, self.strides, self.padding)
+            if self.upsampled:
+                product = int8.upsampled_conv(codes, kernel, sums)
+            else:
+                product = int8.conv(codes, kernel, sums, self.strides, self.padding)
             y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
                 taps = self.param(

@@ -48,6 +48,11 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     assert sum(r["count"] for r in results) == len(layers)
     keys = ("inputs", "kernel", "strides")
     timed = [(products.Product(*(tuple(r[key]) for key in keys)), r["count"]) for r in results]
+    upsamplings = [r for r in results if r["upsampled"]]
+    assert sum(r["count"] for r in upsamplings) == sum(
+        "/upsample/" in layer.path for layer in layers
+    )
+    assert all("signed before upsampling" in r["seconds"] for r in upsamplings)
     assert sum(p.flops * count for p, count in timed) == sum(layer.flops for layer in layers)
     assert all(products.DISPATCHED in r["seconds"] for r in results)
     assert not [r["failures"] for r in results if r["failures"]]

@@ -114,10 +114,11 @@ def test_conv_of_an_upsampled_image_equals_64_bit_integers(size, products, vnni,
     rng = np.random.default_rng(0)
     x, w = codes(rng, (2, *size, 5), kind), codes(rng, (4, 3, 3, 5), kind)
     convolve = jax.jit(lambda *arguments: int8.upsampled_conv(*arguments))
-    found = convolve(x, w, sums(w))
-    assert found.dtype == jnp.int32
     expected = conv_in_64_bits(x.repeat(2, 1).repeat(2, 2), w, (1, 1), ((1, 1), (1, 1)))
-    np.testing.assert_array_equal(found, expected)
+    for implementation in (None, *int8.runnable_upsampled_convs()):
+        found = int8.upsampled_conv(x, w, sums(w), implementation)
+        assert found.dtype == jnp.int32
+        np.testing.assert_array_equal(found, expected, implementation)
     text = export.export(convolve, platforms=["cpu"])(x, w, sums(w)).mlir_module()
     assert len(re.findall(r"stablehlo\.dot_general", text)) == (products if vnni else 1)
 
@@ -143,6 +144,8 @@ def test_an_implementation_the_machine_cannot_run_is_refused(monkeypatch):
     image = np.ones((1, 2, 2, 3), np.int8)
     with pytest.raises(InputError, match="'winograd' cannot run on this cpu; 'signed patches', "):
         int8.conv(image, image, sums(image), (1, 1), ((0, 0), (0, 0)), "winograd")
+    with pytest.raises(InputError, match="cannot run on this cpu; 'signed before upsampling', "):
+        int8.upsampled_conv(image, image, sums(image), "unsigned before upsampling")
 
 
 def test_int4_weights():

@@ -42,11 +42,13 @@ class Product:
       inputs: `[M, K]`, or `[N, *spatial, C]` of a convolution.
       kernel: `[O, K]`, or `[O, *taps, C]`.
       strides: of a convolution, one for each spatial axis.
+      upsampled: whether the inputs are a nearest-neighbour upsampling.
     """
 
     inputs: tuple[int, ...]
     kernel: tuple[int, ...]
     strides: tuple[int, ...] = ()
+    upsampled: bool = False
 
     @property
     def padding(self) -> tuple[tuple[int, int], ...]:
@@ -55,7 +57,7 @@ class Product:
 
     @property
     def flops(self) -> int:
-        """Multiplications and additions."""
+        """Multiplications and additions, an upsampled input's in full."""
         positions = np.prod(self.inputs[:-1]) // np.prod(self.strides or (1,))
         return int(2 * np.prod(self.kernel) * positions)
 
@@ -70,7 +72,8 @@ def products(case: Case) -> Counter[Product]:
         rows = int(np.prod(layer.inputs[:-1])) // int(np.prod(spatial))
         out = layer.outputs[len(layer.outputs) - rank - 1 : -1]
         strides = tuple(a // b for a, b in zip(spatial, out, strict=True))
-        found[Product((rows, *spatial, layer.inputs[-1]), kernel, strides)] += 1
+        inputs = (rows, *spatial, layer.inputs[-1])
+        found[Product(inputs, kernel, strides, layer.upsampled)] += 1
     return found
 
 
@@ -107,6 +110,15 @@ def formulations(product: Product) -> dict[str, Formulation]:
     where: dict[str, Any] = {"strides": product.strides, "padding": product.padding}
     float_conv = functools.partial(_float_conv, product)
     outputs_last = functools.partial(np.moveaxis, source=0, destination=-1)
+
+    def from_codes(name: str | None) -> Formulation:
+        return Formulation(lambda x, w, sums: int8.upsampled_conv(x[:, ::2, ::2], w, sums, name))
+
+    if product.upsampled:
+        special = {name: from_codes(name) for name in int8.runnable_upsampled_convs()}
+        dispatched = from_codes(None)
+    else:
+        special, dispatched = {}, Formulation(functools.partial(int8.conv, **where))
     return {
         "float32": Formulation(float_conv, jnp.float32, outputs_last),
         "bfloat16": Formulation(float_conv, jnp.bfloat16, outputs_last),
@@ -116,7 +128,8 @@ def formulations(product: Product) -> dict[str, Formulation]:
         },
         # XLA's GPU convolutions of int8 exist only with this conversion right behind them.
         "convolution to float32": Formulation(functools.partial(_conv_to_float, product)),
-        DISPATCHED: Formulation(functools.partial(int8.conv, **where)),
+        **special,
+        DISPATCHED: dispatched,
     }
 
 
@@ -129,8 +142,10 @@ def _product_bytes(product: Product) -> int:
     inputs, kernel = math.prod(product.inputs), math.prod(product.kernel)
     gathered = inputs * math.prod(product.kernel[1:-1])
     outputs = product.flops // (2 * math.prod(product.kernel[1:]))
+    # Of each code with each element of the kernel, before upsampling.
+    placed = outputs * math.prod(product.kernel[1:-1]) // 4 if product.upsampled else 0
     # Codes, the 64-bit integers they are checked with, the sums.
-    return 9 * (inputs + kernel) + gathered + 4 * outputs
+    return 9 * (inputs + kernel) + gathered + 4 * (outputs + placed)
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
@@ -162,7 +177,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Formulations by shape as Markdown, in billions of operations per second."""
     rows = []
     for r in results:
-        flops = Product(r["inputs"], r["kernel"], r["strides"]).flops
+        flops = Product(r["inputs"], r["kernel"], r["strides"], r["upsampled"]).flops
         shapes = {name: str([*r[name]]) for name in ("inputs", "kernel")}
         speeds = {name: f"{flops / spent / 1e9:.0f}" for name, spent in r["seconds"].items()}
         rows.append({**shapes, "times": str(r["count"]), **speeds})
@@ -174,6 +189,8 @@ def _operands(product: Product) -> tuple[np.ndarray, np.ndarray]:
     x = rng.integers(-127, 128, product.inputs, np.int8)
     # Extreme codes in some channels: sums that only integers hold.
     x[..., : max(x.shape[-1] // 4, 1)] = 127
+    if product.upsampled:
+        x = x[:, ::2, ::2].repeat(2, axis=1).repeat(2, axis=2)
     w = rng.integers(-127, 128, product.kernel, np.int8)
     w[:1] = 127
     return x, w

@@ -113,28 +113,34 @@ def conv(
         )
 
 
-def upsampled_conv(codes: Array, weights: Array, sums: Array) -> Array:
+def upsampled_conv(
+    codes: Array, weights: Array, sums: Array, implementation: str | None = None
+) -> Array:
     """Correlates what nearest-neighbour upsampling makes of codes with a 3x3 kernel, padded by 1.
 
     Args:
       codes: int8 `[B, H, W, C]`, each of which stands for 2x2 positions.
       weights: int8 or int4 `[O, 3, 3, C]`.
       sums: int32 `[O]`, of the weights over kernel and C.
+      implementation: one of `runnable_upsampled_convs()`; None chooses by platform.
 
     Returns:
       int32 `[B, 2H, 2W, O]`.
+
+    Raises:
+      InputError: this machine cannot run the implementation.
     """
-
-    def upsample_first(codes: Array, weights: Array, sums: Array) -> Array:
-        twice = jnp.repeat(jnp.repeat(codes, 2, axis=1), 2, axis=2)
-        return conv(twice, weights, sums, (1, 1), ((1, 1), (1, 1)))
-
-    if math.prod(codes.shape[1:-1]) < _UPSAMPLED_FROM:
-        return upsample_first(codes, weights, sums)
+    weights = weights.astype(jnp.int8)
+    behind = _UPSAMPLED_CONVS["behind upsampling"]
     with jax.named_scope(SCOPE):
-        on_cpu = functools.partial(_multiplied_before_upsampling, unsigned=_has_vnni())
-        weights = weights.astype(jnp.int8)
-        return lax.platform_dependent(codes, weights, sums, cpu=on_cpu, default=upsample_first)
+        if implementation is not None:
+            _check_runnable(implementation, runnable_upsampled_convs())
+            return _UPSAMPLED_CONVS[implementation](codes, weights, sums)
+        if math.prod(codes.shape[1:-1]) < _UPSAMPLED_FROM:
+            return behind(codes, weights, sums)
+        signedness = "unsigned" if _has_vnni() else "signed"
+        on_cpu = _UPSAMPLED_CONVS[f"{signedness} before upsampling"]
+        return lax.platform_dependent(codes, weights, sums, cpu=on_cpu, default=behind)
 
 
 def runnable_dots() -> list[str]:
@@ -145,6 +151,11 @@ def runnable_dots() -> list[str]:
 def runnable_convs() -> list[str]:
     """Implementations of `conv` that this machine can run."""
     return [name for name in _CONVS if _is_runnable(name)]
+
+
+def runnable_upsampled_convs() -> list[str]:
+    """Implementations of `upsampled_conv` that this machine can run."""
+    return [name for name in _UPSAMPLED_CONVS if _is_runnable(name)]
 
 
 def _is_runnable(name: str) -> bool:
@@ -223,9 +234,12 @@ def _gathered_conv(
     return _take_off_zeros(total, sums) if unsigned else total
 
 
-def _multiplied_before_upsampling(
-    codes: Array, weights: Array, sums: Array, *, unsigned: bool
-) -> Array:
+def _conv_behind_upsampling(codes: Array, weights: Array, sums: Array) -> Array:
+    upsampled = jnp.repeat(jnp.repeat(codes, 2, axis=1), 2, axis=2)
+    return conv(upsampled, weights, sums, (1, 1), ((1, 1), (1, 1)))
+
+
+def _conv_before_upsampling(codes: Array, weights: Array, sums: Array, *, unsigned: bool) -> Array:
     """One product of all codes with all elements of the kernel, whose results are then placed.
 
     A code meets each element of the kernel once instead of at four positions: a quarter of the
@@ -316,6 +330,11 @@ _CONVS: dict[str, Callable[..., Array]] = {
     "signed patches": functools.partial(_gathered_conv, unsigned=False, by_rows=False),
     "signed rows": functools.partial(_gathered_conv, unsigned=False, by_rows=True),
     "convolution": _direct_conv,
+}
+_UPSAMPLED_CONVS: dict[str, Callable[..., Array]] = {
+    "unsigned before upsampling": functools.partial(_conv_before_upsampling, unsigned=True),
+    "signed before upsampling": functools.partial(_conv_before_upsampling, unsigned=False),
+    "behind upsampling": _conv_behind_upsampling,
 }
 
 

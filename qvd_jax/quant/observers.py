@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
+from qvd_jax.models.layers import Conv
 from qvd_jax.quant.policy import Layer
 
 
@@ -134,7 +135,8 @@ def list_layers(
         sources.append(x)
         source = same[0] if same else len(sources) - 1
         kernel = (*taps, x.shape[-1], layer.features)
-        found[path] = Layer(path, kernel, x.shape, result.shape, source)
+        upsampled = isinstance(layer, Conv) and layer.upsampled
+        found[path] = Layer(path, kernel, x.shape, result.shape, source, upsampled)
 
     with _watching(note):
         init = functools.partial(module.init, method=method)

@@ -171,6 +171,7 @@ class Layer:
       inputs: shape of what it is called with in one forward, `[..., C]`.
       outputs: shape of what it returns, `[..., O]`.
       source: number of the tensor it is called with; layers that share it read the same one.
+      upsampled: whether that is a nearest-neighbour upsampling.
     """
 
     path: str
@@ -178,6 +179,7 @@ class Layer:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     source: int
+    upsampled: bool = False
 
     @property
     def parameters(self) -> int:

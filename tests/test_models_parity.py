@@ -646,8 +646,8 @@ def test_positions_interleave_sines_and_cosines():
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(3, 9, 2, 8), (40, 300, 4, 4), (2, 2048, 4, 8)],
-    ids=["whole", "videos", "blocks"],
+    [(3, 9, 2, 8), (40, 300, 4, 4), (3, 1024, 4, 8), (2, 2048, 4, 8)],
+    ids=["whole", "all heads", "two heads", "blocks of queries"],
 )
 def test_attention_is_softmax_attention(shape, is_causal):
     q, k, v = (video(*shape, seed=seed) for seed in range(3))

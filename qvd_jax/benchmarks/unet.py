@@ -1,6 +1,7 @@
 """One forward of our UNet."""
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -128,11 +129,11 @@ def needed_bytes(case: Case, variants: Sequence[Variant]) -> int:
     Those of other frameworks are taken for our float UNet of their dtype.
     """
     weights, working = 0, 0
-    for variant in variants:
-        mode = variant.mode if variant.framework == OURS else FLOAT_MODE
-        module = UNet3D(case.config, layers(case, replace(variant, mode=mode)))
+    alike = (v if v.framework == OURS else Variant(OURS, FLOAT_MODE, v.dtype) for v in variants)
+    for variant, count in Counter(alike).items():
+        module = UNet3D(case.config, layers(case, variant))
         shapes = param_shapes(module, case)
-        weights += tree_bytes(shapes)
+        weights += count * tree_bytes(shapes)
         peak = peak_bytes(module.apply, shapes, *case.shapes())
         working = max(working, peak - tree_bytes(shapes))
     return weights + working

@@ -144,8 +144,8 @@ def _product_bytes(product: Product) -> int:
     outputs = product.flops // (2 * math.prod(product.kernel[1:]))
     # Of each code with each element of the kernel, before upsampling.
     placed = outputs * math.prod(product.kernel[1:-1]) // 4 if product.upsampled else 0
-    # Codes, the 64-bit integers they are checked with, the sums.
-    return 9 * (inputs + kernel) + gathered + 4 * (outputs + placed)
+    # Codes and their padded copy or float32, weights as 64-bit integers to check with, the sums.
+    return 6 * inputs + 10 * kernel + gathered + 4 * (outputs + placed)
 
 
 def measure(case: Case) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ def _check(result: np.ndarray, product: Product, x: np.ndarray, w: np.ndarray) -
       ArithmeticError: they differ.
     """
     rng = np.random.default_rng(1)
-    padded = np.pad(x.astype(np.int64), ((0, 0), *product.padding, (0, 0)))
+    padded = np.pad(x, ((0, 0), *product.padding, (0, 0)))
     flat = w.reshape(len(w), -1).astype(np.int64)
     for _ in range(_CHECKED_ROWS):
         place = tuple(int(rng.integers(size)) for size in result.shape[:-1])
@@ -236,7 +236,8 @@ def _check(result: np.ndarray, product: Product, x: np.ndarray, w: np.ndarray) -
             slice(p * s, p * s + k)
             for p, s, k in zip(place[1:], product.strides, w.shape[1:-1], strict=True)
         )
-        if (flat @ padded[place[:1] + window].reshape(-1) != result[place]).any():
+        patch = padded[place[:1] + window].astype(np.int64).reshape(-1)
+        if (flat @ patch != result[place]).any():
             raise ArithmeticError("the result differs from that of 64-bit integers")
 
 

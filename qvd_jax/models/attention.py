@@ -99,18 +99,17 @@ def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
     block = block if block >= _CPU_LEAST_BLOCK else length
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
-    def attend_heads(some: tuple[Array, Array, Array]) -> Array:
-        q, k, v = some
+    def attend_head(head: tuple[Array, Array, Array]) -> Array:
+        q, k, v = head
 
         def attend(q: Array) -> Array:
             out = _weigh(_exponentials(q, k, is_causal=False), v)
             return out[..., :width] / out[..., width:]
 
-        blocks = jnp.swapaxes(q.reshape(group, length // block, block, width), 0, 1)
-        return jnp.swapaxes(lax.map(attend, blocks), 0, 1).reshape(q.shape)
+        return lax.map(attend, q.reshape(-1, block, width)).reshape(q.shape)
 
-    groups = tuple(x.reshape(-1, group, *x.shape[2:]) for x in (q, k, v))
-    return lax.map(attend_heads, groups).reshape(q.shape)
+    per_head = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return lax.map(attend_head, per_head, batch_size=group).reshape(q.shape)
 
 
 def _power_of_two_in(number: int, size: float) -> int:

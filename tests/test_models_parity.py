@@ -1,5 +1,6 @@
 """Float parity of every block and every network with PyTorch, on shared random weights."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from diffusers.models.unets.unet_motion_model import (
     UNetMidBlockCrossAttnMotion,
     UpBlockMotion,
 )
+from jax import lax
 from original_norms import original_norms
 from random_animatediff import CHANNELS, randomize
 from random_families import RGB, SCRIBBLE, make_controlnet, make_sparsectrl_module
@@ -44,6 +46,7 @@ from convert.animatediff import unet_config, without_positions
 from convert.companions import rename_text, text_config, vae_config, vision_config
 from convert.controlnet import open_controlnet
 from convert.tensors import LazyTensor, Tensors
+from qvd_jax.models import attention
 from qvd_jax.models.attention import (
     SpatialTransformer,
     SpatioTemporalTransformer,
@@ -643,6 +646,12 @@ def test_positions_interleave_sines_and_cosines():
     )
 
 
+def torch_attention(q, k, v, *, is_causal):
+    return torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)), is_causal=is_causal
+    ).transpose(1, 2)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "shape",
@@ -651,15 +660,29 @@ def test_positions_interleave_sines_and_cosines():
 )
 def test_attention_is_softmax_attention(shape, is_causal):
     q, k, v = (video(*shape, seed=seed) for seed in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        *(torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)), is_causal=is_causal
-    ).transpose(1, 2)
-    attention = jax.jit(dot_product_attention, static_argnames="is_causal")
-    found = attention(q, k, v, is_causal=is_causal)
+    expected = torch_attention(q, k, v, is_causal=is_causal)
+    compiled = jax.jit(dot_product_attention, static_argnames="is_causal")
+    found = compiled(q, k, v, is_causal=is_causal)
     assert relative_error(found, expected) <= TOLERANCE
-    half = attention(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), is_causal=is_causal)
+    half = compiled(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), is_causal=is_causal)
     assert half.dtype == jnp.bfloat16
     assert relative_error(half.astype(jnp.float32), expected) <= 2**-6
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "limit", [2**30, 2**14, 2**10], ids=["whole", "four by four", "one by one"]
+)
+def test_attention_on_accelerators_is_softmax_attention(limit, is_causal, monkeypatch):
+    monkeypatch.setattr(attention, "_LOGITS_BYTES", limit)
+    compiled = jax.jit(functools.partial(dot_product_attention, is_causal=is_causal))
+    q, k, v = (video(12, 16, 4, 8, seed=seed) for seed in range(3))
+    for platform in ("cuda", "tpu"):
+        lowered = jax.export.export(compiled, platforms=[platform])(q, k, v).mlir_module()
+        assert ("while" in lowered) == (limit < 2**30)
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    found = dot_product_attention(q, k, v, is_causal=is_causal)
+    assert relative_error(found, torch_attention(q, k, v, is_causal=is_causal)) <= TOLERANCE
 
 
 def test_silu_is_float32():

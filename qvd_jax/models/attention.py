@@ -18,6 +18,10 @@ from qvd_jax.models.layers import (
     sinusoidal_positions,
 )
 
+_LOGITS_BYTES = 2**30
+"""Logits of more bytes than this are computed in parts on accelerators: at 64x64 latents with
+guidance, 16 frames have 17 GB of them."""
+
 _CPU_LOGITS_BYTES = 2**25
 """Logits of more bytes than this are computed in blocks on the CPU."""
 
@@ -57,8 +61,16 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
       `[B, L, heads, D]` in the dtype of `q`.
     """
 
-    def library(q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal)
+    def accelerator(q: Array, k: Array, v: Array) -> Array:
+        def attend(some: tuple[Array, Array, Array]) -> Array:
+            return jax.nn.dot_product_attention(*some, is_causal=is_causal)
+
+        batch, length, heads, _ = q.shape
+        one = 4 * heads * length * k.shape[1]
+        if batch * one <= _LOGITS_BYTES:
+            return attend((q, k, v))
+        together = _power_of_two_in(batch, _LOGITS_BYTES / one)
+        return lax.map(attend, (q, k, v), batch_size=together)
 
     def cpu(q: Array, k: Array, v: Array) -> Array:
         # Without the barrier XLA folds the transpositions into products that are half as fast.
@@ -70,7 +82,7 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
             out = _attend_in_blocks(q, k, v)
         return jnp.swapaxes(out, 1, 2).astype(q.dtype)
 
-    return lax.platform_dependent(q, k, v, cpu=cpu, default=library)
+    return lax.platform_dependent(q, k, v, cpu=cpu, default=accelerator)
 
 
 def _attend(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:

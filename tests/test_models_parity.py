@@ -1,6 +1,5 @@
 """Float parity of every block and every network with PyTorch, on shared random weights."""
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,6 @@ from diffusers import (
     UNetMotionModel,
     UNetSpatioTemporalConditionModel,
 )
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import (
@@ -33,7 +31,6 @@ from diffusers.models.unets.unet_motion_model import (
     UNetMidBlockCrossAttnMotion,
     UpBlockMotion,
 )
-from jax import lax
 from original_norms import original_norms
 from random_animatediff import CHANNELS, randomize
 from random_families import RGB, SCRIBBLE, make_controlnet, make_sparsectrl_module
@@ -46,18 +43,16 @@ from convert.animatediff import unet_config, without_positions
 from convert.companions import rename_text, text_config, vae_config, vision_config
 from convert.controlnet import open_controlnet
 from convert.tensors import LazyTensor, Tensors
-from qvd_jax.models import attention
 from qvd_jax.models.attention import (
     SpatialTransformer,
     SpatioTemporalTransformer,
     TemporalTransformer,
-    dot_product_attention,
 )
 from qvd_jax.models.blocks import ResnetBlock, SpatioTemporalResnet, TemporalConv
 from qvd_jax.models.clip import OPENCLIP_H, CLIPTextConfig, CLIPTextEncoder, CLIPVisionEncoder
 from qvd_jax.models.configs import MODELSCOPE, STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.controlnet import ControlNet, Residuals
-from qvd_jax.models.layers import FLOAT, silu, sinusoidal_embedding, sinusoidal_positions
+from qvd_jax.models.layers import FLOAT
 from qvd_jax.models.stages import Stage
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
@@ -627,67 +622,3 @@ def test_clip_text(published):
     expected = text(torch.from_numpy(ids)).last_hidden_state
     found = jax.jit(module.apply)({"params": params}, ids)
     assert relative_error(found, expected) <= TOLERANCE
-
-
-def test_timestep_embedding_is_diffusers_with_cosines_first():
-    timesteps = np.float32([0, 1, 500.5, 961])
-    expected = get_timestep_embedding(
-        torch.from_numpy(timesteps), 320, flip_sin_to_cos=True, downscale_freq_shift=0
-    )
-    found = np.asarray(sinusoidal_embedding(timesteps, 320))
-    assert relative_error(found, expected) <= TOLERANCE
-    np.testing.assert_allclose(found[3, :2], [0.946897, -0.778964], atol=1e-4)
-
-
-def test_positions_interleave_sines_and_cosines():
-    found = np.asarray(sinusoidal_positions(24, 64))
-    np.testing.assert_allclose(
-        found[1, :6], [0.84147, 0.54030, 0.68156, 0.73176, 0.53317, 0.84601], atol=1e-5
-    )
-
-
-def torch_attention(q, k, v, *, is_causal):
-    return torch.nn.functional.scaled_dot_product_attention(
-        *(torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)), is_causal=is_causal
-    ).transpose(1, 2)
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(
-    "shape",
-    [(3, 9, 2, 8), (40, 300, 4, 4), (3, 1024, 4, 8), (2, 2048, 4, 8)],
-    ids=["whole", "all heads", "two heads", "blocks of queries"],
-)
-def test_attention_is_softmax_attention(shape, is_causal):
-    q, k, v = (video(*shape, seed=seed) for seed in range(3))
-    expected = torch_attention(q, k, v, is_causal=is_causal)
-    compiled = jax.jit(dot_product_attention, static_argnames="is_causal")
-    found = compiled(q, k, v, is_causal=is_causal)
-    assert relative_error(found, expected) <= TOLERANCE
-    half = compiled(*(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), is_causal=is_causal)
-    assert half.dtype == jnp.bfloat16
-    assert relative_error(half.astype(jnp.float32), expected) <= 2**-6
-
-
-@pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize(
-    "limit", [2**30, 2**14, 2**10], ids=["whole", "four by four", "one by one"]
-)
-def test_attention_on_accelerators_is_softmax_attention(limit, is_causal, monkeypatch):
-    monkeypatch.setattr(attention, "_LOGITS_BYTES", limit)
-    compiled = jax.jit(functools.partial(dot_product_attention, is_causal=is_causal))
-    q, k, v = (video(12, 16, 4, 8, seed=seed) for seed in range(3))
-    for platform in ("cuda", "tpu"):
-        lowered = jax.export.export(compiled, platforms=[platform])(q, k, v).mlir_module()
-        assert ("while" in lowered) == (limit < 2**30)
-    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
-    found = dot_product_attention(q, k, v, is_causal=is_causal)
-    assert relative_error(found, torch_attention(q, k, v, is_causal=is_causal)) <= TOLERANCE
-
-
-def test_silu_is_float32():
-    x = np.linspace(-20, 20, 4001).astype(jnp.bfloat16)
-    exact = np.float64(x) / (1 + np.exp(-np.float64(x)))
-    found = jax.jit(silu)(x)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(np.float64(found), exact, rtol=1e-6)

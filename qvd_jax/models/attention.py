@@ -104,9 +104,10 @@ def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
     exponentials XLA fuses everything into one pass, in 0.6 to 0.8 of the time. Results stay
     float32 for the loops: XLA's CPU writes a slice of bfloat16 by converting the whole array.
     """
-    heads, length, width = q.shape[1:]
+    batch, heads, length, width = q.shape
     row_bytes = 4 * k.shape[2]
-    group = _power_of_two_in(heads, _CPU_BLOCK_BYTES / (row_bytes * length))
+    # Over time one head of one position has few logits: a block is then of many positions.
+    group = _power_of_two_in(batch * heads, _CPU_BLOCK_BYTES / (row_bytes * length))
     block = _power_of_two_in(length, _CPU_BLOCK_BYTES / (row_bytes * group))
     block = block if block >= _CPU_LEAST_BLOCK else length
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)

@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class NotFiniteError(InputError):
-    """Sampling gave latents that are not finite."""
+    """Sampling gave, or was given, what is not finite."""
 
 
 def first_line(error: Exception) -> str:

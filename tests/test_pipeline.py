@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -147,6 +148,12 @@ def test_bad_arguments_are_named_before_any_work(pipe, arguments, message):
     broken = replace(pipe, params={})
     with pytest.raises(InputError, match=message):
         broken(**{"prompts": PROMPTS, **SMALL, **arguments})
+
+
+def test_a_text_that_is_not_finite_is_named_before_the_first_step(pipe):
+    broken = jax.tree.map(lambda leaf: leaf * np.nan, pipe.params["text_encoder"])
+    with pytest.raises(InputError, match="context: what the encoders gave the UNet is not finite"):
+        replace(pipe, params={"text_encoder": broken})("one", **SMALL)
 
 
 def test_a_step_that_is_not_finite_is_named(pipe):

@@ -95,6 +95,16 @@ def test_a_saved_int8_checkpoint_samples_the_same(quantized, tmp_path):
     np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), quantized[0](PROMPTS, **SAMPLE))
 
 
+def test_int8_checkpoints_that_are_not_finite_are_refused(quantized, tmp_path):
+    """Codes of NaN are zeros: the latents would not tell."""
+    params = jax.tree.map(lambda leaf: leaf, quantized[0].params)
+    norm = params["unet"]["mid_block"]["blocks_0"]["resnet"]["norm1"]
+    norm["scale"] = norm["scale"].at[3].set(jnp.nan)
+    save(replace(quantized[0], params=params), tmp_path / "int8")
+    with pytest.raises(InputError, match=r"int8: unet/mid_block/.*/norm1/scale is not finite"):
+        qvd_jax.load(tmp_path / "int8")
+
+
 def test_four_bit_weights_are_stored_as_int4(pipe, tmp_path):
     four, _ = quantize(pipe, "minmax-w4a8", PROMPTS[:1], CONFIG, SIZE)
     save(four, tmp_path / "w4")

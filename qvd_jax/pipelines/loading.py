@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qvd_jax import checkpoint
+from qvd_jax.axes import Params
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line
@@ -64,6 +65,8 @@ def load(
         name: checkpoint.restore_params(path, name, expected, sharding)
         for name, expected in configs.param_shapes(dtype, quantization).items()
     }
+    if quantization is not None:
+        _check_finite(params["unet"], path)
     return pipeline(
         **configs.modules(dtype, quantization),
         **tokenizer,
@@ -199,6 +202,14 @@ def make_manifest(
         versions=checkpoint.package_versions(),
         quantization=None if quantization is None else to_dict(quantization),
     )
+
+
+def _check_finite(params: Params, path: Path) -> None:
+    """Raises `InputError`: int8 codes would hide it, and the latents stay finite."""
+    for keys, leaf in jax.tree.leaves_with_path(params):
+        if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(leaf).all():
+            name = "/".join(key.key for key in keys)
+            raise InputError(f"{path}: unet/{name} is not finite; calibrate the checkpoint anew")
 
 
 def _load_tokenizer(folder: Path) -> Any:

@@ -256,7 +256,9 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 )
         noise = noise * schedule.initial_scale
         whole = replace(want, frames=shape[0])
-        sampled = np.asarray(self._sample(noise, schedule, conditions(), whole, seed, callback))
+        told = conditions()
+        _check_finite(told)
+        sampled = np.asarray(self._sample(noise, schedule, told, whole, seed, callback))
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
 
@@ -317,6 +319,16 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             if callback is not None:
                 callback(start + count, state.latents)
         return state.latents
+
+
+def _check_finite(conditions: Conditions) -> None:
+    """Raises `NotFiniteError`: int8 codes would hide it, and the latents stay finite."""
+    for name, value in conditions._asdict().items():
+        if value is not None and not bool(jnp.isfinite(value).all()):
+            raise NotFiniteError(
+                f"{name}: what the encoders gave the UNet is not finite; try float32, or convert "
+                f"the checkpoint anew"
+            )
 
 
 def _mesh(params: Params, parts: int) -> Mesh | None:

@@ -16,6 +16,7 @@ from qvd_jax import markdown
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.kernels.int8 import SCOPE
+from qvd_jax.quant.layers import QUANTIZING
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
 # The first that matches the name of an operation decides. Names are of the module and, last, the
@@ -26,7 +27,8 @@ _KINDS = {
     "attention": r"/attn\d/cond/",
     "float products": r"/(dot_general|conv_general_dilated)$",
     "gathering patches": r"/(slice|pad|concatenate)$",
-    "quantizing": r"/(xor|round|clamp|bitcast_convert_type)$",
+    # The shift to unsigned codes, for products of the CPU, is part of them.
+    "quantizing": rf"/{QUANTIZING}/|/xor$",
     "norms": r"/(\w*norm\w*)/",
 }
 _OTHER = "all else"

@@ -22,6 +22,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -34,6 +35,9 @@ from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.models.layers import Conv, LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
+
+QUANTIZING = "quantizing"
+"""The scope of what makes codes of inputs, in the names of a compiled program's operations."""
 
 
 def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) -> LayerSet:
@@ -198,10 +202,11 @@ def _codes(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> 
     along = (1,) * (x.ndim - 1) + (channels,)
     scale = layer.param("in_scale", nn.initializers.ones, (channels,), SCALE_DTYPE)
     offset = layer.param("in_offset", nn.initializers.zeros, (channels,), jnp.float32)
-    scale, offset = scale.astype(jnp.float32) / gain, offset / gain
     limit = max_code(spec.activation_bits)
-    codes = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
-    return _to_int8(jnp.clip(codes, -limit, limit))
+    with jax.named_scope(QUANTIZING):
+        scale, offset = scale.astype(jnp.float32) / gain, offset / gain
+        codes = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
+        return _to_int8(jnp.clip(codes, -limit, limit))
 
 
 def _to_int8(x: Array) -> Array:
@@ -220,15 +225,16 @@ def _two_range_codes(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array
         for name in ("in_scale", "in_offset", "coarse")
     )
     levels = 2**spec.activation_bits
-    steps = x.astype(jnp.float32) * scale + offset
-    uniform = jnp.clip(jnp.round(steps), -levels // 2, levels // 2 - 1)
-    fine = jnp.clip(jnp.round(steps), 0, levels // 2 - 1)
-    coarse = jnp.clip(jnp.round(steps / jnp.maximum(ratio, 1)), 0, levels // 2 - 1)
-    is_fine = jnp.abs(steps - fine) <= jnp.abs(steps - ratio * coarse)
-    one_range = ratio == 0
-    fine = jnp.where(one_range, uniform, jnp.where(is_fine, fine, 0))
-    coarse = jnp.where(one_range | is_fine, 0, coarse)
-    return fine.astype(jnp.int8), coarse.astype(jnp.int8), ratio
+    with jax.named_scope(QUANTIZING):
+        steps = x.astype(jnp.float32) * scale + offset
+        uniform = jnp.clip(jnp.round(steps), -levels // 2, levels // 2 - 1)
+        fine = jnp.clip(jnp.round(steps), 0, levels // 2 - 1)
+        coarse = jnp.clip(jnp.round(steps / jnp.maximum(ratio, 1)), 0, levels // 2 - 1)
+        is_fine = jnp.abs(steps - fine) <= jnp.abs(steps - ratio * coarse)
+        one_range = ratio == 0
+        fine = jnp.where(one_range, uniform, jnp.where(is_fine, fine, 0))
+        coarse = jnp.where(one_range | is_fine, 0, coarse)
+        return fine.astype(jnp.int8), coarse.astype(jnp.int8), ratio
 
 
 def _float_dot(x: Array, kernel: Array) -> Array:

@@ -5,9 +5,10 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,11 +16,10 @@ from typing import Any
 from qvd_jax import checkpoint
 from qvd_jax.benchmarks import growth, peers, products, profile, rounds, sampling, unet
 from qvd_jax.benchmarks.environment import environment
-from qvd_jax.benchmarks.rounds import Variant
+from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
-from qvd_jax.memory import check_fits
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(shown)
     if args.out:
         record = {
-            "command": f"python -m qvd_jax.benchmark {' '.join(argv or sys.argv[1:])}",
+            "command": f"python -m qvd_jax.benchmark {shlex.join(argv or sys.argv[1:])}",
             "case": asdict(case),
             **environment(),
             "results": results,
@@ -54,7 +54,7 @@ Measured = tuple[unet.Case | sampling.SampleCase, list[dict[str, Any]], str]
 def measure_products(args: argparse.Namespace) -> Measured:
     """Every formulation of every product."""
     case = _unet_case(args)
-    check_fits(products.needed_bytes(case), "the largest product")
+    in_fresh_process("the estimate", products.check_fits, case)
     results = products.measure(case)
     return case, results, products.table(results)
 
@@ -77,7 +77,7 @@ def measure_profile(args: argparse.Namespace) -> Measured:
 def measure_sample(args: argparse.Namespace) -> Measured:
     """Whole videos: start-up and time."""
     case, variants = _sample_case(args)
-    _check_fits([case], variants)
+    in_fresh_process("the estimate", sampling.check_fits, [case], [variants])
     starts = sampling.measure_start(case, variants)
     timed = rounds.measure({unet.OURS: sampling.build}, case, variants, args.rounds)
     results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
@@ -88,7 +88,8 @@ def measure_sample(args: argparse.Namespace) -> Measured:
 def measure_memory(args: argparse.Namespace) -> Measured:
     """Peak memory of loading and sampling."""
     case, variants = _sample_case(args)
-    _check_fits([case], variants)
+    case = replace(case, steps=max(sampling.MEMORY_STEPS))
+    in_fresh_process("the estimate", sampling.check_fits, [case], [[v] for v in variants])
     results = sampling.measure_memory(case, variants)
     return case, results, sampling.table(results)
 
@@ -96,7 +97,8 @@ def measure_memory(args: argparse.Namespace) -> Measured:
 def measure_growth(args: argparse.Namespace) -> Measured:
     """Time and peak memory as frames, size and videos grow."""
     case, variants = _sample_case(args)
-    _check_fits(dict.fromkeys(grown for _, _, grown in growth.cases(case)), variants)
+    grown = list(dict.fromkeys(grown for _, _, grown in growth.cases(case)))
+    in_fresh_process("the estimate", sampling.check_fits, grown, [[v] for v in variants])
     results = growth.measure(case, variants)
     picture = growth.plot(results)
     write_bytes(args.plot, picture)
@@ -133,7 +135,7 @@ def _unet_variants(
     for policy in args.policy:
         named_policy(policy)
     variants = unet_variants(args.dtype, args.policy, against)
-    check_fits(unet.needed_bytes(case, variants), f"the UNet at {case.height}x{case.width} latents")
+    in_fresh_process("the estimate", unet.check_fits, case, variants)
     return case, variants
 
 
@@ -141,7 +143,7 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
     first = checkpoint.find(args.checkpoint[0])
     components, _, defaults, _ = read_configs(first, checkpoint.read_manifest(first))
     case = sampling.SampleCase(
-        videos=args.batch,
+        videos=vars(args).get("batch", 1),
         steps=vars(args).get("steps") or defaults.steps,
         frames=args.frames or defaults.frames,
         height=args.height or defaults.height,
@@ -156,12 +158,6 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
     return case, list(dict.fromkeys(itertools.starmap(Variant, variants)))
 
 
-def _check_fits(cases: Iterable[sampling.SampleCase], variants: Iterable[Variant]) -> None:
-    for case, variant in itertools.product(cases, variants):
-        what = f"sampling {case.frames} frames of {case.height}x{case.width} with {variant.mode}"
-        check_fits(sampling.needed_bytes(case, variant), what)
-
-
 def installed(names: Sequence[str]) -> list[str]:
     """Those of the peers whose packages are there; of the others it prints what would install them.
 
@@ -170,7 +166,7 @@ def installed(names: Sequence[str]) -> list[str]:
     """
     found = []
     for name in names:
-        missing = [pkg for pkg in peers.REQUIRED[name] if importlib.util.find_spec(pkg) is None]
+        missing = [pkg for pkg in peers.REQUIRED[name] if not _is_installed(pkg)]
         if missing:
             print(f"{name} is left out: pip install {' '.join(missing)}", file=sys.stderr)
         else:
@@ -178,6 +174,12 @@ def installed(names: Sequence[str]) -> list[str]:
     if names and not found:
         raise InputError(f"none of {', '.join(names)} is installed")
     return found
+
+
+def _is_installed(package: str) -> bool:
+    # A folder of the same name has a spec, too, but no file.
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def unet_variants(
@@ -224,7 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, one in parsers.items():
         of_unet = name in ("products", "unet", "profile")
         counted = "videos, guidance halves counted" if of_unet else "videos"
-        one.add_argument("--batch", type=positive_int, default=1, metavar="B", help=counted)
+        if name != "growth":
+            one.add_argument("--batch", type=positive_int, default=1, metavar="B", help=counted)
         add_size_arguments(one)
         if of_unet:
             one.add_argument(

@@ -1,8 +1,11 @@
 """`python -m qvd_jax.benchmark` at toy size: it measures what it says and refuses bad input."""
 
 import functools
+import importlib.machinery
 import json
 import re
+import subprocess
+import sys
 import time
 
 import jax
@@ -110,6 +113,7 @@ def test_operations_are_told_apart_by_their_names():
     kinds = {
         f"{block}/resnet/conv1/int8_product/cond/branch_0_fun/mixed_int8_dot": "int8 products",
         f"{attention}/attn1._project/to_qkv/int8_product/cond/branch_0_fun/xor": "quantizing",
+        f"{attention}/attn1._project/to_qkv/quantizing/convert_element_type": "quantizing",
         f"{attention}/cond/branch_0_fun/reduce_max": "attention",
         f"{attention}/cond/branch_0_fun/dot_general": "attention",
         f"{attention}/cond/branch_0_fun/while/body/...lm,...md->...ld/dot_general": "attention",
@@ -143,15 +147,18 @@ def test_variants_run_in_turn_and_their_medians_are_theirs(capfd):
     assert [r["median_s"] >= 0.02 * float(r["mode"]) for r in results] == [True] * 3
     assert all(len(r["rounds_s"]) == 3 for r in results)
     assert "| a 1 | float32 |" in rounds.table(results, variants[0])
-    with pytest.raises(InputError, match="b 2 ended early"):
+    with pytest.raises(InputError, match="b 2 ended early: its own message is above, or there was"):
         rounds.measure({"a": build_sleeper, "b": build_nothing}, 0.02, variants, 3)
     capfd.readouterr()
 
 
 def test_missing_peers_are_named_with_their_install_command(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name == "qwix" or None)
+    here = importlib.machinery.ModuleSpec("qwix", None, origin="qwix/__init__.py")
+    folder = importlib.machinery.ModuleSpec("torchao", None, is_package=True)
+    found = {"qwix": here, "torch": here, "torchao": folder}
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", found.get)
     assert benchmark.installed(["diffusers", "qwix"]) == ["qwix"]
-    assert "diffusers is left out: pip install torch diffusers" in capsys.readouterr().err
+    assert "diffusers is left out: pip install diffusers" in capsys.readouterr().err
     with pytest.raises(InputError, match="none of torchao is installed"):
         benchmark.installed(["torchao"])
 
@@ -229,11 +236,42 @@ def test_every_pipeline_gets_inputs_of_its_kind_and_size(unet, encoder, options)
         assert given[name].shape == (frames[name], 8, 16, 3)
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_allocated(capsys):
-    huge = ["--height", "65536", "--width", "65536", "--dtype", "float32"]
-    assert benchmark.main(["unet", "--size", "tiny", *huge]) == 2
-    assert re.search(r"the UNet at 8192x8192 latents needs about \d+", capsys.readouterr().err)
-    assert benchmark.main(["products", "--size", "tiny", *huge[:4]]) == 2
-    assert "the largest product needs about" in capsys.readouterr().err
-    assert benchmark.main(["memory", "--checkpoint", "shapes", *huge]) == 2
-    assert "sampling 16 frames of 65536x65536 with shapes needs about" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["unet", "--size", "tiny"], r"the UNet at 8192x8192 latents needs about \d+"),
+        (["products", "--size", "tiny"], "the largest product needs about"),
+        (["sample"], "sampling 16 frames of 65536x65536 with shapes needs about"),
+    ],
+    ids=["unet", "products", "sample"],
+)
+def test_what_cannot_fit_is_refused_before_anything_is_allocated(capsys, arguments, message):
+    assert benchmark.main([*arguments, "--height", "65536", "--width", "65536"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+ALONE = """
+import sys
+from qvd_jax import benchmark
+from qvd_jax.benchmarks import rounds, sampling
+from jax._src import xla_bridge
+
+def measure(*_):
+    print("initialized" if xla_bridge.backends_are_initialized() else "untouched")
+    raise SystemExit
+
+rounds.measure = sampling.measure_start = measure
+if __name__ == "__main__":
+    benchmark.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("what", [["unet", "--size", "tiny"], ["sample"]], ids=["unet", "sample"])
+def test_the_process_that_starts_the_others_takes_no_device(what, tmp_path):
+    """A TPU serves one process at a time."""
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    command = [sys.executable, str(script), *what, "--dtype", "float32"]
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True).stdout == "untouched\n"
+    )

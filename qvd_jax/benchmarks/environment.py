@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -25,7 +24,6 @@ _PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Hardware and versions a figure depends on."""
-    found = [name for name in _PACKAGES if importlib.util.find_spec(name) is not None]
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -35,6 +33,13 @@ def environment() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in found},
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -3,6 +3,7 @@
 import functools
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import tqdm
 from jax import lax
 from jax.typing import DTypeLike
 
-from qvd_jax import markdown
+from qvd_jax import markdown, memory
 from qvd_jax.axes import Array
 from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import first_line
@@ -133,6 +134,11 @@ def formulations(product: Product) -> dict[str, Formulation]:
     }
 
 
+def check_fits(case: Case) -> None:
+    """Raises `InputError` if memory cannot hold the largest."""
+    memory.check_fits(needed_bytes(case), "the largest product")
+
+
 def needed_bytes(case: Case) -> int:
     """Estimate of what the largest product needs."""
     return max(map(_product_bytes, products(case)))
@@ -167,6 +173,8 @@ def measure(case: Case) -> list[dict[str, Any]]:
                 seconds[name] = _time(formulation, product, x, w, sums)
             except Exception as error:  # Backends refuse what they cannot in many ways.
                 failures[name] = first_line(error)
+                shapes = f"{product.inputs} with {product.kernel}"
+                tqdm.tqdm.write(f"{name} of {shapes}: {failures[name]}", file=sys.stderr)
         results.append(
             {**asdict(product), "count": count, "seconds": seconds, "failures": failures}
         )

@@ -4,9 +4,11 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import tqdm
 
@@ -14,6 +16,8 @@ from qvd_jax import markdown
 from qvd_jax.errors import InputError
 
 WARMUP_ROUNDS = 2
+
+T = TypeVar("T")
 
 Run = Callable[[], None]
 """Does what is timed, once."""
@@ -93,6 +97,22 @@ def measure(
     ]
 
 
+def in_fresh_process(what: str, function: Callable[..., T], *arguments: Any) -> T:
+    """What a function of a module returns or raises, computed in a process that then ends.
+
+    A TPU serves one process at a time: the one that starts the others must not have it.
+
+    Raises:
+      InputError: `what` ended without a result.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise InputError(f"{what} ended early; was there too little memory?") from error
+
+
 def _work(connection: Connection, build: Build, case: Any) -> None:
     built: dict[Variant, Run] = {}
     while True:
@@ -110,7 +130,8 @@ def _ask(connection: Connection, variant: Variant) -> float:
         return float(connection.recv())
     except (EOFError, ConnectionError) as error:
         raise InputError(
-            f"{variant.framework} {variant.mode} ended early; its own message is above"
+            f"{variant.framework} {variant.mode} ended early: its own message is above, or there "
+            f"was too little memory"
         ) from error
 
 

@@ -1,7 +1,6 @@
 """Whole videos from checkpoints: start-up without and with a cache, time, peak memory."""
 
 import itertools
-import multiprocessing
 import os
 import resource
 import statistics
@@ -9,24 +8,24 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 
-from qvd_jax import checkpoint, markdown
-from qvd_jax.benchmarks.rounds import Run, Variant
+from qvd_jax import checkpoint, markdown, memory
+from qvd_jax.benchmarks.rounds import Run, Variant, in_fresh_process
 from qvd_jax.cli import enable_compilation_cache
-from qvd_jax.errors import InputError
-from qvd_jax.memory import peak_bytes, tree_bytes
+from qvd_jax.memory import tree_bytes
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import load, read_configs
 
-_MEMORY_STEPS = (2, 8)
+MEMORY_STEPS = (2, 8)
+"""Numbers of steps whose peak memory is measured."""
+
 _REPEATS = 5
 
 # Where a checkpoint brings none; the time does not depend on it.
@@ -90,24 +89,46 @@ def make_inputs(
     return list(itertools.islice(prompts, case.videos)), options
 
 
-def needed_bytes(case: SampleCase, variant: Variant) -> int:
-    """Estimate of what sampling needs: the checkpoint, and the UNet's values for all videos.
+def check_fits(cases: Sequence[SampleCase], groups: Sequence[Sequence[Variant]]) -> None:
+    """Refuses cases that memory cannot hold.
+
+    Args:
+      cases: each is sampled with every group.
+      groups: of variants that are held at once.
 
     Raises:
-      InputError: the checkpoint is none.
+      InputError: memory is too small for one, or a checkpoint is none.
     """
-    path = checkpoint.find(variant.mode)
-    configs, _, defaults, quantization = read_configs(path, checkpoint.read_manifest(path))
-    stride = configs.vae.stride
-    frames = min(case.frames, configs.unet.max_frames or case.frames)  # more run in windows
-    shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
-    unet = configs.modules(DTYPES[variant.dtype], quantization)["unet"]
-    params = configs.param_shapes(DTYPES[variant.dtype], quantization)
-    variables = {"params": params["unet"]}
-    working = peak_bytes(unet.apply, variables, *shapes) - tree_bytes(variables)
-    # On the CPU the UNet sees one video after the other.
-    together = 1 if jax.default_backend() == "cpu" else case.videos
-    return tree_bytes(params) + (1 + defaults.guided) * together * working
+    for case, group in itertools.product(cases, groups):
+        modes = ", ".join(dict.fromkeys(variant.mode for variant in group))
+        what = f"sampling {case.frames} frames of {case.height}x{case.width} with {modes}"
+        memory.check_fits(needed_bytes(case, group), what)
+
+
+def needed_bytes(case: SampleCase, variants: Sequence[Variant]) -> int:
+    """Estimate of what variants need that are held at once and run in turn.
+
+    That is their checkpoints, and the UNet's values for all videos.
+
+    Raises:
+      InputError: a checkpoint is none.
+    """
+    weights, working = 0, 0
+    for variant in variants:
+        path = checkpoint.find(variant.mode)
+        configs, _, defaults, quantization = read_configs(path, checkpoint.read_manifest(path))
+        stride = configs.vae.stride
+        frames = min(case.frames, configs.unet.max_frames or case.frames)  # more run in windows
+        shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
+        unet = configs.modules(DTYPES[variant.dtype], quantization)["unet"]
+        params = configs.param_shapes(DTYPES[variant.dtype], quantization)
+        variables = {"params": params["unet"]}
+        once = memory.peak_bytes(unet.apply, variables, *shapes) - tree_bytes(variables)
+        # On the CPU the UNet sees one video after the other.
+        together = 1 if jax.default_backend() == "cpu" else case.videos
+        weights += tree_bytes(params)
+        working = max(working, (1 + defaults.guided) * together * once)
+    return weights + working
 
 
 def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -123,8 +144,8 @@ def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[st
             spent: dict[str, float] = {}
             with tempfile.TemporaryDirectory() as cache:
                 for start in ("cold", "warm"):
-                    spent[f"{start}_s"], spent[f"{start}_compile_s"] = _in_fresh_process(
-                        _first_videos, case, variant, cache, time.time()
+                    spent[f"{start}_s"], spent[f"{start}_compile_s"] = in_fresh_process(
+                        f"starting {variant.mode}", _first_videos, case, variant, cache, time.time()
                     )
                     bar.update()
             results.append({**asdict(variant), **spent})
@@ -140,10 +161,14 @@ def measure_memory(case: SampleCase, variants: Sequence[Variant]) -> list[dict[s
     results = []
     with tqdm.tqdm(total=3 * len(variants), desc="memory", unit="process") as bar:
         for variant in variants:
-            peaks = {"load_bytes": _in_fresh_process(_load_only, case, variant)}
+            peaks = {
+                "load_bytes": in_fresh_process(f"loading {variant.mode}", _load_only, case, variant)
+            }
             bar.update()
-            for steps in _MEMORY_STEPS:
-                peak = _in_fresh_process(_sample_once, case, variant, steps)
+            for steps in MEMORY_STEPS:
+                peak = in_fresh_process(
+                    f"sampling with {variant.mode}", _sample_once, case, variant, steps
+                )
                 peaks[f"sample_{steps}_bytes"] = peak
                 bar.update()
             results.append({**asdict(variant), **peaks})
@@ -152,7 +177,7 @@ def measure_memory(case: SampleCase, variants: Sequence[Variant]) -> list[dict[s
 
 def measure_cost(case: SampleCase, variant: Variant) -> dict[str, float]:
     """Median seconds and peak memory of sampling in a fresh process that has done it before."""
-    seconds, peak = _in_fresh_process(_sample_again, case, variant)
+    seconds, peak = in_fresh_process(f"sampling with {variant.mode}", _sample_again, case, variant)
     return {"seconds": seconds, "peak_bytes": peak}
 
 
@@ -169,18 +194,6 @@ def table(results: Sequence[dict[str, Any]]) -> str:
                 row[title.removesuffix(" bytes")] = f"{value / 1e9:.2f} GB"
         rows.append(row)
     return markdown.table(rows)
-
-
-def _in_fresh_process(function: Any, *arguments: Any) -> Any:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"{function.__name__.strip('_')} with {arguments[1].mode} ended early; was there "
-                f"too little memory?"
-            ) from error
 
 
 def _first_videos(
@@ -222,5 +235,10 @@ def _peak_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
+    status = Path("/proc/self/status")
+    if status.exists():
+        # What getrusage says begins, on Linux, with what the parent has held.
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(fields["VmHWM"].split()[0])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.memory import peak_bytes, tree_bytes
+from qvd_jax.memory import tree_bytes
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
@@ -123,6 +123,12 @@ def layers(case: Case, variant: Variant) -> LayerSet:
     return layer_set(match(named_policy(variant.mode), found), dtype)
 
 
+def check_fits(case: Case, variants: Sequence[Variant]) -> None:
+    """Raises `InputError` if memory cannot hold them."""
+    what = f"the UNet at {case.height}x{case.width} latents"
+    memory.check_fits(needed_bytes(case, variants), what)
+
+
 def needed_bytes(case: Case, variants: Sequence[Variant]) -> int:
     """Estimate of what variants need that are held at once and run in turn.
 
@@ -134,7 +140,7 @@ def needed_bytes(case: Case, variants: Sequence[Variant]) -> int:
         module = UNet3D(case.config, layers(case, variant))
         shapes = param_shapes(module, case)
         weights += count * tree_bytes(shapes)
-        peak = peak_bytes(module.apply, shapes, *case.shapes())
+        peak = memory.peak_bytes(module.apply, shapes, *case.shapes())
         working = max(working, peak - tree_bytes(shapes))
     return weights + working
 

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "--lora",
         action="append",
         default=[],
-        metavar="PATH[:SCALE]",
+        metavar="FILE[:SCALE]",
         help="motion LoRA or domain adapter to merge; may be given again",
     )
     parser.add_argument(

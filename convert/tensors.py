@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.files import check_file
 
 
 class LazyTensor(NamedTuple):
@@ -80,8 +81,7 @@ def open_file(path: Path) -> Tensors:
     Raises:
       InputError: the file is missing, truncated, of another kind, or holds code.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    check_file(path)
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
     if path.suffix in PICKLES:
@@ -95,8 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       InputError: the file is missing or no JSON object.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist")
+    check_file(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
         check_folder(args.report, report.PAGE, overwrite=args.overwrite)
+        out, page = args.out.resolve(), args.report.resolve()
+        if out == page or out in page.parents or page in out.parents:
+            raise InputError(f"--report {args.report} and --out {args.out}: name folders apart")
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
     if args.out.resolve() == source.resolve():
@@ -141,7 +144,11 @@ def _parser() -> argparse.ArgumentParser:
     add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
     parser.add_argument(
-        "--samples", type=positive_int, default=256, metavar="R", help="rows of each layer's input"
+        "--samples",
+        type=positive_int,
+        default=256,
+        metavar="R",
+        help="rows of each layer's input (%(default)s)",
     )
     parser.add_argument(
         "--step-aware", action="store_true", help="an input scale for each of the sampler's steps"

@@ -161,6 +161,13 @@ def read_manifest(path: Path) -> Manifest:
       InputError: there is none, it is no JSON, of a newer format, or of other keys.
     """
     file = path / MANIFEST
+    if not path.exists():
+        known = [unet.parent.name for unet in sorted(ASSETS.glob("*/unet"))]
+        hint = configs.did_you_mean(str(path), known)
+        raise InputError(
+            f"{path} does not exist; the folder of a checkpoint, or the name of a model of the "
+            f"package, is expected{hint}"
+        )
     if not file.is_file():
         hint = (
             "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""

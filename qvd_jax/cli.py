@@ -18,6 +18,7 @@ from qvd_jax import checkpoint
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, Solver
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_file
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
@@ -84,8 +85,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
       InputError: the file is missing, no UTF-8, or has no prompt.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a text file with one prompt a line is expected")
+    check_file(path, "a text file with one prompt a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

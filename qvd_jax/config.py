@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from qvd_jax.errors import InputError
+from qvd_jax.files import check_file
 
 T = TypeVar("T")
 
@@ -64,8 +65,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
       InputError: the file is missing, or no YAML.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a YAML file is expected")
+    check_file(path, "a YAML file")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

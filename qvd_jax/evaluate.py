@@ -386,7 +386,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_input_arguments(parser)
     parser.add_argument(
-        "--videos", type=positive_int, default=128, metavar="N", help="prompts or images"
+        "--videos",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="prompts or images (%(default)s)",
     )
     parser.add_argument("--seeds", type=positive_int, default=1, metavar="K", help="of each prompt")
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")

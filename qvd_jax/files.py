@@ -14,6 +14,13 @@ import numpy as np
 from qvd_jax.errors import InputError, first_line
 
 
+def check_file(path: Path, expected: str = "a file") -> None:
+    """Raises `InputError` if there is no file to read at `path`."""
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "does not exist"
+        raise InputError(f"{path} {found}; {expected} is expected")
+
+
 def check_writable(path: Path, *, overwrite: bool) -> None:
     """Raises `InputError` if no file can be written at `path`."""
     _check_parent(path)

@@ -281,7 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--noise-aug-strength", type=float, metavar="X", help="noise on the image, from images"
     )
-    parser.add_argument("--fps", type=positive_int, metavar="N")
+    parser.add_argument(
+        "--fps", type=positive_int, metavar="N", help="of the file; Stable Video Diffusion is told"
+    )
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument(

@@ -411,6 +411,11 @@ LORAS = [
     ),
     case(lora(pair((32, 4), (4, 32)), ":nan"), "nan", id="scale of nan"),
     case(
+        lambda source: ["--lora", source.parent],
+        "is a folder; a file is expected",
+        id="a folder",
+    ),
+    case(
         lambda source: ["--lora", source.parent / "typo.ckpt:0.5"],
         "typo.ckpt does not exist",
         id="lost file",

@@ -172,8 +172,8 @@ def test_a_model_that_fails_among_others_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--reference", "{tmp}/none"], "is no qvd_jax checkpoint"),
-        (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "is no qvd_jax checkpoint"),
+        (["--reference", "{tmp}/none"], "none does not exist; the folder of a checkpoint"),
+        (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "none does not exist; the folder"),
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
         (["--reference", "{tiny}"], "there are no prompts"),
         (["--reference", "shapes", "--condition", "a.png@0"], "has no SparseCtrl"),

@@ -12,9 +12,9 @@ GROUND = {"axes", "errors", "config"}
 ALLOWED = {
     "axes": set(),
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "files"},
     "files": {"errors"},
-    "cli": {"checkpoint", "data", "diffusion", "errors", "pipelines"},
+    "cli": {"checkpoint", "data", "diffusion", "errors", "files", "pipelines"},
     "checkpoint": GROUND | {"files", "memory"},
     "memory": {"axes", "errors"},
     "markdown": set(),

@@ -141,6 +141,7 @@ def replace_config(pipe, **changes):
         ({"steps": 1001}, "steps = 1001: ddim takes 1 to 1000"),
         ({"negative_prompts": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
         ({"latents": np.zeros((2, 3, 4, 5, 4))}, r"latents of shape .*\(2, 3, 4, 6, 4\) is needed"),
+        ({"guidance_scale": float("nan")}, "guidance_scale = nan: it must be finite"),
         ({"output_type": "pil"}, "output_type = 'pil': it must be one of video, latents"),
     ],
 )

@@ -1,7 +1,6 @@
 """Image to video: an image becomes the UNet's context and part of its input (2311.15127)."""
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,12 +119,9 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             noise_aug_strength=noise_aug_strength,
         )
         images = check_images(images, want.height, want.width)
-        if want.motion_bucket_id < 0:
-            raise InputError(f"motion_bucket_id = {want.motion_bucket_id}: it must be 0 or more")
-        if not 0 <= want.noise_aug_strength < math.inf:
-            raise InputError(
-                f"noise_aug_strength = {want.noise_aug_strength:g}: it must be finite, 0 or more"
-            )
+        for name in ("motion_bucket_id", "noise_aug_strength"):
+            if getattr(want, name) < 0:
+                raise InputError(f"{name} = {getattr(want, name):g}: it must be 0 or more")
         return self._generate(
             images,
             lambda: self.conditions(images, want, seed),

@@ -227,8 +227,16 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         return _encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
 
     def _replace_defaults(self, **asked: Any) -> Defaults:
-        """The defaults with what was asked for."""
-        return replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
+        """The defaults with what was asked for.
+
+        Raises:
+          InputError: a number is not finite.
+        """
+        want = replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
+        for name in asked:
+            if not math.isfinite(getattr(want, name)):
+                raise InputError(f"{name} = {getattr(want, name)}: it must be finite")
+        return want
 
     def _generate(
         self,

@@ -48,8 +48,8 @@ def torch_attention(q, k, v, *, is_causal):
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "shape",
-    [(3, 9, 2, 8), (40, 300, 4, 4), (3, 1024, 4, 8), (2, 2048, 4, 8), (8192, 16, 5, 4)],
-    ids=["whole", "16 heads", "two heads", "blocks of queries", "many positions"],
+    [(3, 9, 2, 8), (10, 512, 4, 4), (3, 1024, 4, 8), (2, 2048, 4, 8), (8192, 16, 5, 4)],
+    ids=["whole", "four heads", "two heads", "blocks of queries", "many positions"],
 )
 def test_attention_is_softmax_attention(shape, is_causal):
     q, k, v = (tokens(*shape, seed=seed) for seed in range(3))

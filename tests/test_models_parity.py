@@ -332,7 +332,14 @@ def make_unet(version: str) -> UNetMotionModel:
 @pytest.mark.parametrize(
     ("version", "original"),
     # The original scopes of v3 are those of v2.
-    [("v1", False), ("v2", False), ("v3", False), ("v1", True), ("v2", True)],
+    [
+        ("v3", False),
+        ("v2", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("v1", False), ("v2", False), ("v1", True))
+        ),
+    ],
 )
 def test_unet_whole(version, original):
     frames, height, width = 5, 8, 16

@@ -230,6 +230,7 @@ def run(folder, name, text):
     return folder / name / "model"
 
 
+@pytest.mark.slow
 def test_a_trained_on_decoder_leaves_latents_as_they_are(tmp_path):
     first = run(tmp_path, "vae", TINY_VAE)
     text = TINY_VAE.replace("vae: {", f"vae: {{start: {first}, ")
@@ -245,6 +246,7 @@ def test_a_trained_on_decoder_leaves_latents_as_they_are(tmp_path):
         make_task(from_dict(RunConfig, other, "other"))
 
 
+@pytest.mark.slow
 def test_every_task_trains_and_its_model_loads(tmp_path):
     model = run(tmp_path, "classifier", TINY_CLASSIFIER)
     config, params = frechet.load_classifier(model)

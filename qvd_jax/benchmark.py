@@ -1,7 +1,6 @@
 """`python -m qvd_jax.benchmark unet --against diffusers`: speed and memory, side by side."""
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 
 from qvd_jax import checkpoint
 from qvd_jax.benchmarks import growth, peers, products, profile, rounds, sampling, unet
-from qvd_jax.benchmarks.environment import environment
+from qvd_jax.benchmarks.environment import environment, version
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
 from qvd_jax.cli import add_size_arguments, command, positive_int
 from qvd_jax.errors import InputError
@@ -166,7 +165,7 @@ def installed(names: Sequence[str]) -> list[str]:
     """
     found = []
     for name in names:
-        missing = [pkg for pkg in peers.REQUIRED[name] if not _is_installed(pkg)]
+        missing = [pkg for pkg in peers.REQUIRED[name] if version(pkg) is None]
         if missing:
             print(f"{name} is left out: pip install {' '.join(missing)}", file=sys.stderr)
         else:
@@ -174,12 +173,6 @@ def installed(names: Sequence[str]) -> list[str]:
     if names and not found:
         raise InputError(f"none of {', '.join(names)} is installed")
     return found
-
-
-def _is_installed(package: str) -> bool:
-    # A folder of the same name has a spec, too, but no file.
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
 
 
 def unet_variants(

@@ -33,12 +33,13 @@ def environment() -> dict[str, Any]:
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in _PACKAGES if (found := version(name))},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """That of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

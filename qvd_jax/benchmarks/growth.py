@@ -22,7 +22,6 @@ def cases(base: SampleCase) -> list[tuple[str, int, SampleCase]]:
     Args:
       base: of the smallest size; of one video.
     """
-    base = replace(base, videos=1)
     sides = (replace(base, height=n * base.height, width=n * base.width) for n in SIDES)
     return [
         *(("frames", n, replace(base, frames=n)) for n in FRAMES),

@@ -13,7 +13,7 @@ import imageio_ffmpeg
 import numpy as np
 
 from qvd_jax.errors import InputError, first_line
-from qvd_jax.files import replace_when_whole
+from qvd_jax.files import check_file, replace_when_whole
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -25,8 +25,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
       InputError: the file is missing, no image, or not RGB with 8 bits.
     """
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; an image is expected")
+    check_file(path, "an image")
     try:
         pixels = imageio.imread(path, plugin="pillow")
     except Exception as error:  # Pillow has many, and damaged files raise yet others.

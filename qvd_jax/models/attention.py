@@ -80,8 +80,8 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
         # Without the barrier XLA folds the transpositions into products that are half as fast.
         q, k, v = lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
         batch, heads, length, _ = q.shape
-        one = 4 * length * k.shape[2]
-        if is_causal or one <= _CPU_HEAD_BYTES or batch * heads * one <= _CPU_LOGITS_BYTES:
+        head = 4 * length * k.shape[2]
+        if is_causal or head <= _CPU_HEAD_BYTES or batch * heads * head <= _CPU_LOGITS_BYTES:
             out = _attend(q, k, v, is_causal=is_causal)
         else:
             out = _attend_in_blocks(q, k, v)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import chex
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,12 @@ from rescaling import rescale_channels
 
 import qvd_jax
 from qvd_jax import calibrate, checkpoint
+from qvd_jax.diffusion import sampler
+from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.pipelines import quantization
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.quantization import (
     CalibrationConfig,
@@ -93,6 +98,43 @@ def test_a_saved_int8_checkpoint_samples_the_same(quantized, tmp_path):
         "bfloat16",
     }
     np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), quantized[0](PROMPTS, **SAMPLE))
+
+
+def traces(work):
+    """How often `work` goes through the UNet in Python, as it does to compile and not to run."""
+    calls = []
+
+    def intercept(call, arguments, options, context):
+        if isinstance(context.module, UNet3D):
+            calls.append(context.method_name)
+        return call(*arguments, **options)
+
+    with nn.intercept_methods(intercept):
+        work()
+    return len(calls)
+
+
+@pytest.mark.parametrize("kind", ["float", "observing", "int8"])
+def test_a_checkpoint_loaded_again_is_not_traced_again(kind, tiny_checkpoint, quantized, tmp_path):
+    folder = tiny_checkpoint
+    if kind == "int8":
+        folder = tmp_path / "int8"
+        save(quantized[0], folder)
+
+    def use():
+        pipe = qvd_jax.load(folder)
+        params = pipe.params["unet"]
+        # Of a length that no other test has.
+        context = jnp.zeros((1, 5, pipe.unet.config.context_dim))
+        if kind == "observing":
+            given = pipe.unet, params, (context,), None
+            return lambda: quantization._observe.trace(*given, method="context_features")
+        given = pipe.unet, params, jnp.arange(3.0), Conditions(context)
+        return lambda: sampler.prepare.trace(*given)
+
+    first, second = (traces(use()) for _ in range(2))
+    assert first > 0
+    assert second == 0
 
 
 def test_int8_checkpoints_that_are_not_finite_are_refused(quantized, tmp_path):

@@ -1,14 +1,15 @@
 """What every network is made of: the injected layers, norms, embeddings, feed-forward."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, NormScope
@@ -27,11 +28,32 @@ class Conv(nn.Conv):
 
 
 @dataclass(frozen=True)
+class Configured:
+    """A layer class some of whose attributes are chosen, as `functools.partial` would choose them.
+
+    Two of the same content are equal, which partials are not: a network is a static argument of
+    jit, and one built again is to find what was compiled for its equal.
+
+    Attributes:
+      cls: the class.
+      options: the attributes, all hashable.
+    """
+
+    cls: type[nn.Module]
+    options: FrozenDict[str, Any]
+
+    def __call__(self, *arguments: Any, **options: Any) -> nn.Module:
+        """A layer of the class."""
+        return self.cls(*arguments, **self.options, **options)
+
+
+@dataclass(frozen=True)
 class LayerSet:
     """The Dense and conv classes a network is built from, with their dtypes.
 
     Networks never name a layer class, so another set turns the same network into an observing or
-    a quantized one with the same module paths.
+    a quantized one with the same module paths. Sets of the same content are equal, as long as
+    their callables are.
 
     Attributes:
       dense_cls: called like `nn.Dense`.
@@ -44,6 +66,11 @@ class LayerSet:
     conv_cls: Callable[..., nn.Module]
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        # One dtype has several names, whose hashes differ.
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, jnp.dtype(getattr(self, name)))
 
     def dense(self, features: int, *, use_bias: bool = True) -> nn.Module:
         """A map of the last axis, `[..., K] -> [..., O]`."""
@@ -83,8 +110,8 @@ class LayerSet:
 
 
 FLOAT = LayerSet(
-    dense_cls=functools.partial(nn.Dense, dot_general=floating.dot_general),
-    conv_cls=functools.partial(Conv, conv_general_dilated=floating.conv_general_dilated),
+    dense_cls=Configured(nn.Dense, FrozenDict(dot_general=floating.dot_general)),
+    conv_cls=Configured(Conv, FrozenDict(conv_general_dilated=floating.conv_general_dilated)),
 )
 """Flax's own layers in float32; `dataclasses.replace` gives other dtypes."""
 

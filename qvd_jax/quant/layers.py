@@ -17,7 +17,6 @@ A step-aware layer also reads `gain` from the collection "quant": this step's D 
 largest, which the parameters have.
 """
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -32,7 +31,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.patches import output_sizes
-from qvd_jax.models.layers import Conv, LayerSet
+from qvd_jax.models.layers import Configured, Conv, LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
@@ -47,12 +46,11 @@ def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) ->
       specs: by module path.
       dtype: of everything around the int8 products, and of the float layers' parameters.
     """
-    frozen = FrozenDict(specs)
+    dense = FrozenDict(dot_general=floating.dot_general, specs=specs)
+    conv = FrozenDict(conv_general_dilated=floating.conv_general_dilated, specs=specs)
     return LayerSet(
-        dense_cls=functools.partial(QuantDense, dot_general=floating.dot_general, specs=frozen),
-        conv_cls=functools.partial(
-            QuantConv, conv_general_dilated=floating.conv_general_dilated, specs=frozen
-        ),
+        dense_cls=Configured(QuantDense, dense),
+        conv_cls=Configured(QuantConv, conv),
         dtype=dtype,
         param_dtype=dtype,
     )

@@ -1,14 +1,12 @@
 """Attention: spatial, to the text, and over time."""
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qvd_jax.axes import Array, NormScope
+from qvd_jax.kernels.attention import attention_over_frames, dot_product_attention, split_heads
 from qvd_jax.models.layers import (
     AlphaBlender,
     FeedForward,
@@ -17,24 +15,6 @@ from qvd_jax.models.layers import (
     sinusoidal_embedding,
     sinusoidal_positions,
 )
-
-_LOGITS_BYTES = 2**30
-"""Logits of more bytes than this are computed in parts on accelerators: at 64x64 latents with
-guidance, 16 frames have 17 GB of them."""
-
-_CPU_LOGITS_BYTES = 2**25
-"""Logits of more bytes than this are computed in blocks on the CPU, unless a head's are small."""
-
-_CPU_HEAD_BYTES = 2**19
-"""A head's logits up to this gain nothing from blocks: over time, at 8192 positions of 16 frames,
-and to the text, at 1024 tokens, all at once took 0.4 to 0.6 of their time."""
-
-_CPU_BLOCK_BYTES = 2**23
-"""Logits of one block: at 1024 and 2304 tokens such blocks took 0.3 of the time of all at once."""
-
-_CPU_LEAST_BLOCK = 64
-"""Where the queries divide into nothing larger, they are not divided."""
-
 
 class Context(NamedTuple):
     """What a spatial transformer is told beside its own input.
@@ -52,112 +32,6 @@ class Context(NamedTuple):
     reference: Array | None = None
 
 
-def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
-    """Softmax attention with scale D**-0.5; logits and softmax in float32.
-
-    Args:
-      q: `[B, L, heads, D]`.
-      k: `[B, M, heads, D]`, M the number of keys.
-      v: `[B, M, heads, D]`.
-      is_causal: whether token i sees only the keys up to i.
-
-    Returns:
-      `[B, L, heads, D]` in the dtype of `q`.
-    """
-
-    def accelerator(q: Array, k: Array, v: Array) -> Array:
-        def attend(some: tuple[Array, Array, Array]) -> Array:
-            return jax.nn.dot_product_attention(*some, is_causal=is_causal)
-
-        batch, length, heads, _ = q.shape
-        one = 4 * heads * length * k.shape[1]
-        if batch * one <= _LOGITS_BYTES:
-            return attend((q, k, v))
-        together = _power_of_two_in(batch, _LOGITS_BYTES / one)
-        return lax.map(attend, (q, k, v), batch_size=together)
-
-    def cpu(q: Array, k: Array, v: Array) -> Array:
-        # Without the barrier XLA folds the transpositions into products that are half as fast.
-        q, k, v = lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
-        batch, heads, length, _ = q.shape
-        head = 4 * length * k.shape[2]
-        if is_causal or head <= _CPU_HEAD_BYTES or batch * heads * head <= _CPU_LOGITS_BYTES:
-            out = _attend(q, k, v, is_causal=is_causal)
-        else:
-            out = _attend_in_blocks(q, k, v)
-        return jnp.swapaxes(out, 1, 2).astype(q.dtype)
-
-    return lax.platform_dependent(q, k, v, cpu=cpu, default=accelerator)
-
-
-def _attend(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
-    """Attention of `[..., heads, L, D]`, float32, that divides after the product with v.
-
-    The division then runs over `[L, D]` instead of `[L, M]`. With the heads before the tokens it
-    took 0.5 to 0.8 of the time on two cores of a Xeon; `jax.nn.dot_product_attention` was the
-    slowest of the formulations measured.
-    """
-    weights = _exponentials(q, k, is_causal=is_causal)
-    return _weigh(weights, v) / weights.sum(-1, keepdims=True)
-
-
-def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
-    """`_attend` without a mask, in blocks of heads, and of a head's queries where one is larger.
-
-    Few heads with all their queries took 0.7 to 0.8 of the time of all heads with few queries.
-    The sums of the weights are one more column of the product with v: with a single use of the
-    exponentials XLA fuses everything into one pass, in 0.6 to 0.8 of the time. Results stay
-    float32 for the loops: XLA's CPU writes a slice of bfloat16 by converting the whole array.
-    """
-    heads, length, width = q.shape[1:]
-    row_bytes = 4 * k.shape[2]
-    group = _power_of_two_in(heads, _CPU_BLOCK_BYTES / (row_bytes * length))
-    block = _power_of_two_in(length, _CPU_BLOCK_BYTES / (row_bytes * group))
-    block = block if block >= _CPU_LEAST_BLOCK else length
-    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-
-    def attend_head(head: tuple[Array, Array, Array]) -> Array:
-        q, k, v = head
-
-        def attend(q: Array) -> Array:
-            out = _weigh(_exponentials(q, k, is_causal=False), v)
-            return out[..., :width] / out[..., width:]
-
-        return lax.map(attend, q.reshape(-1, block, width)).reshape(q.shape)
-
-    per_head = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-    return lax.map(attend_head, per_head, batch_size=group).reshape(q.shape)
-
-
-def _power_of_two_in(number: int, size: float) -> int:
-    """The power of two next to `size`, or the largest one that divides `number`."""
-    return math.gcd(number, 2 ** max(round(math.log2(size)), 0))
-
-
-def _exponentials(q: Array, k: Array, *, is_causal: bool) -> Array:
-    """Weights before they are divided by their sums, float32 `[..., heads, L, M]`."""
-    logits = jnp.einsum("...ld,...md->...lm", q, k, preferred_element_type=jnp.float32)
-    logits = logits * (1 / math.sqrt(q.shape[-1]))
-    if is_causal:
-        rows, columns = (
-            lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim + axis) for axis in (-2, -1)
-        )
-        logits = jnp.where(columns <= rows, logits, jnp.finfo(jnp.float32).min)
-    return jnp.exp(logits - logits.max(-1, keepdims=True))
-
-
-def _weigh(weights: Array, v: Array) -> Array:
-    """Float32 `[..., heads, L, D]`."""
-    return jnp.einsum(
-        "...lm,...md->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-
-
-def _split_heads(x: Array, heads: int) -> Array:
-    """`[..., C] -> [..., heads, D]`."""
-    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
-
-
 class SelfAttention(nn.Module):
     """Self-attention with one product for queries, keys and values.
 
@@ -167,6 +41,8 @@ class SelfAttention(nn.Module):
       layers: the layer classes.
       use_bias: whether queries, keys and values have a bias; the output always has.
       is_causal: whether a token sees only the tokens before it.
+      over_frames: whether the frames of each position attend to each other, not the positions of
+        each frame.
     """
 
     channels: int
@@ -174,6 +50,7 @@ class SelfAttention(nn.Module):
     layers: LayerSet
     use_bias: bool = False
     is_causal: bool = False
+    over_frames: bool = False
 
     def setup(self) -> None:
         self.to_qkv = self.layers.dense(3 * self.channels, use_bias=self.use_bias)
@@ -183,9 +60,11 @@ class SelfAttention(nn.Module):
         """Maps `[..., L, C]` to `[..., L, C]`.
 
         Args:
-          x: the tokens; `[B, F, L, C]` with a reference.
+          x: the tokens; `[B, F, L, C]` over frames or with a reference.
           reference: as in `Context`; all frames attend to one copy of it.
         """
+        if self.over_frames:
+            return self.to_out(attention_over_frames(self.to_qkv(x), self.heads))
         q, k, v = self._project(x)
         if reference is None:
             out = dot_product_attention(q, k, v, is_causal=self.is_causal)
@@ -204,8 +83,7 @@ class SelfAttention(nn.Module):
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values of `[..., L, C]`, `[..., L, heads, D]` with one axis before."""
-        q, k, v = jnp.split(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, axis=-1)
-        return _split_heads(q, self.heads), _split_heads(k, self.heads), _split_heads(v, self.heads)
+        return split_heads(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -228,12 +106,11 @@ class CrossAttention(nn.Module):
 
     def context_features(self, context: Array) -> Context:
         """Keys and values of the context `[B, L, C]`."""
-        k, v = jnp.split(self.to_kv(context), 2, axis=-1)
-        return Context(_split_heads(k, self.heads), _split_heads(v, self.heads))
+        return Context(*split_heads(self.to_kv(context), 2, self.heads))
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Maps `[B, F, L, C]` to `[B, F, L, C]`; all frames attend to one copy of the text."""
-        q = _split_heads(self.to_q(x.reshape(x.shape[0], -1, x.shape[-1])), self.heads)
+        (q,) = split_heads(self.to_q(x.reshape(x.shape[0], -1, x.shape[-1])), 1, self.heads)
         out = dot_product_attention(q, context.keys, context.values)
         return self.to_out(out.reshape(x.shape))
 
@@ -266,8 +143,8 @@ class SingleTokenAttention(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, attention to a context, feed-forward.
 
-    The tokens are the positions of a frame, or, in the temporal half of Stable Video Diffusion's
-    transformer, the frames of a position.
+    The tokens are the positions of a frame; in the temporal half of Stable Video Diffusion's
+    transformer the frames of each position attend to each other.
 
     Attributes:
       channels: C.
@@ -275,6 +152,7 @@ class TransformerBlock(nn.Module):
       layers: the layer classes.
       has_input_ff: whether a feed-forward comes first too (SVD's temporal half).
       single_token_context: whether the context is one token (SVD's image embedding).
+      over_frames: of the `SelfAttention`.
     """
 
     channels: int
@@ -282,13 +160,16 @@ class TransformerBlock(nn.Module):
     layers: LayerSet
     has_input_ff: bool = False
     single_token_context: bool = False
+    over_frames: bool = False
 
     def setup(self) -> None:
         if self.has_input_ff:
             self.norm_in = self.layers.layer_norm()
             self.ff_in = FeedForward(self.channels, self.layers)
         self.norm1 = self.layers.layer_norm()
-        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
+        self.attn1 = SelfAttention(
+            self.channels, self.heads, self.layers, over_frames=self.over_frames
+        )
         if self.single_token_context:
             self.token_attn = SingleTokenAttention(self.channels, self.layers)
         else:
@@ -298,7 +179,7 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(self.channels, self.layers)
 
     def __call__(self, x: Array, context: Any) -> Array:
-        """Maps `[B, F, L, C]` (or `[B, L, F, C]` over frames) to the same shape.
+        """Maps `[B, F, L, C]` to `[B, F, L, C]`.
 
         Args:
           x: the tokens.
@@ -377,16 +258,16 @@ class TemporalBlock(nn.Module):
 
     def setup(self) -> None:
         self.norm1 = self.layers.layer_norm()
-        self.attn1 = SelfAttention(self.channels, self.heads, self.layers)
+        self.attn1 = SelfAttention(self.channels, self.heads, self.layers, over_frames=True)
         if self.attentions == 2:
             self.norm2 = self.layers.layer_norm()
-            self.attn2 = SelfAttention(self.channels, self.heads, self.layers)
+            self.attn2 = SelfAttention(self.channels, self.heads, self.layers, over_frames=True)
         self.norm3 = self.layers.layer_norm()
         self.ff = FeedForward(self.channels, self.layers)
 
     def __call__(self, x: Array) -> Array:
-        """Maps `[B, L, F, C]` to `[B, L, F, C]`: the tokens of the attention are the frames."""
-        positions = self._positions(x.shape[-2])
+        """Maps `[B, F, L, C]` to `[B, F, L, C]`."""
+        positions = self._positions(x.shape[1])
         x = x + self.attn1(self.norm1(x) + positions)
         if self.attentions == 2:
             x = x + self.attn2(self.norm2(x) + positions)
@@ -399,7 +280,7 @@ class TemporalBlock(nn.Module):
             raise ValueError(
                 f"{frames} frames are more than the motion module's {self.max_frames} positions"
             )
-        return sinusoidal_positions(self.max_frames, self.channels)[None, None, :frames]
+        return sinusoidal_positions(self.max_frames, self.channels)[None, :frames, None]
 
 
 class TemporalTransformer(nn.Module):
@@ -440,8 +321,7 @@ class TemporalTransformer(nn.Module):
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
         batch, frames, height, width, channels = x.shape
         tokens = self.norm(x).reshape(batch, frames, height * width, channels)
-        tokens = self.block(self.proj_in(tokens.swapaxes(1, 2)))
-        return x + self.proj_out(tokens).swapaxes(1, 2).reshape(x.shape)
+        return x + self.proj_out(self.block(self.proj_in(tokens))).reshape(x.shape)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -472,6 +352,7 @@ class SpatioTemporalTransformer(nn.Module):
             self.layers,
             has_input_ff=True,
             single_token_context=True,
+            over_frames=True,
         )
         self.time_mixer = AlphaBlender(self.layers)
         self.proj_out = self.layers.dense(self.channels)
@@ -491,6 +372,6 @@ class SpatioTemporalTransformer(nn.Module):
         spatial = self.block(tokens, spatial_context)
         sinusoid = sinusoidal_embedding(jnp.arange(frames), channels).astype(x.dtype)
         moving = spatial + self.time_pos_embed(sinusoid)[None, :, None]
-        temporal = self.temporal_block(moving.swapaxes(1, 2), temporal_context).swapaxes(1, 2)
+        temporal = self.temporal_block(moving, temporal_context)
         tokens = self.time_mixer(spatial, temporal)
         return x + self.proj_out(tokens).reshape(x.shape)

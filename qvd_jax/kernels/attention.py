@@ -1,0 +1,254 @@
+"""Softmax attention, its formulation chosen per backend and shape.
+
+    CPU     heads first; whole where the logits are few, else in blocks of heads or of queries
+    TPU     a block at a time whose logits stay in the on-chip memory; over frames a kernel of the
+            vector unit with the positions in its lanes
+    CUDA    cuDNN's flash attention where it can be had, else blocks of bounded memory
+    others  blocks of bounded memory
+
+Logits and softmax are float32 everywhere.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from qvd_jax.axes import Array
+
+SCOPE = "attention"
+"""In the names of all operations made here."""
+
+_TPU_LOGITS_BYTES = 2**26
+"""Logits of one block on a TPU: half of the on-chip memory of a v5e or v6e, all of a v5p's."""
+
+_LANES = 128
+"""Of a TPU's vector unit: what the last axis is padded to, and positions of a kernel's block."""
+
+_CPU_LOGITS_BYTES = 2**25
+"""Logits of more bytes than this are computed in blocks on the CPU, unless a head's are small."""
+
+_CPU_HEAD_BYTES = 2**19
+"""A head's logits up to this gain nothing from blocks: over time, at 8192 positions of 16 frames,
+and to the text, at 1024 tokens, all at once took 0.4 to 0.6 of their time."""
+
+_CPU_BLOCK_BYTES = 2**23
+"""Logits of one block: at 1024 and 2304 tokens such blocks took 0.3 of the time of all at once."""
+
+_CPU_LEAST_BLOCK = 64
+"""Where the queries divide into nothing larger, they are not divided."""
+
+
+def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
+    """Softmax attention with scale D**-0.5; logits and softmax in float32.
+
+    Args:
+      q: `[B, L, heads, D]`.
+      k: `[B, M, heads, D]`, M the number of keys.
+      v: `[B, M, heads, D]`.
+      is_causal: whether token i sees only the keys up to i.
+
+    Returns:
+      `[B, L, heads, D]` in the dtype of `q`.
+    """
+
+    def tpu(q: Array, k: Array, v: Array) -> Array:
+        return _tpu(q, k, v, is_causal=is_causal)
+
+    def cpu(q: Array, k: Array, v: Array) -> Array:
+        return _cpu(q, k, v, is_causal=is_causal)
+
+    with jax.named_scope(SCOPE):
+        return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=tpu)
+
+
+def attention_over_frames(qkv: Array, heads: int) -> Array:
+    """Softmax attention of the frames of each position to each other, as `dot_product_attention`.
+
+    Args:
+      qkv: queries, keys and values, `[B, F, L, 3C]`.
+      heads: their number; divides C.
+
+    Returns:
+      `[B, F, L, C]`.
+    """
+
+    def by_positions(qkv: Array) -> Array:
+        q, k, v = split_heads(jnp.swapaxes(qkv, 1, 2), 3, heads)
+        out = dot_product_attention(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
+        return jnp.swapaxes(out.reshape(*q.shape[:3], -1), 1, 2)
+
+    def tpu(qkv: Array) -> Array:
+        return positions_in_lanes(qkv, heads)
+
+    with jax.named_scope(SCOPE):
+        return lax.platform_dependent(qkv, tpu=tpu, default=by_positions)
+
+
+def split_heads(x: Array, parts: int, heads: int) -> tuple[Array, ...]:
+    """Parts of the last axis, each divided among the heads: `[..., C]` to `[..., heads, D]`s."""
+    return tuple(
+        part.reshape(*part.shape[:-1], heads, -1) for part in jnp.split(x, parts, axis=-1)
+    )
+
+
+def _tpu(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """Attention in blocks of heads, and of queries where one head's logits are too many.
+
+    The logits of a block stay on the chip. The sums of the weights are one more column of the
+    product with v, which the matrix unit has room for. Modelled for a v5e, 32 images of 4096
+    tokens, 8 heads of 40: 14 ms, where logits in the main memory take 150, a sum beside the
+    product 69, blocks of 1024 queries 19, and jax's Pallas kernels 22.
+    """
+    batch, length, heads, width = q.shape
+    q, k, v = (jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], width) for x in (q, k, v))
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+    row_bytes = 4 * _LANES * math.ceil(k.shape[1] / _LANES)
+    block = length
+    if length * row_bytes > _TPU_LOGITS_BYTES:
+        block = _largest_divisor(length, _TPU_LOGITS_BYTES // row_bytes)
+    group = _largest_divisor(batch * heads, _TPU_LOGITS_BYTES // (row_bytes * block))
+
+    def attend_head(head: tuple[Array, Array, Array]) -> Array:
+        q, k, v = head
+
+        def attend(queries: tuple[Array, Array]) -> Array:
+            first, q = queries
+            out = _weigh(_exponentials(q, k, first=first if is_causal else None), v)
+            return (out[..., :width] / out[..., width:]).astype(q.dtype)
+
+        if block == length:
+            return attend((jnp.int32(0), q))
+        starts = jnp.arange(0, length, block)
+        return lax.map(attend, (starts, q.reshape(-1, block, width))).reshape(q.shape)
+
+    if group == len(q):
+        out = jax.vmap(attend_head)((q, k, v))
+    else:
+        out = lax.map(attend_head, (q, k, v), batch_size=group)
+    return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)
+
+
+def positions_in_lanes(qkv: Array, heads: int) -> Array:
+    """`attention_over_frames` as a Pallas kernel for the TPU.
+
+    Few frames make products that leave most of the matrix unit idle. Here every position is a
+    lane of the vector unit, which multiplies and adds: modelled for a v5e, 16 frames of 2 x 4096
+    positions, 8 heads of 40, 0.9 ms, where products take 19 with the relayout they need.
+    """
+    batch, frames, positions, channels = qkv.shape
+    width = channels // (3 * heads)
+    scale = 1 / math.sqrt(width)
+
+    def kernel(q_ref: Array, k_ref: Array, v_ref: Array, out_ref: Array) -> None:
+        k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
+        for frame in range(frames):
+            logits = (q_ref[frame].astype(jnp.float32)[None] * k).sum(1) * scale
+            weights = jnp.exp(logits - logits.max(0, keepdims=True))
+            out = (weights[:, None] * v).sum(0) / weights.sum(0, keepdims=True)
+            out_ref[frame] = out.astype(out_ref.dtype)
+
+    def block(part: int) -> pl.BlockSpec:
+        # Batch and head are chosen, a block of positions of all frames and of a head's width.
+        return pl.BlockSpec(
+            (None, frames, None, width, _LANES), lambda b, h, p: (b, 0, part * heads + h, 0, p)
+        )
+
+    rows = jnp.swapaxes(qkv, 2, 3).reshape(batch, frames, 3 * heads, width, positions)
+    out = pl.pallas_call(
+        kernel,
+        grid=(batch, heads, pl.cdiv(positions, _LANES)),
+        in_specs=[block(0), block(1), block(2)],
+        out_specs=block(0),
+        out_shape=jax.ShapeDtypeStruct((batch, frames, heads, width, positions), qkv.dtype),
+    )(rows, rows, rows)
+    return jnp.swapaxes(out.reshape(batch, frames, channels // 3, positions), 2, 3)
+
+
+def _cpu(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    # Without the barrier XLA folds the transpositions into products that are half as fast.
+    q, k, v = lax.optimization_barrier(tuple(jnp.swapaxes(x, 1, 2) for x in (q, k, v)))
+    batch, heads, length, _ = q.shape
+    head = 4 * length * k.shape[2]
+    if is_causal or head <= _CPU_HEAD_BYTES or batch * heads * head <= _CPU_LOGITS_BYTES:
+        out = _attend(q, k, v, is_causal=is_causal)
+    else:
+        out = _attend_in_blocks(q, k, v)
+    return jnp.swapaxes(out, 1, 2).astype(q.dtype)
+
+
+def _attend(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """Attention of `[..., heads, L, D]`, float32, that divides after the product with v.
+
+    The division then runs over `[L, D]` instead of `[L, M]`. With the heads before the tokens it
+    took 0.5 to 0.8 of the time on two cores of a Xeon; `jax.nn.dot_product_attention` was the
+    slowest of the formulations measured.
+    """
+    weights = _exponentials(q, k, first=0 if is_causal else None)
+    return _weigh(weights, v) / weights.sum(-1, keepdims=True)
+
+
+def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
+    """`_attend` without a mask, in blocks of heads, and of a head's queries where one is larger.
+
+    Few heads with all their queries took 0.7 to 0.8 of the time of all heads with few queries.
+    The sums of the weights are one more column of the product with v: with a single use of the
+    exponentials XLA fuses everything into one pass, in 0.6 to 0.8 of the time. Results stay
+    float32 for the loops: XLA's CPU writes a slice of bfloat16 by converting the whole array.
+    """
+    heads, length, width = q.shape[1:]
+    row_bytes = 4 * k.shape[2]
+    group = _power_of_two_in(heads, _CPU_BLOCK_BYTES / (row_bytes * length))
+    block = _power_of_two_in(length, _CPU_BLOCK_BYTES / (row_bytes * group))
+    block = block if block >= _CPU_LEAST_BLOCK else length
+    v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+    def attend_head(head: tuple[Array, Array, Array]) -> Array:
+        q, k, v = head
+
+        def attend(q: Array) -> Array:
+            out = _weigh(_exponentials(q, k), v)
+            return out[..., :width] / out[..., width:]
+
+        return lax.map(attend, q.reshape(-1, block, width)).reshape(q.shape)
+
+    per_head = tuple(x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    return lax.map(attend_head, per_head, batch_size=group).reshape(q.shape)
+
+
+def _power_of_two_in(number: int, size: float) -> int:
+    """The power of two next to `size`, or the largest one that divides `number`."""
+    return math.gcd(number, 2 ** max(round(math.log2(size)), 0))
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor that is at most `most`, or 1."""
+    return next((size for size in range(min(number, most), 1, -1) if number % size == 0), 1)
+
+
+def _exponentials(q: Array, k: Array, first: Array | int | None = None) -> Array:
+    """Weights before they are divided by their sums, float32 `[..., L, M]`.
+
+    Args:
+      q: `[..., L, D]`.
+      k: `[..., M, D]`.
+      first: which token the first query is, where a token sees only those up to itself; None
+        lets it see all.
+    """
+    logits = jnp.einsum("...ld,...md->...lm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * (1 / math.sqrt(q.shape[-1]))
+    if first is not None:
+        rows, columns = (
+            lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim + axis) for axis in (-2, -1)
+        )
+        logits = jnp.where(columns <= rows + first, logits, jnp.finfo(jnp.float32).min)
+    return jnp.exp(logits - logits.max(-1, keepdims=True))
+
+
+def _weigh(weights: Array, v: Array) -> Array:
+    """Float32 `[..., L, D]`."""
+    return jnp.einsum(
+        "...lm,...md->...ld", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )

@@ -232,7 +232,7 @@ class SpatialTransformer(nn.Module):
 
     def transform(self, x: Array, tokens: Array, context: Context) -> Array:
         """Adds to `[B, F, H, W, C]` what becomes of its `tokens`."""
-        return x + self.proj_out(self.block(tokens, context)).reshape(x.shape)
+        return x + self.proj_out(self.block(tokens, context).reshape(x.shape))
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
@@ -319,9 +319,10 @@ class TemporalTransformer(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
-        batch, frames, height, width, channels = x.shape
-        tokens = self.norm(x).reshape(batch, frames, height * width, channels)
-        return x + self.proj_out(self.block(self.proj_in(tokens))).reshape(x.shape)
+        batch, frames, height, width, _ = x.shape
+        tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, -1)
+        tokens = self.block(tokens).reshape(batch, frames, height, width, -1)
+        return x + self.proj_out(tokens)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -374,4 +375,4 @@ class SpatioTemporalTransformer(nn.Module):
         moving = spatial + self.time_pos_embed(sinusoid)[None, :, None]
         temporal = self.temporal_block(moving, temporal_context)
         tokens = self.time_mixer(spatial, temporal)
-        return x + self.proj_out(tokens).reshape(x.shape)
+        return x + self.proj_out(tokens.reshape(x.shape))

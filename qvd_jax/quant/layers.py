@@ -19,6 +19,7 @@ largest, which the parameters have.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -31,7 +32,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.patches import output_sizes
-from qvd_jax.models.layers import Configured, Conv, LayerSet
+from qvd_jax.models.layers import Configured, Conv, Dense, LayerSet, in_parts
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
@@ -61,8 +62,8 @@ def kernel_dtype(spec: LayerSpec) -> DTypeLike:
     return jnp.int4 if spec.weight_bits <= 4 else jnp.int8
 
 
-class QuantDense(nn.Dense):
-    """`nn.Dense` whose product is int8 where `specs` names its path.
+class QuantDense(Dense):
+    """`Dense` whose product is int8 where `specs` names its path.
 
     Attributes:
       specs: of all quantized layers, by module path.
@@ -71,8 +72,8 @@ class QuantDense(nn.Dense):
     specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., C]` to `[..., O]`."""
+    def __call__(self, x: Array) -> Any:
+        """Maps `[..., C]` to `[..., O]`, or to the parts of it."""
         spec = self.specs.get("/".join(self.path))
         if spec is None:
             return super().__call__(x)
@@ -81,18 +82,32 @@ class QuantDense(nn.Dense):
             "kernel", nn.initializers.zeros, (self.features, channels), kernel_dtype(spec)
         )
         scale, bias = _output_params(self, self.features)
+        by_output = kernel, scale, bias
+        inputs: Any
         if spec.activation_bits == 16:
-            product = _float_dot(x.astype(self.dtype), kernel)
-        elif spec.method == "htdq":
-            fine, coarse, ratio = _two_range_codes(self, x, spec)
-            sums = _sums(self, self.features)
-            product = int8.dot(fine, kernel, sums) + ratio * int8.dot(coarse, kernel, sums)
+            inputs = x.astype(self.dtype)
         else:
-            gain = _gain(self, spec)
-            codes = _codes(self, x, spec, gain)
-            product = int8.dot(codes, kernel, _sums(self, self.features))
-            scale = scale * gain
-        return _to_output(product, scale, bias).astype(self.dtype)
+            by_output = *by_output, _sums(self, self.features)
+            if spec.method == "htdq":
+                inputs = _two_range_codes(self, x, spec)
+            else:
+                gain = _gain(self, spec)
+                inputs = _codes(self, x, spec, gain), jnp.float32(gain)
+
+        def product(inputs: Any, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
+            if spec.activation_bits == 16:
+                out = _float_dot(inputs, kernel)
+            elif spec.method == "htdq":
+                fine, coarse, ratio = inputs
+                out = int8.dot(fine, kernel, *sums) + ratio * int8.dot(coarse, kernel, *sums)
+            else:
+                codes, gain = inputs
+                out, scale = int8.dot(codes, kernel, *sums), scale * gain
+            return _to_output(out, scale, bias).astype(self.dtype)
+
+        if self.parts == 1:
+            return product(inputs, *by_output)
+        return in_parts(product, self.parts, inputs, by_output, axis=0)
 
 
 class QuantConv(Conv):

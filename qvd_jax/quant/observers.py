@@ -136,7 +136,9 @@ def list_layers(
         source = same[0] if same else len(sources) - 1
         kernel = (*taps, x.shape[-1], layer.features)
         upsampled = isinstance(layer, Conv) and layer.upsampled
-        found[path] = Layer(path, kernel, x.shape, result.shape, source, upsampled)
+        # A Dense layer's result may come in parts.
+        shape = result.shape if taps else (*x.shape[:-1], layer.features)
+        found[path] = Layer(path, kernel, x.shape, shape, source, upsampled)
 
     with _watching(note):
         init = functools.partial(module.init, method=method)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax import export
+from jax import export, lax
 
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
@@ -87,6 +87,31 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
         found = convolve(x, w, sums(w), strides, padding, implementation)
         assert found.dtype == jnp.int32
         np.testing.assert_array_equal(found, expected, implementation)
+
+
+@pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CONVS)
+def test_patches_padded_as_on_accelerators_equal_64_bit_integers(
+    size, kernel, strides, padding, monkeypatch
+):
+    monkeypatch.setattr(lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    rng = np.random.default_rng(0)
+    x, w = codes(rng, (2, *size, 5), "extreme"), codes(rng, (4, *kernel, 5), "extreme")
+    expected = conv_in_64_bits(x, w, strides, padding)
+    for implementation in int8.runnable_convs():
+        found = int8.conv(x, w, sums(w), strides, padding, implementation)
+        np.testing.assert_array_equal(found, expected, implementation)
+
+
+def test_the_gpu_gathers_patches_and_multiplies_once():
+    shapes = (2, 6, 7, 5), (4, 3, 3, 5)
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
+    convolve = jax.jit(lambda x, w, sums: int8.conv(x, w, sums, (1, 1), ((1, 1), (1, 1))))
+    lowered = convolve.trace(*arguments, jax.ShapeDtypeStruct((4,), jnp.int32))
+    text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+    (product,) = re.findall(r"stablehlo\.dot_general.* : (\(.*)", text)
+    assert product == "(tensor<2x6x7x45xi8>, tensor<4x45xi8>) -> tensor<2x6x7x4xi32>"
+    (gathered,) = re.findall(r"stablehlo\.concatenate.* -> (.*)", text)
+    assert gathered == "tensor<2x6x7x45xi8>"
 
 
 @pytest.mark.parametrize(

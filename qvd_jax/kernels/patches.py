@@ -1,5 +1,6 @@
 """What a convolution's kernel sees, gathered by slices, so that products can stand in for it."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 
@@ -37,15 +38,14 @@ def taps(
       `[B, *out, C]` for each element, in row-major order.
     """
     sizes = output_sizes(x.shape[1:-1], kernel, strides, padding)
-    # XLA would compute the producer of `x` anew for every tap: on the GPU the barrier keeps it
-    # from that, on the CPU a concatenation, where `jnp.pad` would not.
-    padded = lax.optimization_barrier(x)
-    for axis, amounts in enumerate(padding, start=1):
-        low, high = (
-            jnp.full((*padded.shape[:axis], amount, *padded.shape[axis + 1 :]), fill, x.dtype)
-            for amount in amounts
-        )
-        padded = jnp.concatenate([low, padded, high], axis)
+    # XLA would compute the producer of `x` anew for every tap: the barrier keeps it from that, and
+    # on the CPU a concatenation, where `jnp.pad` would not. On the GPU `jnp.pad` is no pass of its
+    # own: int8 convolutions move 0.75 to 0.9 of the bytes (compiled for an H200, not run).
+    padded = lax.platform_dependent(
+        lax.optimization_barrier(x),
+        cpu=functools.partial(_pad_by_concatenation, padding=padding, fill=fill),
+        default=lambda x: jnp.pad(x, ((0, 0), *padding, (0, 0)), constant_values=fill),
+    )
 
     def tap(offsets: Sequence[int]) -> Array:
         window = (
@@ -55,3 +55,13 @@ def taps(
         return padded[(slice(None), *window)]
 
     return [tap(offsets) for offsets in itertools.product(*map(range, kernel))]
+
+
+def _pad_by_concatenation(x: Array, padding: Padding, fill: int) -> Array:
+    for axis, amounts in enumerate(padding, start=1):
+        low, high = (
+            jnp.full((*x.shape[:axis], amount, *x.shape[axis + 1 :]), fill, x.dtype)
+            for amount in amounts
+        )
+        x = jnp.concatenate([low, x, high], axis)
+    return x

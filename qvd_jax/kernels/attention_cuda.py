@@ -1,19 +1,17 @@
 """Attention on CUDA: cuDNN's flash attention where it can be had, else blocks of XLA's products.
 
-What 16 frames of 64x64 latents with guidance move through memory, bytes read and written by each
-kernel of the program, in GB, and the temporaries; bfloat16, compiled for an H200 with jax 0.10.2,
-not run (`tests/measure_cuda.py`):
+GB that its kernels read and write, and of temporaries, for 16 frames of 64x64 latents with
+guidance in bfloat16; compiled for an H200 with jax 0.10.2, not run (`tests/measure_cuda.py`):
 
-    queries, keys, heads              cuDNN    in blocks, temporaries    1 GiB of logits at once
-    32 x 4096, 4096, 8 of 40           0.34        54.39,        0.67               53.30,  1.86
-    32 x 1024, 1024, 8 of 80           0.17         4.10,        0.53                3.73,  1.61
-    2 x 65536, 77, 8 of 40             0.17         1.89,        0.33                1.47,  0.48
-    8192 x 16, 16, 8 of 40             0.34         1.21,        0.19                1.21,  0.19
-    16 x 4096, 4096, 1 of 512             -         4.50,        0.54                3.49,  1.61
+    sequences, keys, heads             cuDNN      blocks of 256 MiB    of 1 GiB
+    32 x 4096, 4096, 8 of 40           0.34, 0    54.39, 0.66          53.30, 1.86
+    32 x 1024, 1024, 8 of 80           0.17, 0     4.10, 0.53           3.72, 1.61
+    2 x 65536, 77, 8 of 40             0.17, 0     1.89, 0.33           1.47, 0.48
+    8192 x 16, 16, 8 of 40             0.34, 0     1.21, 0.18           1.21, 0.18
+    16 x 4096, 4096, 1 of 512                -     4.50, 0.54           3.49, 1.61
 
-A scan over blocks of keys with running maxima and sums (Milakov & Gimelshein, arXiv 1805.02867)
-moves 1.4 times what blocks of queries do, and divisions after the product with the values 1.3
-times: XLA has one kernel for the whole softmax of a row.
+A scan over blocks of keys, with running maxima and sums, moves 1.5 to 3.4 times what blocks of
+queries and sequences do: XLA has one kernel for the softmax of whole rows.
 """
 
 import functools
@@ -25,7 +23,8 @@ from jax import lax
 from qvd_jax.axes import Array
 
 _BLOCK_BYTES = 2**28
-"""Logits of one block: a quarter of that moves 6% more, for other copies of the keys and values."""
+"""Logits of one block. A quarter of that takes four times as many rounds, and moves 6% more where
+most time goes; four times as much saves 2% there."""
 
 _CUDNN_MOST = 2**16 - 1
 """Sequences that cuDNN takes at once (pytorch/pytorch#181235: one more fails when it runs)."""

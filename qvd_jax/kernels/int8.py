@@ -219,6 +219,13 @@ def _gathered_conv(
 
     Rows are gathered along the width once: each row of the kernel sees the same ones, but at
     another height.
+
+    On the GPU whole patches move half the bytes of rows, whose int32 sums are written and read
+    three times, and a quarter of those of a product for each tap (compiled for an H200, not run:
+    `docs/results/formulations_h200.json`). A kernel that gathers on the chip could do with 0.6 of
+    them. cuDNN's does, but returns float32: that these are the int32 sums, rounded once, is for
+    `benchmark products` to see on a GPU. Pallas for Mosaic GPU copies into its tiles from
+    multiples of eight positions, not from each tap's.
     """
     product, fill = (_mixed_dot, _ZERO) if unsigned else (_signed_dot, 0)
     codes = _unsigned(codes) if unsigned else codes

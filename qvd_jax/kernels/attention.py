@@ -10,6 +10,7 @@ Logits and softmax are float32 everywhere.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from qvd_jax.axes import Array
+from qvd_jax.kernels import attention_cuda
 
 SCOPE = "attention"
 """In the names of all operations made here."""
@@ -45,23 +47,40 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
     """Softmax attention with scale D**-0.5; logits and softmax in float32.
 
     Args:
-      q: `[B, L, heads, D]`.
+      q: `[B, L, heads, D]`, or `[B, F, L, heads, D]`: all frames attend to the same keys.
       k: `[B, M, heads, D]`, M the number of keys.
       v: `[B, M, heads, D]`.
       is_causal: whether token i sees only the keys up to i.
 
     Returns:
-      `[B, L, heads, D]` in the dtype of `q`.
+      The shape and dtype of `q`.
     """
 
-    def tpu(q: Array, k: Array, v: Array) -> Array:
-        return _tpu(q, k, v, is_causal=is_causal)
+    def frame_by_frame(q: Array, k: Array, v: Array) -> Array:
+        frames = 1 if q.ndim == 4 else q.shape[1]
+        k, v = (jnp.repeat(x, frames, axis=0) for x in (k, v))
+        out = _tpu(q.reshape(-1, *q.shape[-3:]), k, v, is_causal=is_causal)
+        return out.reshape(q.shape)
 
-    def cpu(q: Array, k: Array, v: Array) -> Array:
-        return _cpu(q, k, v, is_causal=is_causal)
+    def all_frames(
+        attend: Callable[..., Array],
+    ) -> Callable[[Array, Array, Array], Array]:
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            out = attend(q.reshape(len(q), -1, *q.shape[-2:]), k, v, is_causal=is_causal)
+            return out.reshape(q.shape)
+
+        return attend_all
 
     with jax.named_scope(SCOPE):
-        return lax.platform_dependent(q, k, v, cpu=cpu, tpu=tpu, default=tpu)
+        return lax.platform_dependent(
+            q,
+            k,
+            v,
+            cpu=all_frames(_cpu),
+            tpu=frame_by_frame,
+            cuda=all_frames(attention_cuda.attention),
+            default=all_frames(attention_cuda.attention_in_blocks),
+        )
 
 
 def attention_over_frames(qkv: Array, heads: int) -> Array:

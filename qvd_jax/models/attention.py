@@ -11,6 +11,7 @@ from qvd_jax.models.layers import (
     AlphaBlender,
     FeedForward,
     LayerSet,
+    Normalized,
     TimestepEmbedding,
     sinusoidal_embedding,
     sinusoidal_positions,
@@ -53,18 +54,23 @@ class SelfAttention(nn.Module):
     over_frames: bool = False
 
     def setup(self) -> None:
-        self.to_qkv = self.layers.dense(3 * self.channels, use_bias=self.use_bias)
-        self.to_out = self.layers.dense(self.channels)
+        self.to_qkv = self.layers.dense(
+            3 * self.channels, use_bias=self.use_bias, transposes="output"
+        )
+        self.to_out = self.layers.dense(self.channels, transposes="input")
 
-    def __call__(self, x: Array, reference: Array | None = None) -> Array:
-        """Maps `[..., L, C]` to `[..., L, C]`.
+    def __call__(
+        self, x: Array | Normalized, residual: Array, reference: Array | None = None
+    ) -> Array:
+        """Maps `[..., L, C]` to `[..., L, C]` and adds the residual.
 
         Args:
           x: the tokens; `[B, F, L, C]` over frames or with a reference.
+          residual: `[..., L, C]`.
           reference: as in `Context`; all frames attend to one copy of it.
         """
         if self.over_frames:
-            return self.to_out(attention_over_frames(self.to_qkv(x), self.heads))
+            return self.to_out(attention_over_frames(self.to_qkv(x), self.heads), residual)
         q, k, v = self._project(x)
         if reference is None:
             out = dot_product_attention(q, k, v, is_causal=self.is_causal)
@@ -79,11 +85,12 @@ class SelfAttention(nn.Module):
             if alone:
                 negatives = dot_product_attention(q[:alone], k[:alone], v[:alone])
                 out = jnp.concatenate([negatives, out])
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out.reshape(x.shape), residual)
 
-    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+    def _project(self, x: Array | Normalized) -> tuple[Array, ...]:
         """Queries, keys and values of `[..., L, C]`, `[..., L, heads, D]` with one axis before."""
-        return split_heads(self.to_qkv(x.reshape(-1, *x.shape[-2:])), 3, self.heads)
+        qkv = self.to_qkv(x)
+        return split_heads(qkv.reshape(-1, *qkv.shape[-2:]), 3, self.heads)
 
 
 class CrossAttention(nn.Module):
@@ -100,19 +107,22 @@ class CrossAttention(nn.Module):
     layers: LayerSet
 
     def setup(self) -> None:
-        self.to_q = self.layers.dense(self.channels, use_bias=False)
+        self.to_q = self.layers.dense(self.channels, use_bias=False, transposes="output")
         self.to_kv = self.layers.dense(2 * self.channels, use_bias=False)
-        self.to_out = self.layers.dense(self.channels)
+        self.to_out = self.layers.dense(self.channels, transposes="input")
 
     def context_features(self, context: Array) -> Context:
         """Keys and values of the context `[B, L, C]`."""
         return Context(*split_heads(self.to_kv(context), 2, self.heads))
 
-    def __call__(self, x: Array, context: Context) -> Array:
-        """Maps `[B, F, L, C]` to `[B, F, L, C]`; all frames attend to one copy of the text."""
-        (q,) = split_heads(self.to_q(x.reshape(x.shape[0], -1, x.shape[-1])), 1, self.heads)
+    def __call__(self, x: Array | Normalized, residual: Array, context: Context) -> Array:
+        """Maps `[B, F, L, C]` to `[B, F, L, C]` and adds the residual.
+
+        All frames attend to one copy of the text.
+        """
+        (q,) = split_heads(self.to_q(x), 1, self.heads)
         out = dot_product_attention(q, context.keys, context.values)
-        return self.to_out(out.reshape(x.shape))
+        return self.to_out(out.reshape(x.shape), residual)
 
 
 class SingleTokenAttention(nn.Module):
@@ -186,14 +196,14 @@ class TransformerBlock(nn.Module):
           context: of `context_features` of the attention to it.
         """
         if self.has_input_ff:
-            x = x + self.ff_in(self.norm_in(x))
+            x = self.ff_in(self.norm_in(x), x)
         if self.single_token_context:
-            x = x + self.attn1(self.norm1(x))
+            x = self.attn1(self.norm1(x), x)
             x = x + context[:, None]
         else:
-            x = x + self.attn1(self.norm1(x), context.reference)
-            x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+            x = self.attn1(self.norm1(x), x, context.reference)
+            x = self.attn2(self.norm2(x), x, context)
+        return self.ff(self.norm3(x), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -228,11 +238,11 @@ class SpatialTransformer(nn.Module):
 
     def reference_tokens(self, tokens: Array) -> Array:
         """What another network's block attends to: of `tokens`, what the self-attention sees."""
-        return self.block.norm1(tokens)
+        return self.block.norm1(tokens).value()
 
     def transform(self, x: Array, tokens: Array, context: Context) -> Array:
         """Adds to `[B, F, H, W, C]` what becomes of its `tokens`."""
-        return x + self.proj_out(self.block(tokens, context).reshape(x.shape))
+        return self.proj_out(self.block(tokens, context).reshape(x.shape), x)
 
     def __call__(self, x: Array, context: Context) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
@@ -268,10 +278,10 @@ class TemporalBlock(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, L, C]` to `[B, F, L, C]`."""
         positions = self._positions(x.shape[1])
-        x = x + self.attn1(self.norm1(x) + positions)
+        x = self.attn1(self.norm1(x).plus(positions), x)
         if self.attentions == 2:
-            x = x + self.attn2(self.norm2(x) + positions)
-        return x + self.ff(self.norm3(x))
+            x = self.attn2(self.norm2(x).plus(positions), x)
+        return self.ff(self.norm3(x), x)
 
     def _positions(self, frames: int) -> Array:
         if self.max_frames is None:
@@ -322,7 +332,7 @@ class TemporalTransformer(nn.Module):
         batch, frames, height, width, _ = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, -1)
         tokens = self.block(tokens).reshape(batch, frames, height, width, -1)
-        return x + self.proj_out(tokens)
+        return self.proj_out(tokens, x)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -375,4 +385,4 @@ class SpatioTemporalTransformer(nn.Module):
         moving = spatial + self.time_pos_embed(sinusoid)[None, :, None]
         temporal = self.temporal_block(moving, temporal_context)
         tokens = self.time_mixer(spatial, temporal)
-        return x + self.proj_out(tokens.reshape(x.shape))
+        return self.proj_out(tokens.reshape(x.shape), x)

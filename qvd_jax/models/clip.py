@@ -109,13 +109,13 @@ class CLIPLayer(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, L, C]` to `[B, L, C]`."""
-        x = x + self.self_attn(self.layer_norm1(x))
+        x = self.self_attn(self.layer_norm1(x), x)
         h = self.fc1(self.layer_norm2(x))
         if self.config.activation == "quick_gelu":
             h = h * nn.sigmoid(1.702 * h)
         else:
             h = nn.gelu(h, approximate=False)
-        return x + self.fc2(h)
+        return self.fc2(h, x)
 
 
 class CLIPTextEncoder(nn.Module):
@@ -143,7 +143,7 @@ class CLIPTextEncoder(nn.Module):
         x = x + self.position_embedding(jnp.arange(token_ids.shape[-1]))[None]
         for layer in self.encoder:
             x = layer(x)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(x).value()
 
 
 class CLIPVisionEncoder(nn.Module):
@@ -184,7 +184,7 @@ class CLIPVisionEncoder(nn.Module):
         first = jnp.broadcast_to(self.class_embedding, (len(image), 1, patches.shape[-1]))
         x = jnp.concatenate([first.astype(patches.dtype), patches], axis=1)
         x = x + self.position_embedding(jnp.arange(x.shape[1]))[None]
-        x = self.pre_layer_norm(x)
+        x = self.pre_layer_norm(x).value()
         for layer in self.encoder:
             x = layer(x)
         return self.visual_projection(self.post_layer_norm(x[:, 0]))

@@ -91,8 +91,8 @@ class VAEAttention(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
         batch, frames, height, width, channels = x.shape
-        tokens = self.group_norm(x).reshape(batch, frames, height * width, channels)
-        return x + self.attn(tokens).reshape(x.shape)
+        tokens = self.group_norm(x).value().reshape(batch, frames, height * width, channels)
+        return self.attn(tokens, x.reshape(tokens.shape)).reshape(x.shape)
 
 
 class VAEStage(nn.Module):

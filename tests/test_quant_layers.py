@@ -114,6 +114,82 @@ def test_layers_equal_their_definition_in_float64(conv, method):
     assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("conv", [None, *CONVS])
+def test_the_gradient_of_the_input_is_that_of_the_dequantized_weights(conv):
+    """Within the quantizer's range; beyond it the input has none."""
+    net, params, x = case(conv)
+    spec = LayerSpec("scri", 4, 6)
+    int8_net, int8_params, *_ = quantized(net, params, 0.7 * x, spec)
+    steps, w_hat = int8_params["layer"], dequantized_float64(int8_params["layer"], x, spec)[1]
+    weights = {"layer": {"kernel": jnp.asarray(np.moveaxis(w_hat, 0, -1), jnp.float32)}}
+    weights["layer"]["bias"] = jnp.zeros(OUTPUTS)
+    # Of an upsampled image the layer reads one position of four, whose gradients add up.
+    upsampled = conv == "upsampled"
+    given = x[..., ::2, ::2, :] if upsampled else x
+
+    def output(net, params, given):
+        if upsampled:
+            given = jnp.repeat(jnp.repeat(given, 2, axis=-3), 2, axis=-2)
+        return net.apply({"params": params}, given)
+
+    toward = jax.random.normal(jax.random.key(1), output(net, params, given).shape)
+    expected, found = (
+        jax.grad(lambda x, net=n, params=p: (toward * output(net, params, x)).sum())(given)
+        for n, p in ((net, weights), (int8_net, int8_params))
+    )
+    place = np.asarray(given) * np.float32(steps["in_scale"]) + np.asarray(steps["in_offset"])
+    inside = np.abs(place) < 31
+    assert inside.any(), "the range is met"
+    assert not inside.all(), "and left"
+    assert relative_error(found, np.where(inside, expected, 0)) < 1e-5
+
+
+@pytest.mark.parametrize(("coarse", "first", "last"), [(0, -8, 7), (4, 0, 4 * 7)])
+def test_gradients_of_htdq_are_those_of_the_dequantized_weights(coarse, first, last):
+    """From the first value with a code to the last, with one range and with two."""
+    module = layer_set({"": LayerSpec("htdq", 8, 4)}).dense(2)
+    kernel = np.asarray([[3, -5, 127], [-2, 11, 90]], np.int8)
+    params = {
+        "kernel": kernel,
+        "sums": kernel.sum(1, dtype=np.int32),
+        "scale": jnp.asarray([0.5, 0.25], jnp.bfloat16),
+        "bias": np.zeros(2, np.float32),
+        "in_scale": np.float32(8),
+        "in_offset": np.float32(3),
+        "coarse": np.float32(coarse),
+    }
+    steps = np.asarray([first - 1, first + 0.3, last / 2 + 0.2, last - 0.3, last + 1])
+    x = np.float32((steps - 3) / 8)[:, None] * np.ones(3, np.float32)
+    found = jax.grad(lambda x: module.apply({"params": params}, x).sum())(jnp.asarray(x))
+    slopes = 8 * (kernel * np.asarray([[0.5], [0.25]])).sum(0)
+    np.testing.assert_allclose(found, np.asarray([[0], [1], [1], [1], [0]]) * slopes, rtol=1e-6)
+
+
+def test_derivatives_pass_through_every_transformation():
+    """Forward and reverse mode agree, through jit, vmap, scan and remat."""
+    net, params, x = case("3x3")
+    int8_net, int8_params, *_ = quantized(net, params, x, LayerSpec("scri"))
+
+    @jax.checkpoint
+    def layer(x):
+        return int8_net.apply({"params": int8_params}, x)
+
+    def total(x):
+        out, _ = jax.lax.scan(
+            lambda sum, image: (sum + jnp.square(layer(image)).sum(), None), 0.0, x
+        )
+        return out
+
+    def loss(x):
+        return jax.vmap(total)(x[:, :, None]).sum()
+
+    tangent = jax.random.normal(jax.random.key(2), x.shape)
+    gradient = jax.jit(jax.grad(loss))(x)
+    _, forward = jax.jit(lambda x: jax.jvp(loss, (x,), (tangent,)))(x)
+    assert float(forward) == pytest.approx(float((gradient * tangent).sum()), rel=1e-4)
+    assert float(jnp.abs(gradient).max()) > 0
+
+
 def test_only_a_padded_3x3_convolution_can_make_use_of_upsampling():
     layers = layer_set({"": LayerSpec("minmax")})
     module = layers.conv(OUTPUTS, (3, 3), strides=(2, 2), upsampled=True)

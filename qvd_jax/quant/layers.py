@@ -15,11 +15,15 @@ With HTDQ `in_scale` and `in_offset` are float32 scalars, and `coarse` is the ra
 ranges' steps, 0 where there is one range. A float input (16 bits) has none of these, and no `sums`.
 A step-aware layer also reads `gain` from the collection "quant": this step's D as a share of the
 largest, which the parameters have.
+
+Derivatives pass straight through the rounding (Bengio et al., arXiv 1308.3432): a layer's input has
+the gradient of the float layer with the weights that the codes stand for, where the quantizer does
+not clip it, and none where it does. The codes of the weights are integers and have none.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -32,7 +36,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.patches import output_sizes
-from qvd_jax.models.layers import Configured, Conv, Dense, LayerSet, in_parts
+from qvd_jax.models.layers import Configured, Conv, LayerSet
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
@@ -62,8 +66,8 @@ def kernel_dtype(spec: LayerSpec) -> DTypeLike:
     return jnp.int4 if spec.weight_bits <= 4 else jnp.int8
 
 
-class QuantDense(Dense):
-    """`Dense` whose product is int8 where `specs` names its path.
+class QuantDense(nn.Dense):
+    """`nn.Dense` whose product is int8 where `specs` names its path.
 
     Attributes:
       specs: of all quantized layers, by module path.
@@ -72,8 +76,8 @@ class QuantDense(Dense):
     specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
-    def __call__(self, x: Array) -> Any:
-        """Maps `[..., C]` to `[..., O]`, or to the parts of it."""
+    def __call__(self, x: Array) -> Array:
+        """Maps `[..., C]` to `[..., O]`."""
         spec = self.specs.get("/".join(self.path))
         if spec is None:
             return super().__call__(x)
@@ -82,32 +86,20 @@ class QuantDense(Dense):
             "kernel", nn.initializers.zeros, (self.features, channels), kernel_dtype(spec)
         )
         scale, bias = _output_params(self, self.features)
-        by_output = kernel, scale, bias
-        inputs: Any
         if spec.activation_bits == 16:
-            inputs = x.astype(self.dtype)
+            product = _float_dot(x.astype(self.dtype), kernel)
+        elif spec.method == "htdq":
+            steps, ratio = _two_range_steps(self, x, spec)
+            sums = _sums(self, self.features)
+            multiply = functools.partial(_two_range_dot, spec.activation_bits)
+            product = _straight_through(multiply, _float_dot, steps, kernel, sums, ratio)
         else:
-            by_output = *by_output, _sums(self, self.features)
-            if spec.method == "htdq":
-                inputs = _two_range_codes(self, x, spec)
-            else:
-                gain = _gain(self, spec)
-                inputs = _codes(self, x, spec, gain), jnp.float32(gain)
-
-        def product(inputs: Any, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
-            if spec.activation_bits == 16:
-                out = _float_dot(inputs, kernel)
-            elif spec.method == "htdq":
-                fine, coarse, ratio = inputs
-                out = int8.dot(fine, kernel, *sums) + ratio * int8.dot(coarse, kernel, *sums)
-            else:
-                codes, gain = inputs
-                out, scale = int8.dot(codes, kernel, *sums), scale * gain
-            return _to_output(out, scale, bias).astype(self.dtype)
-
-        if self.parts == 1:
-            return product(inputs, *by_output)
-        return in_parts(product, self.parts, inputs, by_output, axis=0)
+            gain = _gain(self, spec)
+            steps, sums = _steps(self, x, spec, gain), _sums(self, self.features)
+            multiply = functools.partial(_product_of_codes, int8.dot)
+            product = _straight_through(multiply, _float_dot, steps, kernel, sums)
+            scale = scale * gain
+        return _to_output(product, scale, bias).astype(self.dtype)
 
 
 class QuantConv(Conv):
@@ -139,24 +131,23 @@ class QuantConv(Conv):
         scale, bias = _output_params(self, self.features)
         batch, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
         x = x.reshape(-1, *spatial, channels)
+        float_conv = functools.partial(
+            _float_conv, self.conv_general_dilated, self.strides, self.padding
+        )
         if spec.activation_bits == 16:
-            weights = jnp.moveaxis(kernel, 0, -1).astype(self.dtype)
-            product = self.conv_general_dilated(
-                x.astype(self.dtype),
-                weights,
-                self.strides,
-                self.padding,
-                dimension_numbers=_channels_last(rank),
-            )
-            y = _to_output(product, scale, bias)
+            y = _to_output(float_conv(x.astype(self.dtype), kernel), scale, bias)
         else:
             gain = _gain(self, spec)
-            codes = _codes(self, x[:, ::2, ::2] if self.upsampled else x, spec, gain)
-            sums = _sums(self, self.features)
+            int8_conv: Callable[..., Array] = functools.partial(
+                int8.conv, strides=self.strides, padding=self.padding
+            )
+            differentiate: Callable[..., Array] = float_conv
             if self.upsampled:
-                product = int8.upsampled_conv(codes, kernel, sums)
-            else:
-                product = int8.conv(codes, kernel, sums, self.strides, self.padding)
+                x, int8_conv = x[:, ::2, ::2], int8.upsampled_conv
+                differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
+            multiply = functools.partial(_product_of_codes, int8_conv)
+            steps, sums = _steps(self, x, spec, gain), _sums(self, self.features)
+            product = _straight_through(multiply, differentiate, steps, kernel, sums)
             y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
                 taps = self.param(
@@ -210,7 +201,8 @@ def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:
     return layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else 1.0
 
 
-def _codes(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> Array:
+def _steps(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> Array:
+    """The input in steps of its quantizer, clipped and not yet rounded."""
     channels = x.shape[-1]
     along = (1,) * (x.ndim - 1) + (channels,)
     scale = layer.param("in_scale", nn.initializers.ones, (channels,), SCALE_DTYPE)
@@ -218,36 +210,88 @@ def _codes(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> 
     limit = max_code(spec.activation_bits)
     with jax.named_scope(QUANTIZING):
         scale, offset = scale.astype(jnp.float32) / gain, offset / gain
-        codes = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
-        return _to_int8(jnp.clip(codes, -limit, limit))
+        steps = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
+        return jnp.clip(steps, -limit, limit)
 
 
-def _to_int8(x: Array) -> Array:
-    """Rounds values from -128 to 127, halves to even.
-
-    Next to 1.5 * 2**23 a float32 has no bits for fractions, and its last eight are the integer's:
-    on a CPU cheaper than to round and to convert.
-    """
-    return lax.bitcast_convert_type(x + np.float32(1.5 * 2**23), jnp.int32).astype(jnp.int8)
-
-
-def _two_range_codes(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array, Array, Array]:
-    """`htdq.TwoRangeQuantizer.codes` with parameters, and the ratio of the ranges' steps."""
+def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array, Array]:
+    """The input in fine steps, clipped and not yet rounded, and the ratio of the ranges' steps."""
     scale, offset, ratio = (
         layer.param(name, nn.initializers.ones, (), jnp.float32)
         for name in ("in_scale", "in_offset", "coarse")
     )
-    levels = 2**spec.activation_bits
+    half = 2 ** (spec.activation_bits - 1)
     with jax.named_scope(QUANTIZING):
         steps = x.astype(jnp.float32) * scale + offset
-        uniform = jnp.clip(jnp.round(steps), -levels // 2, levels // 2 - 1)
-        fine = jnp.clip(jnp.round(steps), 0, levels // 2 - 1)
-        coarse = jnp.clip(jnp.round(steps / jnp.maximum(ratio, 1)), 0, levels // 2 - 1)
+        lowest = jnp.where(ratio == 0, -half, 0)
+        return jnp.clip(steps, lowest, jnp.maximum(ratio, 1) * (half - 1)), ratio
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _straight_through(
+    multiply: Callable[..., Array],
+    differentiate: Callable[[Array, Array], Array],
+    steps: Array,
+    kernel: Array,
+    *others: Array,
+) -> Array:
+    """The product of rounded steps with a kernel's codes, float32.
+
+    A rule for tangents serves gradients too, and forward mode, which a rule for cotangents forbids.
+
+    Args:
+      multiply: rounds and multiplies all the arrays.
+      differentiate: the same product of `steps` and `kernel` alone, in float and not rounded.
+      steps: of the input.
+      kernel: codes of the weights.
+      *others: what else the product takes.
+    """
+    del differentiate
+    return multiply(steps, kernel, *others).astype(jnp.float32)
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(
+    multiply: Callable[..., Array],
+    differentiate: Callable[[Array, Array], Array],
+    primals: tuple[Array, ...],
+    tangents: tuple[Array, ...],
+) -> tuple[Array, Array]:
+    product = _straight_through(multiply, differentiate, *primals)
+    return product, differentiate(tangents[0], primals[1])
+
+
+def _product_of_codes(
+    multiply: Callable[[Array, Array, Array], Array], steps: Array, kernel: Array, sums: Array
+) -> Array:
+    """An int8 product of clipped steps, rounded."""
+    return multiply(_codes(steps), kernel, sums)
+
+
+def _codes(steps: Array) -> Array:
+    """Rounds steps from -128 to 127 to int8, halves to even.
+
+    Next to 1.5 * 2**23 a float32 has no bits for fractions, and its last eight are the integer's:
+    on a CPU cheaper than to round and to convert.
+    """
+    with jax.named_scope(QUANTIZING):
+        shifted = steps + np.float32(1.5 * 2**23)
+        return lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
+
+
+def _two_range_dot(bits: int, steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
+    """The product with `htdq.TwoRangeQuantizer.codes` of clipped steps."""
+    last = 2 ** (bits - 1) - 1
+    with jax.named_scope(QUANTIZING):
+        rounded = jnp.round(steps)
+        fine = jnp.minimum(rounded, last)
+        coarse = jnp.round(steps / jnp.maximum(ratio, 1))
         is_fine = jnp.abs(steps - fine) <= jnp.abs(steps - ratio * coarse)
         one_range = ratio == 0
-        fine = jnp.where(one_range, uniform, jnp.where(is_fine, fine, 0))
+        fine = jnp.where(one_range, rounded, jnp.where(is_fine, fine, 0))
         coarse = jnp.where(one_range | is_fine, 0, coarse)
-        return fine.astype(jnp.int8), coarse.astype(jnp.int8), ratio
+    fine, coarse = fine.astype(jnp.int8), coarse.astype(jnp.int8)
+    return int8.dot(fine, kernel, sums) + ratio * int8.dot(coarse, kernel, sums)
 
 
 def _float_dot(x: Array, kernel: Array) -> Array:
@@ -257,6 +301,24 @@ def _float_dot(x: Array, kernel: Array) -> Array:
         (((x.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+
+
+def _float_conv(
+    convolve: Callable[..., Array],
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    x: Array,
+    kernel: Array,
+) -> Array:
+    weights = jnp.moveaxis(kernel, 0, -1).astype(x.dtype)
+    numbers = _channels_last(kernel.ndim - 2)
+    return convolve(x, weights, strides, padding, dimension_numbers=numbers)
+
+
+def _float_conv_of_upsampled(
+    convolve: Callable[[Array, Array], Array], x: Array, kernel: Array
+) -> Array:
+    return convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
 
 
 def _to_output(product: Array, scale: Array, bias: Array) -> Array:

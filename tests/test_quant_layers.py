@@ -1,5 +1,7 @@
 """QuantDense and QuantConv against dequantized float64, and against their float layers."""
 
+from dataclasses import replace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -294,6 +296,24 @@ def test_the_mean_of_the_output_is_the_float_layers(method):
     error = found - exact
     assert np.abs(error).mean() > 1e-3 * np.abs(exact).max()
     assert np.abs(error.mean(0)).max() < 1e-5 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("method", [*METHODS, "htdq", "float input"])
+def test_every_method_clips_weights_of_four_bits(method):
+    """By default and when told to, and not when told not to; it makes the layer better."""
+    net, params, x = case(None)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(64, CHANNELS)), jnp.float32)
+    spec = LayerSpec(method, 4, 8) if method != "float input" else LayerSpec("minmax", 4, 16)
+    layers, sqnrs = [], []
+    for clipped in (None, True, False):
+        choice = replace(spec, weight_clipping=clipped)
+        _, layer, report, _ = quantized(net, params, x, choice)
+        layers.append(np.asarray(layer["layer"]["kernel"], np.int32))
+        sqnrs.append(report.sqnr)
+    np.testing.assert_array_equal(layers[0], layers[1])
+    assert (layers[0] != layers[2]).any()
+    assert sqnrs[0] > sqnrs[2]
 
 
 def test_layers_without_a_spec_are_flax_own():

@@ -109,6 +109,23 @@ def test_the_first_rule_that_matches_decides():
 
 
 @pytest.mark.parametrize(
+    ("data", "clips"),
+    [
+        ({"method": "minmax", "weight_bits": 4}, True),
+        ({"method": "scri", "weight_bits": 5}, False),
+        ({"method": "htdq", "weight_bits": 4, "weight_clipping": False}, False),
+        ({"method": "mse", "weight_clipping": True}, True),
+    ],
+)
+def test_weights_of_four_bits_are_clipped_unless_a_file_says_otherwise(data, clips):
+    """Whatever the method; files of before the key have none."""
+    spec = from_dict(LayerSpec, data, "p.yaml")
+    assert spec.clips_weights is clips
+    table = match_table(Policy("own", (Rule("*", spec),)), LAYERS)
+    assert ("weights clipped" in table) is clips
+
+
+@pytest.mark.parametrize(
     ("rules", "message"),
     [
         ((Rule("up_blocks_*"), Rule("*")), r"rule 1 \('up_blocks_\*'\): no layer has such a path"),

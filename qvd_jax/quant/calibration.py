@@ -17,7 +17,7 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
-from qvd_jax.quant import baselines, htdq, scri
+from qvd_jax.quant import baselines, clipping, htdq, scri
 from qvd_jax.quant.layers import kernel_dtype
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
@@ -111,7 +111,8 @@ def quantize_layer(
     bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
     exact = scri.row_product(statistics.rows, weights)
     if spec.activation_bits == 16:
-        codes, scale = quantize_weights(weights.reshape(-1, outputs), spec.weight_bits)
+        rows = statistics.rows.reshape(len(statistics.rows), -1)
+        codes, scale = _quantize_weights(rows, weights.reshape(-1, outputs), exact, spec)
         found = scri.row_product(
             statistics.rows, (codes * scale.astype(jnp.float32)[None]).reshape(weights.shape)
         )
@@ -122,15 +123,10 @@ def quantize_layer(
     # Rounded before the factor folds into the weights.
     in_scale = (1 / (quantizer.factor * quantizer.step)).astype(SCALE_DTYPE)
     quantizer = quantizer._replace(factor=1 / (in_scale.astype(jnp.float32) * quantizer.step))
-    folded = weights * quantizer.factor[None, :, None]
-    clip: Array | float = 1.0
-    if spec.method == "scri":
-        bits = spec.activation_bits, spec.weight_bits
-        clip = scri.search_weight_clip(statistics.rows, weights, exact, quantizer, *bits)
-    codes, scale = quantize_weights(
-        folded.reshape(-1, outputs), spec.weight_bits, quantizer.step, clip
-    )
+    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
     input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
+    rows = input_codes.reshape(len(input_codes), -1)
+    codes, scale = _quantize_weights(rows, folded, exact, spec, quantizer.step)
     code_weights = codes.astype(jnp.float32).reshape(weights.shape)
     product = scri.row_product(input_codes, code_weights) * scale[None]
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.
@@ -243,10 +239,11 @@ def _temporal_layer(
     features = np.asarray(statistics.rows[:, 0], np.float64)
     quantizer = htdq.search(features, spec.activation_bits)
     uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
-    codes, scale = quantize_weights(weights, spec.weight_bits, quantizer.step)
     fine, coarse = quantizer.codes(features)
     steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
-    product = (jnp.asarray(steps, jnp.float32) @ codes.astype(jnp.float32)) * scale[None]
+    rows = jnp.asarray(steps, jnp.float32)
+    codes, scale = _quantize_weights(rows, weights, exact, spec, quantizer.step)
+    product = (rows @ codes.astype(jnp.float32)) * scale[None]
     # The offset's part of the output, and the mean error that the bias takes.
     constant = (exact - product).mean(0)
     quantized = {
@@ -270,6 +267,24 @@ def _temporal_layer(
         merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
         arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
     )
+
+
+def _quantize_weights(
+    rows: Array, weights: Array, exact: Array, spec: LayerSpec, input_step: Array | float = 1.0
+) -> tuple[Array, Array]:
+    """`quantize_weights`, clipped as `clipping.search_weight_clip` finds if the spec says so."""
+    clip: Array | float = 1.0
+    if spec.clips_weights:
+        # A float input's layer has no bias that takes the error's mean.
+        clip = clipping.search_weight_clip(
+            rows,
+            weights,
+            exact,
+            spec.weight_bits,
+            input_step,
+            mean_counts=spec.activation_bits == 16,
+        )
+    return quantize_weights(weights, spec.weight_bits, input_step, clip)
 
 
 def _mean_product(rows: Array, weights: Array) -> Array:

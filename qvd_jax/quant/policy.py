@@ -55,12 +55,15 @@ class LayerSpec:
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
       step_aware: whether the input's quantizer has a step D of its own for each sampler step.
+      weight_clipping: whether weights are clipped, each output's where its error is least; None
+        clips those of 4 bits and fewer, where it is worth something.
     """
 
     method: Method
     weight_bits: int = 8
     activation_bits: int = 8
     step_aware: bool = False
+    weight_clipping: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
@@ -83,6 +86,11 @@ class LayerSpec:
                 f"step_aware has no meaning for method = {self.method!r} with activation_bits = "
                 f"{self.activation_bits}: there is no step to choose"
             )
+
+    @property
+    def clips_weights(self) -> bool:
+        """What `weight_clipping` comes to."""
+        return self.weight_bits <= 4 if self.weight_clipping is None else self.weight_clipping
 
 
 @dataclass(frozen=True)
@@ -223,9 +231,10 @@ def match_table(policy: Policy, layers: Sequence[Layer]) -> str:
     for number, rule in parts:
         own = [layer for layer in layers if policy.rule(layer.path) == number]
         spec = rule.spec
-        how = (
-            f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}" if spec else "stays float"
-        )
+        how = "stays float"
+        if spec:
+            how = f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}"
+            how += ", weights clipped" if spec.clips_weights else ""
         if own:
             lines.append(
                 f"{rule.pattern:32} {len(own):6} {sum(x.parameters for x in own):12,} "

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.qtensor import quantize, quantize_weights, scale_for
+from qvd_jax.quant import clipping
+from qvd_jax.quant.qtensor import quantize, scale_for
 
 RANGE_CANDIDATES = 12
 SEARCH_ROUNDS = 3
 CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
-WEIGHT_CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 class ActivationQuantizer(NamedTuple):
@@ -135,38 +135,6 @@ def _error_of_candidate(
     return output_error(inputs, weights, exact, quantizer, activation_bits, weight_bits).mean()
 
 
-def search_weight_clip(
-    inputs: Array,
-    weights: Array,
-    exact: Array,
-    quantizer: ActivationQuantizer,
-    activation_bits: int,
-    weight_bits: int,
-) -> Array:
-    """Where the weights are to be clipped for least output error, `[O]`.
-
-    With weights of 4 bits it is worth 2.6 dB of a layer's output (layers of the small model, on
-    rows the search did not see), with 6 bits 0.3 dB, which its videos do not show, with 8 nothing:
-    more than 4 bits stay unclipped.
-
-    Args:
-      inputs: sampled rows `[R, P, C]`.
-      weights: `[P, C, O]`.
-      exact: the float layer's output `[R, O]`, up to a constant.
-      quantizer: of the input.
-      activation_bits: b_a.
-      weight_bits: b_w.
-    """
-    if weight_bits > 4:
-        return jnp.ones(weights.shape[-1])
-    errors = [
-        output_error(inputs, weights, exact, quantizer, activation_bits, weight_bits, clip)
-        for clip in WEIGHT_CLIP_CANDIDATES
-    ]
-    # The first of equals: the widest.
-    return jnp.asarray(WEIGHT_CLIP_CANDIDATES)[jnp.stack(errors).argmin(0)]
-
-
 @functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))
 def output_error(
     inputs: Array,
@@ -175,7 +143,6 @@ def output_error(
     quantizer: ActivationQuantizer,
     activation_bits: int,
     weight_bits: int,
-    weight_clip: Array | float = 1.0,
 ) -> Array:
     """Variance of the error of each output when a layer's input and weights are quantized, `[O]`.
 
@@ -188,14 +155,10 @@ def output_error(
       quantizer: of the input.
       activation_bits: b_a.
       weight_bits: b_w.
-      weight_clip: share of each output's largest weight that gets the largest code.
     """
-    outputs = weights.shape[-1]
-    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
-    weight_codes, scale = quantize_weights(folded, weight_bits, quantizer.step, weight_clip)
-    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32)
-    product = row_product(codes, weight_codes.astype(jnp.float32).reshape(weights.shape))
-    return (product * scale[None] - exact).var(0)
+    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, weights.shape[-1])
+    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32).reshape(len(inputs), -1)
+    return clipping.output_error(codes, folded, exact, weight_bits, quantizer.step)
 
 
 def row_product(rows: Array, weights: Array) -> Array:

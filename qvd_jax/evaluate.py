@@ -7,6 +7,7 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 import argparse
 import functools
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -44,6 +45,7 @@ from qvd_jax.errors import InputError
 from qvd_jax.files import check_folder, write_folder
 from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
+from qvd_jax.metrics.intervals import jackknife
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports
 from qvd_jax.pipelines.pipeline import VideoPipeline
@@ -53,7 +55,6 @@ _SIZE = ("steps", "frames", "height", "width")
 _SHEET_VIDEOS = 12
 # Sampled together: enough to keep an accelerator busy.
 _BATCH = 16
-_BOOTSTRAPS = 200
 
 
 @command
@@ -64,8 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_folder(args.out, report.PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
     cases = read_cases(args)
-    if len(cases.inputs.values) < 2:
-        raise InputError("intervals and distances need at least 2 prompts or images")
+    # A distance needs two videos, an interval one more, which is left out.
+    needed = 2 if cases.shapes is None else 3
+    if len(cases.inputs.values) < needed:
+        raise InputError(
+            f"{len(cases.inputs.values)} prompts or images: intervals and distances need at least "
+            f"{needed}"
+        )
     layers = {name: load_layer_reports(name) for name in names}
     enable_compilation_cache()
 
@@ -82,7 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = range(args.seed, args.seed + args.seeds)
     sampled = sample(models, cases, size, guidance, seeds)
     results = {
-        "command": " ".join(["python -m qvd_jax.evaluate", *(argv or sys.argv[1:])]),
+        "command": "python -m qvd_jax.evaluate "
+        + shlex.join(sys.argv[1:] if argv is None else argv),
         **environment(),
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),
@@ -332,14 +339,15 @@ def _measure_shapes(
     rendered = [_rendered(count, [seed, part]) for part in range(2)]
     real = [frechet.video_features(*shapes.classifier, videos) for videos in rendered]
     expected = [moving_shapes.describe_scene(scene) for scene in shapes.scenes]
-    expected *= count // len(expected)
+    seeds = count // len(expected)
+    expected *= seeds
     reference_hits = reference_features = None
     for entry, found in zip(entries, sampled.values(), strict=True):
         hits = prompt_hits(found.videos, expected)
         features = frechet.video_features(*shapes.classifier, found.videos)
         entry["accuracy"] = {
             name: {"hits": p.hits, "value": p.value, "interval": p.interval()}
-            for name, p in prompt_accuracy(hits).items()
+            for name, p in prompt_accuracy(hits, seeds).items()
         }
         entry["frechet"] = frechet.frechet_distance(features, real[0])
         entry["frechet_real"] = frechet.frechet_distance(real[1], real[0])
@@ -347,12 +355,10 @@ def _measure_shapes(
         if reference_hits is None or reference_features is None:
             reference_hits, reference_features = hits, features
             continue
-        change, interval = paired_difference(reference_hits[:, -1], hits[:, -1])
+        change, interval = paired_difference(reference_hits[:, -1], hits[:, -1], seeds)
         entry["accuracy_change"] = {"value": change, "interval": interval}
-        entry["frechet_ratio"] = {
-            "value": entry["frechet"] / entries[0]["frechet"],
-            "interval": _ratio_interval(reference_features, features, real[0]),
-        }
+        ratio, interval = frechet_ratio(reference_features, features, real[0], seeds)
+        entry["frechet_ratio"] = {"value": ratio, "interval": interval}
 
 
 def _rendered(count: int, seed: list[int]) -> np.ndarray:
@@ -362,18 +368,25 @@ def _rendered(count: int, seed: list[int]) -> np.ndarray:
     return moving_shapes.render(held_out[rng.integers(len(held_out), size=count)], rng)
 
 
-def _ratio_interval(
-    reference: np.ndarray, candidate: np.ndarray, real: np.ndarray
-) -> tuple[float, float]:
-    """95% bootstrap interval of the ratio of two Frechet distances, pairs resampled together."""
-    rng = np.random.default_rng(0)
-    ratios = []
-    for _ in range(_BOOTSTRAPS):
-        rows = rng.integers(len(reference), size=len(reference))
-        distances = [frechet.frechet_distance(x[rows], real) for x in (candidate, reference)]
-        ratios.append(distances[0] / distances[1])
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    return float(low), float(high)
+def frechet_ratio(
+    reference: np.ndarray, candidate: np.ndarray, real: np.ndarray, seeds: int
+) -> tuple[float, tuple[float, float]]:
+    """The candidate's Frechet distance over the reference's, and its 95% interval.
+
+    Args:
+      reference: features of its videos, `[N, C]`, seed by seed.
+      candidate: of the same prompts and seeds, which are left out together.
+      real: features of real videos.
+      seeds: of each prompt.
+    """
+
+    def ratio(numbers: np.ndarray) -> float:
+        found, exact = (
+            frechet.frechet_distance(features[numbers], real) for features in (candidate, reference)
+        )
+        return found / exact
+
+    return jackknife(ratio, len(reference) // seeds, seeds)
 
 
 def _parser() -> argparse.ArgumentParser:

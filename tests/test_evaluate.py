@@ -176,6 +176,7 @@ def test_a_model_that_fails_among_others_is_named():
         (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "none does not exist; the folder"),
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
         (["--reference", "{tiny}"], "there are no prompts"),
+        (["--reference", "shapes", "--videos", "2"], "2 prompts or images: intervals and distance"),
         (["--reference", "shapes", "--condition", "a.png@0"], "has no SparseCtrl"),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
@@ -208,12 +209,3 @@ def test_files_are_named_like_their_models():
     assert evaluate._file_name("/runs/a/model") == "runs-a-model"
     assert evaluate._file_name("../runs/b/model") == "runs-b-model"
     assert evaluate._file_name("shapes") == "shapes"
-
-
-def test_ratio_interval_holds_the_ratio():
-    rng = np.random.default_rng(0)
-    real = rng.normal(size=(200, 8))
-    near, far = rng.normal(0.3, 1, (200, 8)), rng.normal(0.6, 1, (200, 8))
-    low, high = evaluate._ratio_interval(near, far, real)
-    assert low > 1
-    assert high < 20

@@ -4,7 +4,6 @@ import argparse
 import itertools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from qvd_jax import checkpoint
 from qvd_jax.benchmarks import growth, peers, products, profile, rounds, sampling, unet
 from qvd_jax.benchmarks.environment import environment, version
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
-from qvd_jax.cli import add_size_arguments, command, positive_int
+from qvd_jax.cli import add_size_arguments, command, command_line, positive_int
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
 from qvd_jax.pipelines.components import DTYPES
@@ -37,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(shown)
     if args.out:
         record = {
-            "command": f"python -m qvd_jax.benchmark {shlex.join(argv or sys.argv[1:])}",
+            "command": command_line("qvd_jax.benchmark", argv),
             "case": asdict(case),
             **environment(),
             "results": results,

@@ -22,6 +22,7 @@ from qvd_jax.cli import (
     positive_int,
     read_conditions,
     read_inputs,
+    restoring,
     seed_int,
     with_solver,
 )
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     inputs, conditions = read_inputs(args, source), read_conditions(args, source)
     enable_compilation_cache()
-    pipe = with_solver(load(source), args.scheduler)
+    with restoring(argv):
+        pipe = with_solver(load(source), args.scheduler)
     note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **conditions}
     layers = list_layers(pipe, options)

@@ -28,7 +28,6 @@ from qvd_jax import config as configs
 from qvd_jax import files
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
-from qvd_jax.memory import buffers_freed_at_once
 
 T = TypeVar("T")
 
@@ -237,13 +236,12 @@ def restore_params(
             raise InputError(f"{item} is damaged: its index cannot be read") from error
         check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
         if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
         )
         try:
-            with buffers_freed_at_once():
-                return checkpointer.restore(item, target)
+            return checkpointer.restore(item, target)
         except Exception as error:
             # Orbax's own message says nothing of use.
             raise InputError(

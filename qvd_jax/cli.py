@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, Solver
 from qvd_jax.errors import InputError
@@ -70,6 +71,11 @@ def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
         otherwise(lost)
 
 
+def command_line(module: str, argv: Sequence[str] | None) -> str:
+    """What runs the command again, quoted for a shell."""
+    return f"python -m {module} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+
+
 def enable_compilation_cache() -> str:
     """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -77,6 +83,14 @@ def enable_compilation_cache() -> str:
     jax.config.update("jax_compilation_cache_dir", place)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return place
+
+
+def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+    """For a command that loads checkpoints, to need less memory where the process is its own.
+
+    A program that passes `argv` itself keeps its allocator as it is.
+    """
+    return memory.buffers_freed_at_once() if argv is None else contextlib.nullcontext()
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -7,7 +7,6 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 import argparse
 import functools
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -30,12 +29,14 @@ from qvd_jax.cli import (
     add_size_arguments,
     check_same_inputs,
     command,
+    command_line,
     enable_compilation_cache,
     naming,
     note_unknown_words,
     positive_int,
     read_conditions,
     read_inputs,
+    restoring,
     seed_int,
     with_solver,
 )
@@ -69,14 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     needed = 2 if cases.shapes is None else 3
     if len(cases.inputs.values) < needed:
         raise InputError(
-            f"{len(cases.inputs.values)} prompts or images: intervals and distances need at least "
-            f"{needed}"
+            f"intervals and distances need at least {needed} prompts or images, "
+            f"there are {len(cases.inputs.values)}"
         )
     layers = {name: load_layer_reports(name) for name in names}
     enable_compilation_cache()
 
     sharding = devices_for(min(_BATCH, len(cases.inputs.values)))
-    models = {name: load(name, sharding=sharding) for name in names}
+    with restoring(argv):
+        models = {name: load(name, sharding=sharding) for name in names}
     reference = models[names[0]]
     note_unknown_words(reference, cases.inputs.names)
     solver = args.scheduler or reference.scheduler.solver
@@ -88,8 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = range(args.seed, args.seed + args.seeds)
     sampled = sample(models, cases, size, guidance, seeds)
     results = {
-        "command": "python -m qvd_jax.evaluate "
-        + shlex.join(sys.argv[1:] if argv is None else argv),
+        "command": command_line("qvd_jax.evaluate", argv),
         **environment(),
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),

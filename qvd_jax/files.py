@@ -78,10 +78,7 @@ def write_folder(path: Path, mark: str, *, overwrite: bool) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         if (path / mark).exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            path.rename(retired / path.name)
-            partial.rename(path)
-            shutil.rmtree(retired)
+            _replace_folder(path, partial)
         else:
             partial.rename(path)
     except InputError as error:
@@ -91,6 +88,19 @@ def write_folder(path: Path, mark: str, *, overwrite: bool) -> Iterator[Path]:
         raise InputError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(path: Path, new: Path) -> None:
+    """Puts a folder in another's place; the other keeps its name if that fails."""
+    retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+    old = retired / path.name
+    try:
+        path.rename(old)
+        new.rename(path)
+    finally:
+        if not path.exists():
+            old.rename(path)
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def read_arrays(file: Path) -> dict[str, np.ndarray]:

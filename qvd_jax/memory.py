@@ -49,7 +49,7 @@ def total_bytes() -> int:
 
 
 def _accelerator() -> dict[str, int]:
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     return stats if "bytes_limit" in stats else {}
 
 
@@ -78,6 +78,7 @@ def buffers_freed_at_once() -> Iterator[None]:
 
     Once large buffers were freed, glibc keeps buffers up to their size for each thread, in pieces:
     a restore that reads thousands of arrays by several threads then holds a third more than these.
+    Behind the block it adjusts nothing by itself any more, so this is for processes of ours alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is None:

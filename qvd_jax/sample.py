@@ -27,6 +27,7 @@ from qvd_jax.cli import (
     positive_int,
     read_conditions,
     read_inputs,
+    restoring,
     seed_int,
     with_solver,
 )
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_inputs(names)
     print(f"compilation cache: {enable_compilation_cache()}")
 
-    loaded = [timed_load(name, args, len(inputs.values)) for name in names]
+    with restoring(argv):
+        loaded = [timed_load(name, args, len(inputs.values)) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []

@@ -1,4 +1,4 @@
-"""Time and peak memory of restoring a checkpoint in a fresh process.
+"""Time and peak memory of restoring a checkpoint in a fresh process, as the commands do.
 
     python tests/measure_calibration.py --out calibration.json --keep runs/sd15
     python tests/measure_restore.py runs/sd15/int8 --out docs/results/restore_cpu.json
@@ -16,8 +16,10 @@ from qvd_jax import checkpoint
 RESTORE = """
 import sys, time
 import jax, qvd_jax
+from qvd_jax.memory import buffers_freed_at_once
 started = time.perf_counter()
-pipe = qvd_jax.load(sys.argv[1])
+with buffers_freed_at_once():
+    pipe = qvd_jax.load(sys.argv[1])
 jax.block_until_ready(pipe.params)
 print(time.perf_counter() - started)
 """

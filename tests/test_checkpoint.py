@@ -3,7 +3,9 @@
 import gc
 import json
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from pytorch_sources import edit_json
 
 import qvd_jax
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, cli, memory
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -96,6 +98,33 @@ def test_parameters_land_where_the_sharding_says(reference, tiny_checkpoint):
     assert all(leaf.sharding == sharding for leaf in jax.tree.leaves(pipe.params))
     assert all(leaf.sharding != sharding for leaf in jax.tree.leaves(reference.params))
     assert_bitwise_equal(pipe.params, reference.params)
+
+
+def test_a_host_whose_devices_are_not_the_first_loads_onto_its_own(tiny_checkpoint, monkeypatch):
+    """The first device of all is another host's, which tells nothing and takes nothing."""
+    monkeypatch.setattr(jax, "devices", lambda *_: [None])
+    params = qvd_jax.load(tiny_checkpoint).params
+    assert {leaf.device for leaf in jax.tree.leaves(params)} == {jax.local_devices()[0]}
+    assert memory.total_bytes() > 0
+
+
+def test_only_a_process_of_a_commands_own_has_its_allocator_changed(tiny_checkpoint, monkeypatch):
+    libraries = []
+    monkeypatch.setattr(memory.ctypes, "CDLL", libraries.append)
+    qvd_jax.load(tiny_checkpoint)
+    with cli.restoring(["--checkpoint", "a"]):
+        assert not libraries
+    with cli.restoring(None):
+        assert libraries == [None]
+
+
+def test_a_command_is_recorded_as_a_shell_reads_it(monkeypatch):
+    words = ["--prompt", "a red; circle", "--out", "it's"]
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    for argv in (words, None):
+        recorded = cli.command_line("qvd_jax.evaluate", argv)
+        assert shlex.split(recorded) == ["python", "-m", "qvd_jax.evaluate", *words]
+    assert shlex.split(cli.command_line("qvd_jax.evaluate", []))[3:] == []
 
 
 def test_orbax_alone_restores_a_component(reference, tiny_checkpoint):

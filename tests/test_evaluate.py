@@ -176,7 +176,7 @@ def test_a_model_that_fails_among_others_is_named():
         (["--reference", "{tiny}", "--candidate", "{tmp}/none"], "none does not exist; the folder"),
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
         (["--reference", "{tiny}"], "there are no prompts"),
-        (["--reference", "shapes", "--videos", "2"], "2 prompts or images: intervals and distance"),
+        (["--reference", "shapes", "--videos", "2"], "at least 3 prompts or images, there are 2"),
         (["--reference", "shapes", "--condition", "a.png@0"], "has no SparseCtrl"),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],

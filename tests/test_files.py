@@ -1,5 +1,7 @@
 """Files and folders appear whole or not at all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -47,6 +49,27 @@ def test_what_fails_leaves_what_was_there(tmp_path, error, expected, message):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
     assert [path.name for path in place.iterdir()] == ["mark.txt"]
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch, failing, error):
+    """Whichever of the two renames fails."""
+    place, renamed, rename = tmp_path / "results", [], Path.rename
+    write(place)
+    (place / "mark.txt").write_text("old")
+
+    def fail_once(path, target):
+        renamed.append(path)
+        if len(renamed) == failing:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises((InputError, KeyboardInterrupt), match=r"results could not be written|^$"):
+        write(place, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+    assert (place / "mark.txt").read_text() == "old"
 
 
 @pytest.mark.parametrize(

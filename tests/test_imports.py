@@ -14,7 +14,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"errors", "files"},
     "files": {"errors"},
-    "cli": {"checkpoint", "data", "diffusion", "errors", "files", "pipelines"},
+    "cli": {"checkpoint", "data", "diffusion", "errors", "files", "memory", "pipelines"},
     "checkpoint": GROUND | {"files", "memory"},
     "memory": {"axes", "errors"},
     "markdown": set(),

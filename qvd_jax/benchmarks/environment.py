@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return {
         "device": device.device_kind if device.platform != "cpu" else "cpu",
         "cpu": models[0] if models else platform.processor(),

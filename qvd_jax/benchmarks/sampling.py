@@ -19,7 +19,7 @@ import tqdm
 from qvd_jax import checkpoint, markdown, memory
 from qvd_jax.benchmarks.rounds import Run, Variant, in_fresh_process
 from qvd_jax.cli import enable_compilation_cache
-from qvd_jax.memory import tree_bytes
+from qvd_jax.memory import buffers_freed_at_once, tree_bytes
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import load, read_configs
 
@@ -53,7 +53,8 @@ class SampleCase:
 
 def build(case: SampleCase, variant: Variant) -> Run:
     """Sampling and decoding with the checkpoint that is the variant's mode."""
-    pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
+    with buffers_freed_at_once():
+        pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
     inputs, options = make_inputs(case, checkpoint.read_manifest(checkpoint.find(variant.mode)))
 
     def run() -> None:
@@ -232,7 +233,7 @@ def _sample_again(case: SampleCase, variant: Variant) -> tuple[float, int]:
 
 def _peak_bytes() -> int:
     """The most this process has held: on an accelerator there, else of ordinary memory."""
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     status = Path("/proc/self/status")

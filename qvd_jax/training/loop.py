@@ -180,9 +180,9 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
                     checkpoints.save(step + 1, state)
                 if (step + 1) % config.sheet_every == 0:
                     sheet = out / f"sheet-{step + 1:06d}.png"
-                    average = jax.device_put(state.average, jax.devices()[0])
+                    average = jax.device_put(state.average, jax.local_devices()[0])
                     video_io.write_contact_sheet(sheet, task.sheet(average))
-    return jax.device_put(state.average, jax.devices()[0])
+    return jax.device_put(state.average, jax.local_devices()[0])
 
 
 def data_mesh(config: LoopConfig) -> Mesh:

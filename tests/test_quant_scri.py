@@ -73,6 +73,19 @@ def test_rescaled_channels_leave_scri_where_it_is_and_break_minmax(seed):
     assert broken > 4 * plain
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 16), st.floats(-44, -3))
+def test_nearly_dead_channels_cost_the_others_nothing(seed, dead, exponent):
+    """Beside what constant ones cost; a float32 goes down to 1e-45."""
+    x, w = layer(seed)
+    x *= np.exp(np.random.default_rng(seed).normal(0, 1, x.shape[-1])).astype(np.float32)
+    x[..., :dead] = 0
+    constant = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
+    x[:, :, :dead] = np.float32(10**exponent) * np.linspace(-1, 1, len(x))[:, None, None]
+    found = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
+    assert found < 1.15 * constant
+
+
 def test_the_search_is_no_worse_than_any_of_its_candidates():
     x, w = layer(taps=3)
     x[..., :3] *= 30

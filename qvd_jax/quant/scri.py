@@ -6,6 +6,7 @@ fold into the weights and the centres into the bias.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -93,7 +94,7 @@ def search(
     positive = half[half > 0]
     if not len(positive):
         return integrate(lower, upper, jnp.float32(0), jnp.float32(1), activation_bits)
-    targets = np.geomspace(half.max(), positive.min(), RANGE_CANDIDATES).astype(np.float32)
+    targets = _range_candidates(positive)
     error = functools.partial(
         _error_of_candidate,
         lower,
@@ -116,6 +117,21 @@ def search(
         if (target, clip) == before:
             break
     return integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
+
+
+def _range_candidates(half: np.ndarray) -> np.ndarray:
+    """Values of R from the largest half-width down to the least, evenly apart in logarithms.
+
+    They lie at most a factor of two apart, however narrow a nearly dead channel is, and end where
+    float32 does not tell a channel beside the widest.
+
+    Args:
+      half: of the channels that are not constant.
+    """
+    widest = float(half.max())
+    narrowest = max(float(half.min()), widest * float(np.finfo(np.float32).eps))
+    count = max(RANGE_CANDIDATES, math.ceil(math.log2(widest / narrowest)) + 1)
+    return np.geomspace(widest, narrowest, count).astype(np.float32)
 
 
 @functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))

@@ -108,9 +108,7 @@ def attention_over_frames(qkv: Array, heads: int) -> Array:
 
 def split_heads(x: Array, parts: int, heads: int) -> tuple[Array, ...]:
     """Parts of the last axis, each divided among the heads: `[..., C]` to `[..., heads, D]`s."""
-    return tuple(
-        part.reshape(*part.shape[:-1], heads, -1) for part in jnp.split(x, parts, axis=-1)
-    )
+    return tuple(part.reshape(*part.shape[:-1], heads, -1) for part in jnp.split(x, parts, axis=-1))
 
 
 def _tpu(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:

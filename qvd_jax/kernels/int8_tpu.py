@@ -8,6 +8,7 @@ XLA's passes take 1.8.
 """
 
 import functools
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -75,8 +76,8 @@ Transposes = Literal["input", "output"] | None
 
 
 def can_use(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is worth its call for an input of this shape, `[N, L, C]`."""
-    return shape[0] * shape[1] >= _LEAST_TOKENS
+    """Whether the kernel is worth its call for an input of this shape, `[..., L, C]`."""
+    return math.prod(shape[:-1]) >= _LEAST_TOKENS
 
 
 def dense(
@@ -166,9 +167,7 @@ def _dense(
         return pl.BlockSpec((None, *shape), place)
 
     # Vectors lie along the axis of what they are multiplied with.
-    in_scale, in_offset = (
-        y[:, :, None] if read else y[:, None, :] for y in (in_scale, in_offset)
-    )
+    in_scale, in_offset = (y[:, :, None] if read else y[:, None, :] for y in (in_scale, in_offset))
     scale, bias = (y[:, :, None] if written else y[:, None, :] for y in (scale, bias))
     vector = pl.BlockSpec(
         (parts, width, 1) if written else (parts, 1, width),

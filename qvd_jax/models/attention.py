@@ -17,6 +17,7 @@ from qvd_jax.models.layers import (
     sinusoidal_positions,
 )
 
+
 class Context(NamedTuple):
     """What a spatial transformer is told beside its own input.
 

@@ -24,6 +24,7 @@ not clip it, and none where it does. The codes of the weights are integers and h
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,9 +35,17 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
-from qvd_jax.kernels import floating, int8
+from qvd_jax.kernels import floating, int8, int8_tpu
 from qvd_jax.kernels.patches import output_sizes
-from qvd_jax.models.layers import Configured, Conv, LayerSet
+from qvd_jax.models.layers import (
+    Configured,
+    Conv,
+    Dense,
+    LayerSet,
+    Normalized,
+    gated_product,
+    value_of,
+)
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
 
@@ -66,8 +75,8 @@ def kernel_dtype(spec: LayerSpec) -> DTypeLike:
     return jnp.int4 if spec.weight_bits <= 4 else jnp.int8
 
 
-class QuantDense(nn.Dense):
-    """`nn.Dense` whose product is int8 where `specs` names its path.
+class QuantDense(Dense):
+    """`Dense` whose product is int8 where `specs` names its path.
 
     Attributes:
       specs: of all quantized layers, by module path.
@@ -76,30 +85,70 @@ class QuantDense(nn.Dense):
     specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps `[..., C]` to `[..., O]`."""
+    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+        """Maps `[..., C]` to `[..., O]`, gated to `[..., O/2]`, and adds the residual."""
         spec = self.specs.get("/".join(self.path))
         if spec is None:
-            return super().__call__(x)
-        channels = x.shape[-1]
-        kernel = self.param(
-            "kernel", nn.initializers.zeros, (self.features, channels), kernel_dtype(spec)
-        )
+            return super().__call__(x, residual)
+        shape = (self.features, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))
         scale, bias = _output_params(self, self.features)
+        finish = functools.partial(self._finish, residual)
         if spec.activation_bits == 16:
-            product = _float_dot(x.astype(self.dtype), kernel)
-        elif spec.method == "htdq":
-            steps, ratio = _two_range_steps(self, x, spec)
-            sums = _sums(self, self.features)
+            return finish(_float_dot, value_of(x).astype(self.dtype), (kernel, scale, bias))
+        sums = _sums(self, self.features)
+        if spec.method == "htdq":
+            steps, ratio = _two_range_steps(self, value_of(x), spec)
             multiply = functools.partial(_two_range_dot, spec.activation_bits)
-            product = _straight_through(multiply, _float_dot, steps, kernel, sums, ratio)
-        else:
-            gain = _gain(self, spec)
-            steps, sums = _steps(self, x, spec, gain), _sums(self, self.features)
+
+            def product(steps: Array, kernel: Array, sums: Array) -> Array:
+                return _straight_through(multiply, _float_dot, steps, kernel, sums, ratio)
+
+            return finish(product, steps, (kernel, scale, bias, sums))
+        gain, limit = _gain(self, spec), max_code(spec.activation_bits)
+        scale, quantizer = scale * gain, _quantizer(self, shape[1], gain)
+
+        def in_passes(
+            x: Array | Normalized, quantizer: Any, by_output: Any, residual: Array | None
+        ) -> Array:
             multiply = functools.partial(_product_of_codes, int8.dot)
-            product = _straight_through(multiply, _float_dot, steps, kernel, sums)
-            scale = scale * gain
-        return _to_output(product, scale, bias).astype(self.dtype)
+            product = functools.partial(_straight_through, multiply, _float_dot)
+            steps = _steps(value_of(x), *quantizer, limit)
+            return self._finish(residual, product, steps, by_output)
+
+        def fused(
+            x: Array | Normalized, quantizer: Any, by_output: Any, residual: Array | None
+        ) -> Array:
+            kernel, scale, bias, _ = by_output
+            added = None if residual is None else _as_images(residual)
+            output = int8_tpu.Output(scale, bias, self.dtype, self.gated, added)
+            y = int8_tpu.dense(
+                _as_input(x, quantizer, limit), kernel.astype(jnp.int8), output, self.transposes
+            )
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        operands = x, quantizer, (kernel, scale, bias, sums), residual
+        if not int8_tpu.can_use(x.shape):
+            return in_passes(*operands)
+        return _fused_on_tpu(fused, in_passes, *operands)
+
+    def _finish(
+        self,
+        residual: Array | None,
+        product: Callable[..., Array],
+        inputs: Array,
+        by_output: tuple[Array, ...],
+    ) -> Array:
+        """What is done behind a product, given what by_output holds: kernel, scale, bias, sums."""
+
+        def scaled(inputs: Array, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
+            return _to_output(product(inputs, kernel, *sums), scale, bias).astype(self.dtype)
+
+        if self.gated:
+            y = gated_product(scaled, inputs, by_output, axis=0).astype(self.dtype)
+        else:
+            y = scaled(inputs, *by_output)
+        return y if residual is None else residual + y
 
 
 class QuantConv(Conv):
@@ -146,7 +195,8 @@ class QuantConv(Conv):
                 x, int8_conv = x[:, ::2, ::2], int8.upsampled_conv
                 differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
             multiply = functools.partial(_product_of_codes, int8_conv)
-            steps, sums = _steps(self, x, spec, gain), _sums(self, self.features)
+            limit, sums = max_code(spec.activation_bits), _sums(self, self.features)
+            steps = _steps(x, *_quantizer(self, channels, gain), limit)
             product = _straight_through(multiply, differentiate, steps, kernel, sums)
             y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
@@ -201,15 +251,17 @@ def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:
     return layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else 1.0
 
 
-def _steps(layer: nn.Module, x: Array, spec: LayerSpec, gain: Array | float) -> Array:
-    """The input in steps of its quantizer, clipped and not yet rounded."""
-    channels = x.shape[-1]
-    along = (1,) * (x.ndim - 1) + (channels,)
+def _quantizer(layer: nn.Module, channels: int, gain: Array | float) -> tuple[Array, Array]:
+    """Scale and offset of the input's quantizer, `[C]` each, float32."""
     scale = layer.param("in_scale", nn.initializers.ones, (channels,), SCALE_DTYPE)
     offset = layer.param("in_offset", nn.initializers.zeros, (channels,), jnp.float32)
-    limit = max_code(spec.activation_bits)
+    return scale.astype(jnp.float32) / gain, offset / gain
+
+
+def _steps(x: Array, scale: Array, offset: Array, limit: int) -> Array:
+    """The input in steps of its quantizer, clipped and not yet rounded."""
+    along = (1,) * (x.ndim - 1) + (-1,)
     with jax.named_scope(QUANTIZING):
-        scale, offset = scale.astype(jnp.float32) / gain, offset / gain
         steps = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
         return jnp.clip(steps, -limit, limit)
 
@@ -225,6 +277,47 @@ def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array
         steps = x.astype(jnp.float32) * scale + offset
         lowest = jnp.where(ratio == 0, -half, 0)
         return jnp.clip(steps, lowest, jnp.maximum(ratio, 1) * (half - 1)), ratio
+
+
+def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Input:
+    """The kernel's input, into whose scale and offset goes what a norm multiplies and adds."""
+    scale, offset = quantizer
+    if not isinstance(x, Normalized):
+        return int8_tpu.Input(_as_images(x), scale[None], offset[None], limit)
+
+    def by_image(values: Array) -> Array:
+        if len(values) > 1:
+            # Of videos; images of a video follow each other.
+            values = jnp.broadcast_to(values, (*x.shape[:2], *values.shape[2:]))
+        return _as_images(values)[:, 0]
+
+    scale, offset = by_image(x.scale * scale), by_image(x.offset * scale + offset)
+    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon)
+
+
+def _as_images(x: Array) -> Array:
+    """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
+    images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
+    return x.reshape(math.prod(images), -1, x.shape[-1])
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _fused_on_tpu(
+    fused: Callable[..., Array], in_passes: Callable[..., Array], *operands: Any
+) -> Array:
+    """A layer as one kernel on TPUs, and wherever derivatives are asked in XLA's passes."""
+    return lax.platform_dependent(*operands, tpu=fused, default=in_passes)
+
+
+@_fused_on_tpu.defjvp
+def _fused_on_tpu_jvp(
+    fused: Callable[..., Array],
+    in_passes: Callable[..., Array],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> tuple[Array, Array]:
+    del fused
+    return jax.jvp(in_passes, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

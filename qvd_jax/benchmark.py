@@ -12,7 +12,18 @@ from types import MappingProxyType
 from typing import Any
 
 from qvd_jax import checkpoint
-from qvd_jax.benchmarks import growth, peers, products, profile, rounds, sampling, unet
+from qvd_jax.benchmarks import (
+    chips,
+    compiled,
+    growth,
+    parts,
+    peers,
+    products,
+    profile,
+    rounds,
+    sampling,
+    unet,
+)
 from qvd_jax.benchmarks.environment import environment, version
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
 from qvd_jax.cli import add_size_arguments, command, command_line, positive_int
@@ -38,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = {
             "command": command_line("qvd_jax.benchmark", argv),
             "case": asdict(case),
-            **environment(),
+            **environment(_modelled_device(args)),
             "results": results,
             "table": shown,
         }
@@ -70,6 +81,19 @@ def measure_profile(args: argparse.Namespace) -> Measured:
     case, variants = _unet_variants(args)
     results = profile.measure(case, variants)
     return case, results, profile.table(results)
+
+
+def measure_compiled(args: argparse.Namespace) -> Measured:
+    """What a chip's compiler makes of one forward and its parts."""
+    chip = chips.find(args.chip)
+    case = _unet_case(args)
+    for part in args.part:
+        parts.check(part, case.config)
+    for policy in args.policy:
+        named_policy(policy)
+    variants = unet_variants(args.dtype, args.policy, {})
+    results = compiled.measure(case, chip, args.part, variants)
+    return case, results, compiled.table(results)
 
 
 def measure_sample(args: argparse.Namespace) -> Measured:
@@ -107,14 +131,20 @@ MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {
     "products": measure_products,
     "unet": measure_unet,
     "profile": measure_profile,
+    "compiled": measure_compiled,
     "sample": measure_sample,
     "memory": measure_memory,
     "growth": measure_growth,
 }
 
 
+def _modelled_device(args: argparse.Namespace) -> str | None:
+    return f"{args.chip}, compiled for, not run" if args.what == "compiled" else None
+
+
 def _unet_case(args: argparse.Namespace) -> unet.Case:
-    frames, height, width = args.frames or 8, args.height or 128, args.width or 128
+    frames, pixels = (16, 512) if args.what == "compiled" else (8, 128)
+    frames, height, width = args.frames or frames, args.height or pixels, args.width or pixels
     case = unet.Case(args.size, args.batch, frames, height // 8, width // 8)
     stride = 8 * case.config.stride
     limit = case.config.max_frames or frames
@@ -211,15 +241,17 @@ def _parser() -> argparse.ArgumentParser:
         "products": what.add_parser("products", help="every formulation of every product by shape"),
         "unet": what.add_parser("unet", help="one forward of the UNet, beside the peers'"),
         "profile": what.add_parser("profile", help="where the time of one forward goes"),
+        "compiled": what.add_parser("compiled", help="what a chip's compiler models, without one"),
         "sample": what.add_parser("sample", help="whole videos: start-up and time"),
         "memory": what.add_parser("memory", help="peak memory of loading and sampling"),
         "growth": what.add_parser("growth", help="cost by frames, size and number of videos"),
     }
     for name, one in parsers.items():
-        of_unet = name in ("products", "unet", "profile")
+        of_unet = name in ("products", "unet", "profile", "compiled")
         counted = "videos, guidance halves counted" if of_unet else "videos"
         if name != "growth":
-            one.add_argument("--batch", type=positive_int, default=1, metavar="B", help=counted)
+            batch = 2 if name == "compiled" else 1
+            one.add_argument("--batch", type=positive_int, default=batch, metavar="B", help=counted)
         add_size_arguments(one)
         if of_unet:
             one.add_argument(
@@ -233,6 +265,16 @@ def _parser() -> argparse.ArgumentParser:
             one.add_argument(
                 "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="(both)"
             )
+        if name == "compiled":
+            one.set_defaults(dtype=["bfloat16"])
+            one.add_argument("--chip", required=True, metavar="C", help=", ".join(chips.CHIPS))
+            one.add_argument(
+                "--part",
+                nargs="+",
+                default=[parts.UNET],
+                metavar="P",
+                help=f"{parts.UNET}, {parts.VAE}, or LEVEL.KIND such as 0.spatial (%(default)s)",
+            )
         if name == "unet":
             one.add_argument(
                 "--against",
@@ -241,7 +283,7 @@ def _parser() -> argparse.ArgumentParser:
                 metavar="PEER[:MODE],...",
                 help=f"{', '.join(peers.BUILDS)}, timed in turn with ours",
             )
-        if name in ("unet", "profile"):
+        if name in ("unet", "profile", "compiled"):
             one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
         if name == "growth":
             one.add_argument(

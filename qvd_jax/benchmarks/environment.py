@@ -19,17 +19,24 @@ _PACKAGES = (
     "diffusers",
     "torchao",
     "qwix",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cudnn-cu12",
 )
 
 
-def environment() -> dict[str, Any]:
-    """Hardware and versions a figure depends on."""
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Hardware and versions a figure depends on.
+
+    Args:
+      device: what a figure is about; None takes this machine's, and this process then has it.
+    """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    device = jax.local_devices()[0]
     return {
-        "device": device.device_kind if device.platform != "cpu" else "cpu",
+        "device": device or _device_kind(),
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -44,3 +51,8 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _device_kind() -> str:
+    device = jax.local_devices()[0]
+    return device.device_kind if device.platform != "cpu" else "cpu"

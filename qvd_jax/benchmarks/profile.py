@@ -19,19 +19,20 @@ from qvd_jax.kernels.int8 import SCOPE
 from qvd_jax.quant.layers import QUANTIZING
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
+PATCHES = "gathering patches"
 # The first that matches the name of an operation decides. Names are of the module and, last, the
 # primitive; what XLA fused bears the name of the fusion's last operation.
-_KINDS = {
-    "int8 products": rf"/{SCOPE}/.*(dot|dot_general|conv_general_dilated)$",
+KINDS = {
+    "int8 products": rf"/{SCOPE}/.*(dot|dot_general|conv_general_dilated|pallas_call)$",
     # The choice by platform inside it; the products around it have their own modules' names.
-    "attention": r"/attn\d/cond/",
+    "attention": r"/attn\d?/cond/",
     "float products": r"/(dot_general|conv_general_dilated)$",
-    "gathering patches": r"/(slice|pad|concatenate)$",
+    PATCHES: r"/(slice|pad|concatenate)$",
     # The shift to unsigned codes, for products of the CPU, is part of them.
     "quantizing": rf"/{QUANTIZING}/|/xor$",
     "norms": r"/(\w*norm\w*)/",
 }
-_OTHER = "all else"
+OTHER = "all else"
 
 
 def measure(case: unet.Case, variants: Sequence[Variant]) -> list[dict[str, Any]]:
@@ -63,7 +64,7 @@ def _profile(case: unet.Case, variant: Variant) -> dict[str, float]:
                     name = dict(event.stats).get("hlo_op")
                     if name is not None and not _is_container(name):
                         spent[kind(names.get(name, ""))] += event.duration_ns / 1e9
-    return {name: spent[name] for name in (*_KINDS, _OTHER)}
+    return {name: spent[name] for name in (*KINDS, OTHER)}
 
 
 def _is_container(instruction: str) -> bool:
@@ -73,12 +74,12 @@ def _is_container(instruction: str) -> bool:
 
 def kind(operation: str) -> str:
     """The kind of work of an operation, by its name in the compiled program."""
-    return next((name for name, pattern in _KINDS.items() if re.search(pattern, operation)), _OTHER)
+    return next((name for name, pattern in KINDS.items() if re.search(pattern, operation)), OTHER)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown: seconds, and the share of the variant's whole."""
-    rows = [{"work": name} for name in (*_KINDS, _OTHER, "together")]
+    rows = [{"work": name} for name in (*KINDS, OTHER, "together")]
     for r in results:
         title, whole = f"{r['mode']} {r['dtype']}, s", sum(r["seconds"].values())
         for row in rows:

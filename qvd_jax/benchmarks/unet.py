@@ -50,7 +50,7 @@ SIZES: dict[str, Callable[[], UNet3DConfig]] = {
 OURS = "qvd_jax"
 FLOAT_MODE = "float"
 
-_TEXT_LENGTH = 77
+TEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Case:
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What the UNet is called with: latents, timestep, text."""
         latents = (self.batch, self.frames, self.height, self.width, self.config.in_channels)
-        text = (self.batch, _TEXT_LENGTH, self.config.context_dim)
+        text = (self.batch, TEXT_LENGTH, self.config.context_dim)
         return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, (1,), text))
 
 

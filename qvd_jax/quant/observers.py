@@ -113,14 +113,16 @@ def _conv_rows(layer: nn.Conv, x: Array, places: Array) -> Array:
 
 
 def list_layers(
-    module: nn.Module, *inputs: Array | jax.ShapeDtypeStruct | None, method: str = "__call__"
+    module: nn.Module,
+    *inputs: Array | jax.ShapeDtypeStruct | None,
+    method: str | Callable[..., Any] = "__call__",
 ) -> list[Layer]:
     """The Dense and conv layers a module calls, with the shapes of the first call.
 
     Args:
       module: built of float layers.
       *inputs: what it is called with, or the shapes of it.
-      method: which of its methods is called.
+      method: which of its methods is called, or a function of the module and the inputs.
     """
     found: dict[str, Layer] = {}
     # By identity, and kept, so that no other gets it.

@@ -217,11 +217,17 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
             else f"no layer has such a path{did_you_mean(rule.pattern, list(deciding))}"
         )
         raise InputError(f"policy {policy.name!r}: rule {i + 1} ({rule.pattern!r}): {cause}")
-    decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
-    specs = {path: spec for path, spec in decided.items() if spec is not None}
+    specs = decide(policy, layers)
     if not specs:
         raise InputError(f"policy {policy.name!r} quantizes no layer; a rule with a spec is needed")
     return specs
+
+
+def decide(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+    """As `match`, of layers that need not be all the policy is about."""
+    deciding = {layer.path: policy.rule(layer.path) for layer in layers}
+    decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
+    return {path: spec for path, spec in decided.items() if spec is not None}
 
 
 def match_table(policy: Policy, layers: Sequence[Layer]) -> str:

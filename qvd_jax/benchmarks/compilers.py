@@ -1,0 +1,149 @@
+"""The compilers of chips that are not there: whether they are installed, and how they are asked."""
+
+import contextlib
+import importlib.metadata
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.topologies import get_topology_desc
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from qvd_jax.benchmarks.chips import Chip
+from qvd_jax.benchmarks.environment import version
+from qvd_jax.errors import InputError, first_line
+
+SCHEDULE = "schedule-analysis_final_bundles"
+"""What the TPU compiler calls the files that say how many bundles it scheduled."""
+
+_PACKAGES = {"tpu": ("libtpu", "tpu"), "cuda": ("jax-cuda12-plugin", "cuda12")}
+"""What has a platform's compiler, and the extra of JAX that asks for it."""
+
+_TARGETS = Path(__file__).parent
+
+
+def check_installed(chip: Chip) -> None:
+    """Raises `InputError` if a chip's compiler is missing, or not of a version for this JAX."""
+    package, extra = _PACKAGES[chip.platform]
+    ours, found = importlib.metadata.version("jax"), version(package)
+    command = f"pip install 'jax[{extra}]=={ours}'"
+    if found is None:
+        raise InputError(f"{package}, which compiles for a {chip.name}, is missing: {command}")
+    asked = _asked_of(package, extra)
+    if asked is not None and not _fits(asked, found, newer=chip.platform == "tpu"):
+        raise InputError(
+            f"{package} {found} does not fit jax {ours}, which asks for {asked.specifier}: "
+            f"{command}"
+        )
+
+
+def _asked_of(package: str, extra: str) -> Requirement | None:
+    """What the installed JAX asks of a package, if anything."""
+    asked = map(Requirement, importlib.metadata.requires("jax") or ())
+    return next(
+        (
+            one
+            for one in asked
+            if one.name == package and one.marker and one.marker.evaluate({"extra": extra})
+        ),
+        None,
+    )
+
+
+def _fits(asked: Requirement, found: str, *, newer: bool) -> bool:
+    """Whether a version is one of those that are asked for, or a newer one where that works too."""
+    if asked.specifier.contains(found):
+        return True
+    wanted = [Version(one.version.removesuffix(".*")) for one in asked.specifier]
+    return newer and Version(found) >= max(wanted)
+
+
+@contextlib.contextmanager
+def environment(chip: Chip, dump: str | None = None) -> Iterator[None]:
+    """Has processes started inside the block find the compiler and leave accelerators alone.
+
+    Args:
+      chip: what for.
+      dump: a folder for the schedules of a TPU's kernels.
+    """
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if chip.platform == "tpu":
+        flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
+        if dump:
+            flags.append(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
+            flags.append(f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE}")
+        settings |= {
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": " ".join(flags).strip(),
+            # Else it asks the network for the machine it runs on, and complains about the answer.
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+            "TPU_WORKER_HOSTNAMES": "localhost",
+            "TPU_MIN_LOG_LEVEL": "3",
+            "TPU_STDERR_LOG_LEVEL": "3",
+        }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def placement(chip: Chip) -> NamedSharding:
+    """Puts arrays whole on one chip that is not there.
+
+    Raises:
+      InputError: its compiler cannot be had.
+    """
+    try:
+        devices = _devices(chip)
+    except Exception as error:  # Each compiler has its own kinds.
+        raise InputError(_refusal(chip, error)) from error
+    return NamedSharding(Mesh(np.array(devices), ("chip",)), PartitionSpec())
+
+
+def options(chip: Chip) -> dict[str, Any]:
+    """What the compiler must be told: CUDA's would try kernels out on the chip."""
+    return {"xla_gpu_autotune_level": 0} if chip.platform == "cuda" else {}
+
+
+def _devices(chip: Chip) -> list[jax.Device]:
+    if chip.platform == "cuda":
+        target = (_TARGETS / f"{chip.name}.txtpb").read_text(encoding="utf-8")
+        topology = get_topology_desc(
+            platform="cuda", topology_name="", topology=chip.topology, target_config=target
+        )
+    else:
+        topology = get_topology_desc(
+            platform="tpu",
+            topology_name=chip.topology,
+            chip_config_name="default",
+            chips_per_host_bounds=(1, 1, 1),
+            num_slices=1,
+        )
+    return list(topology.devices)
+
+
+def _refusal(chip: Chip, error: Exception) -> str:
+    package, extra = _PACKAGES[chip.platform]
+    text = str(error)
+    if re.search(r"already in use|lockfile|lock file", text):
+        return (
+            f"{package} is held by another process, or the lock of one that ended was left behind: "
+            f"{first_line(error)}"
+        )
+    return (
+        f"{package} {version(package)} with jax {jax.__version__} gives no {chip.name}: "
+        f"{first_line(error)}; pip install 'jax[{extra}]=={jax.__version__}' installs what fits"
+    )

@@ -1,0 +1,228 @@
+"""What is compiled: the whole UNet, what decodes one video, or parts of the UNet, by name.
+
+    unet           one forward of the UNet
+    vae            the VAE's decoder, with one video
+    LEVEL.KIND     a part of the UNet, as it stands in it
+
+LEVEL counts from the highest resolution: 0, 1, ... are those of the way down, up0, up1, ... of the
+way up, between them mid. KIND is one of `KINDS`; its layer is the last of the level, in the middle
+the one with the transformer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+
+from qvd_jax.benchmarks.unet import TEXT_LENGTH, Case
+from qvd_jax.errors import InputError
+from qvd_jax.models.attention import Context
+from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.models.layers import FLOAT, LayerSet
+from qvd_jax.models.stages import Layer, Stage, down_stages, mid_stage, up_stages
+from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_bytes
+
+UNET = "unet"
+VAE = "vae"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network, or a part of one, that a program is compiled of.
+
+    Attributes:
+      network: makes the network of layers.
+      method: called with the network, and with `inputs`.
+      inputs: shapes, of the dtype that is asked for.
+    """
+
+    network: Callable[[LayerSet], nn.Module]
+    method: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+class Kind(NamedTuple):
+    """A kind of part.
+
+    Attributes:
+      exists: whether a stage has one in its layer of a number.
+      inputs: names of what it is called with, as in `_inputs`.
+      call: of the stage, its layer, and the inputs.
+    """
+
+    exists: Callable[[Stage, int], bool]
+    inputs: tuple[str, ...]
+    call: Callable[..., Any]
+
+
+def _always(stage: Stage, number: int) -> bool:
+    return True
+
+
+def _has_attention(stage: Stage, number: int) -> bool:
+    return stage.has_attention[number]
+
+
+def _has_motion(stage: Stage, number: int) -> bool:
+    return stage.has_motion[number]
+
+
+def _has_sampler(stage: Stage, number: int) -> bool:
+    return stage.sampler is not None
+
+
+def _sample(stage: Stage, layer: Layer, x: Any) -> Any:
+    return stage.downsample(x) if stage.sampler == "down" else stage.upsample(x)
+
+
+def _self_attention(stage: Stage, layer: Layer, x: Any) -> Any:
+    block = layer.attention.block
+    return x + block.attn1(block.norm1(x))
+
+
+def _cross_attention(stage: Stage, layer: Layer, x: Any, context: Any) -> Any:
+    block = layer.attention.block
+    return x + block.attn2(block.norm2(x), context)
+
+
+def _feed_forward(stage: Stage, layer: Layer, x: Any) -> Any:
+    block = layer.attention.block
+    return x + block.ff(block.norm3(x))
+
+
+def _temporal_attention(stage: Stage, layer: Layer, x: Any) -> Any:
+    block = layer.motion_module.block
+    return x + block.attn1(block.norm1(x))
+
+
+KINDS = {
+    # A resnet with all that follows it up to the next.
+    "layer": Kind(
+        _always,
+        ("wide", "temporal", "context"),
+        lambda stage, layer, *inputs: layer(*inputs),
+    ),
+    "resnet": Kind(
+        _always, ("wide", "temporal"), lambda stage, layer, *inputs: layer.resnet(*inputs)
+    ),
+    "spatial": Kind(
+        _has_attention, ("x", "context"), lambda stage, layer, *inputs: layer.attention(*inputs)
+    ),
+    "motion": Kind(_has_motion, ("x",), lambda stage, layer, x: layer.motion_module(x)),
+    # Each with the norm before it and the addition behind it.
+    "self_attention": Kind(_has_attention, ("tokens",), _self_attention),
+    "cross_attention": Kind(_has_attention, ("tokens", "context"), _cross_attention),
+    "feed_forward": Kind(_has_attention, ("tokens",), _feed_forward),
+    "temporal_attention": Kind(_has_motion, ("frames",), _temporal_attention),
+    # The convolution that halves or doubles the resolution.
+    "sampler": Kind(_has_sampler, ("x",), _sample),
+}
+
+
+def names(config: UNet3DConfig) -> list[str]:
+    """The names of all that can be compiled of a UNet, and of the VAE."""
+    return [
+        UNET,
+        VAE,
+        *(
+            f"{level}.{name}"
+            for level, (stage, number, _) in _levels(config).items()
+            for name, kind in KINDS.items()
+            if kind.exists(stage, number)
+        ),
+    ]
+
+
+def check(name: str, config: UNet3DConfig) -> None:
+    """Raises `InputError` if a name is none of `names`."""
+    known = names(config)
+    if name not in known:
+        raise InputError(f"unknown part {name!r}; known are {', '.join(known)}")
+
+
+def find(name: str, case: Case, dtype: DTypeLike) -> Part:
+    """The part of a name.
+
+    Args:
+      name: one of `names`.
+      case: the UNet, and how large its inputs are.
+      dtype: of the inputs, timesteps excepted.
+    """
+    latents, timesteps, text = case.shapes()
+    if name == VAE:
+        # The pipelines decode one video after the other.
+        return Part(
+            lambda layers: AutoencoderKL(VAEConfig(), layers),
+            lambda vae, latents: to_bytes(vae.decode(latents / vae.config.scaling_factor)),
+            (jax.ShapeDtypeStruct((1, *latents.shape[1:]), dtype),),
+        )
+
+    def network(layers: LayerSet) -> nn.Module:
+        return UNet3D(case.config, layers)
+
+    if name == UNET:
+        latents, text = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (latents, text))
+        return Part(network, UNet3D.__call__, (latents, timesteps, text))
+    level, _, kind = name.partition(".")
+    place = _levels(case.config)[level]
+
+    def call(unet: UNet3D, *inputs: Any) -> Any:
+        stage = place.bound(unet)
+        return KINDS[kind].call(stage, stage.blocks[place.number], *inputs)
+
+    shapes = _inputs(case, place.stage, place.number, dtype)
+    return Part(network, call, tuple(shapes[given] for given in KINDS[kind].inputs))
+
+
+class _Place(NamedTuple):
+    """The layer of a level that is taken: that of a number in a stage of the UNet."""
+
+    stage: Stage
+    number: int
+    bound: Callable[[UNet3D], Stage]
+
+
+def _levels(config: UNet3DConfig) -> dict[str, _Place]:
+    depth, last = len(config.block_channels), config.layers_per_block
+    down, up = down_stages(config, FLOAT), up_stages(config, FLOAT)
+
+    def on_the_way(direction: str, number: int) -> Callable[[UNet3D], Stage]:
+        return lambda unet: getattr(unet, direction)[number]
+
+    places = {
+        str(level): _Place(down[level], last - 1, on_the_way("down_blocks", level))
+        for level in range(depth)
+    }
+    places["mid"] = _Place(mid_stage(config, FLOAT), 0, lambda unet: unet.mid_block)
+    for level in range(depth):
+        number = depth - 1 - level
+        places[f"up{level}"] = _Place(up[number], last, on_the_way("up_blocks", number))
+    return places
+
+
+def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str, Any]:
+    """What the kinds of parts are called with, by name."""
+    config, level = case.config, stage.level
+    channels, heads = config.block_channels[level], config.num_heads[level]
+    height, width = case.height >> level, case.width >> level
+    positions = height * width
+    keys = (case.batch, TEXT_LENGTH, heads, channels // heads)
+
+    def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    return {
+        "x": shape(case.batch, case.frames, height, width, channels),
+        # With the skip's channels.
+        "wide": shape(case.batch, case.frames, height, width, stage.in_channels[number]),
+        "tokens": shape(case.batch, case.frames, positions, channels),
+        "frames": shape(case.batch, positions, case.frames, channels),
+        "temporal": shape(1, channels),
+        "context": jax.eval_shape(Context, shape(*keys), shape(*keys))
+        if stage.has_attention[number]
+        else None,
+    }

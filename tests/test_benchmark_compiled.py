@@ -1,6 +1,8 @@
 """`python -m qvd_jax.benchmark compiled`: what a compiler's text says, and refusals in one line."""
 
+import json
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,11 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qvd_jax.benchmarks import chips, compiled, hlo, roof
+from qvd_jax import benchmark
+from qvd_jax.benchmarks import chips, compiled, compilers, hlo, roof, rounds
+from qvd_jax.benchmarks.rounds import Variant
+from qvd_jax.benchmarks.unet import Case
+from qvd_jax.errors import InputError
 
 # Written by hand: a loop of 5 turns around a loop of 3, told in two ways; a choice; a fusion in a
 # fusion; a kernel written by hand; what costs nothing.
@@ -152,17 +158,24 @@ def function(x, w, images, kernel):
     convolved = lax.conv_general_dilated(
         images, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return total, chosen, convolved, doubled(convolved.reshape(-1, 16))
+    return total, chosen, convolved, doubled(convolved.reshape(-1, 128))
+
+
+ROWS = 8
+"""Of each step of the kernel's grid."""
 
 
 def doubled(x):
-    def body(x_ref, out_ref):
-        out_ref[...] = jnp.dot(x_ref[...], x_ref[...].T) @ x_ref[...]
+    """A kernel of two products for each `ROWS` of `x`, `[N, 128]`."""
 
-    spec = pl.BlockSpec((4, 16), lambda i: (i, 0))
+    def body(x_ref, out_ref):
+        rows = x_ref[...]
+        out_ref[...] = lax.dot_general(rows, rows, (((1,), (1,)), ((), ()))) @ rows
+
+    spec = pl.BlockSpec((ROWS, 128), lambda i: (i, 0))
     return pl.pallas_call(
         body,
-        grid=(len(x) // 4,),
+        grid=(len(x) // ROWS,),
         in_specs=[spec],
         out_specs=spec,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -175,12 +188,12 @@ def test_the_roof_counts_the_products_of_the_platform():
         jax.ShapeDtypeStruct((3, 4, 8), jnp.int8),
         jax.ShapeDtypeStruct((8, 2), jnp.int8),
         jax.ShapeDtypeStruct((2, 6, 6, 5), jnp.float32),
-        jax.ShapeDtypeStruct((3, 3, 5, 16), jnp.float32),
+        jax.ShapeDtypeStruct((3, 3, 5, 128), jnp.float32),
     )
     jaxpr = jax.make_jaxpr(function)(*shapes).jaxpr
-    convolution = 2 * (2 * 4 * 4 * 16) * (3 * 3 * 5)
+    convolution = 2 * (2 * 4 * 4 * 128) * (3 * 3 * 5)
     rows = 2 * 4 * 4
-    kernel = (rows // 4) * (2 * 4 * 4 * 16) * 2
+    kernel = (rows // ROWS) * 2 * (2 * ROWS * ROWS * 128)
     int8 = 3 * 2 * 4 * 8 * 2
     expected = {"int8": int8, "float32": convolution + kernel}
     assert roof.operations(jaxpr, "tpu") == expected
@@ -188,9 +201,10 @@ def test_the_roof_counts_the_products_of_the_platform():
         "float32": expected["float32"] + 2 * 2 * 6 * 6 * 5
     }
     (found,) = roof.kernels(jaxpr, "tpu")
-    assert found == ("doubled", ((rows, 16),), rows // 4, {"float32": kernel})
-    handed = 3 * 4 * 8 + 8 * 2 + 4 * (2 * 6 * 6 * 5 + 3 * 3 * 5 * 16)
-    assert roof.handed_bytes(jaxpr) == handed + 4 * (4 * 2 + 1 + 2 * rows * 16)
+    shape = ((rows, 128),)
+    assert found[:-1] == ("doubled", shape, shape, rows // ROWS, {"float32": kernel})
+    handed = 3 * 4 * 8 + 8 * 2 + 4 * (2 * 6 * 6 * 5 + 3 * 3 * 5 * 128)
+    assert roof.handed_bytes(jaxpr) == handed + 4 * (4 * 2 + 1 + 2 * rows * 128)
 
 
 def test_the_roof_is_the_slower_of_computing_and_reading():
@@ -199,3 +213,164 @@ def test_the_roof_is_the_slower_of_computing_and_reading():
     counts = roof.Counter(one_second)
     assert roof.seconds(counts, 0, chip) == pytest.approx(1)
     assert roof.seconds(counts, int(3 * chip.bandwidth), chip) == pytest.approx(3)
+
+
+TINY = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
+V5E = ["compiled", "--chip", "v5e", *TINY]
+
+
+@pytest.fixture
+def needs_libtpu():
+    """Skips where there is no TPU compiler, or not one for this JAX, and says so."""
+    try:
+        compilers.check_installed(chips.find("v5e"))
+    except InputError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.usefixtures("needs_libtpu")
+def test_a_part_is_compiled_for_a_chip_that_is_not_there(tmp_path, capsys):
+    out = tmp_path / "v5e.json"
+    options = ["--part", "mid.feed_forward", "--policy", "qvd-w8a8", "--out", str(out)]
+    assert benchmark.main([*V5E, *options]) == 0
+    record = json.loads(out.read_text())
+    assert record["device"] == "v5e, compiled for, not run"
+    assert {"jax", "libtpu"} <= set(record["versions"])
+    floating, int8 = record["results"]
+    for result in (floating, int8):
+        assert result["modelled_ms"] == pytest.approx(sum(result["modelled_ms_by_kind"].values()))
+        assert result["modelled_ms"] > result["roof_ms"] > 0
+        assert 0 < result["peak_memory_bytes"] < result["chip_memory_bytes"]
+        assert result["program_bytes"] > 0
+    assert floating["products"] == {"bf16 x bf16": 2}
+    assert int8["products"] == {"s8 x s8": 2}
+    assert floating["modelled_ms_by_kind"]["int8 products"] == 0
+    assert int8["modelled_ms_by_kind"]["int8 products"] > 0
+    tokens, channels = 2 * 2 * 1, 64
+    operations = 2 * tokens * (channels * 8 * channels + 4 * channels * channels)
+    assert floating["operations"] == {"bfloat16": operations}
+    assert int8["operations"] == {"int8": operations}
+    assert "| mid.feed_forward | qvd-w8a8 bfloat16 |" in capsys.readouterr().out
+    assert record["table"].splitlines()[0].startswith("| part | layers | modelled ms |")
+
+
+def describe_doubled(dump):
+    chip, x = chips.find("v5e"), jax.ShapeDtypeStruct((512, 128), jnp.float32)
+    (kernel,) = roof.kernels(jax.make_jaxpr(doubled)(x).jaxpr, "tpu")
+    bundles = compilers.bundles(chip, kernel.call, dump)
+    return bundles, compiled.describe(chip, doubled, (x,), {kernel.key: bundles})
+
+
+@pytest.mark.usefixtures("needs_libtpu")
+def test_kernels_written_by_hand_are_counted_by_their_bundles(tmp_path):
+    with compilers.environment(chips.find("v5e"), str(tmp_path)):
+        bundles, found = rounds.in_fresh_process("the kernel", describe_doubled, tmp_path)
+    # Two products of eight rows are some dozens of instructions, four and more a bundle.
+    assert 20 < bundles < 2000
+    (kernel,) = found["handwritten"]
+    assert (kernel["grid_steps"], kernel["bundles_a_step"]) == (512 // ROWS, bundles)
+    assert kernel["modelled_by"] == "bundles, without waits for memory"
+    assert kernel["modelled_ms"] == pytest.approx(512 // ROWS * bundles / 1.5e6)
+    assert found["modelled_ms"] >= kernel["modelled_ms"]
+    assert found["kernels"] == {"tpu_custom_call": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--chip", "v4"], "unknown chip 'v4'; known are v5e, v5p, v6e, h200"),
+        (
+            ["--part", "unet", "1.spatial"],
+            r"unknown part '1.spatial'; known are unet, vae, 0",
+        ),
+        (["--height", "24"], "24x16 pixels: both sides must be multiples of 16"),
+        (["--policy", "w9"], "unknown policy 'w9'"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(capsys, arguments, message):
+    assert benchmark.main([*V5E, *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("chip", "found", "message"),
+    [
+        ("v5e", None, r"libtpu, which compiles for a v5e, is missing; .*'jax\[tpu\]=="),
+        (
+            "v6e",
+            "0.0.1",
+            r"libtpu 0.0.1 does not fit jax .* asks for .*'jax\[tpu\]==",
+        ),
+        ("h200", None, r"jax-cuda12-plugin, .* is missing; .*pip install 'jax\[cuda12\]=="),
+        ("h200", "99.0", r"jax-cuda12-plugin 99.0 does not fit jax"),
+    ],
+)
+def test_a_compiler_that_is_missing_or_does_not_fit_is_named(
+    capsys, monkeypatch, chip, found, message
+):
+    monkeypatch.setattr(compilers, "version", lambda package: found)
+    assert benchmark.main(["compiled", "--chip", chip, *TINY]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
+def test_a_newer_compiler_than_jax_asks_for_is_taken_on_a_tpu(monkeypatch):
+    monkeypatch.setattr(compilers, "version", lambda package: "99.0")
+    compilers.check_installed(chips.find("v5e"))
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            'ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "$ sudo rm',
+            "libtpu is held by another process, or the lock of one that ended was left behind: ABO",
+        ),
+        (
+            "ABORTED: The TPU is already in use by process with pid 1.",
+            "libtpu is held by another process, .*: ABORTED: The TPU is already in use by process",
+        ),
+        ("no such\nfunction", r"gives no v5e: no such; pip install 'jax\[tpu\]=="),
+    ],
+)
+def test_a_compiler_that_cannot_be_had_is_refused(monkeypatch, said, message):
+    def refuse(**_):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(compilers, "get_topology_desc", refuse)
+    with pytest.raises(InputError, match=message):
+        compilers.placement(chips.find("v5e"))
+
+
+def test_what_the_memory_cannot_hold_is_refused_with_what_fits(monkeypatch):
+    monkeypatch.setattr(compilers, "placement", lambda chip: None)
+    chip, variant = chips.find("v5e"), Variant("qvd_jax", "minmax-w8a8", "bfloat16")
+    part = "0.resnet"
+    # Latents of 4096x4096 positions: 64 channels of 2 bytes at each, twice.
+    case = Case("tiny", 2, 16, 4096, 4096)
+    with pytest.raises(InputError) as refused:
+        compiled.check(case, chip, [(part, variant)])
+    message = str(refused.value)
+
+    frames = int(re.search(r"at most (\d+) frames", message)[1])
+    assert 0 < frames < 16
+    compiled.check(replace(case, frames=frames), chip, [(part, variant)])
+    with pytest.raises(InputError, match=r"needs .* GB or more, a v5e has 17\.2"):
+        compiled.check(replace(case, frames=frames + 1), chip, [(part, variant)])
+    side = int(re.search(r"16 of (\d+)x", message)[1]) // 8
+    compiled.check(replace(case, height=side, width=side), chip, [(part, variant)])
+
+
+def test_a_compiler_that_runs_out_of_memory_says_what_fits(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (40.00G) exceeds available HBM (15.75G). HLO "
+            "module: jit__lambda.\nSee https://openxla.org/xla/errors/error_1000"
+        )
+
+    monkeypatch.setattr(compiled, "describe", refuse)
+    program = ("0.resnet", Variant("qvd_jax", "float", "bfloat16"))
+    with pytest.raises(InputError, match=r"0\.resnet float .* needs 42\.9 GB or more, .* 6 fr"):
+        compiled.compile_program(Case("tiny", 2, 16, 64, 64), chips.find("v5e"), program, {})

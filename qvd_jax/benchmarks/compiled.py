@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,16 +41,23 @@ KINDS = (
     COPIES,
     profile.OTHER,
 )
-"""Kinds of work."""
+"""Kinds of work; gathering patches is among the copies."""
 
-_KERNEL = "tpu_custom_call"
-_BUNDLES = re.compile(r"total scheduled bundles:\s*(\d+)")
+_HANDWRITTEN = "tpu_custom_call"
+_LARGEST_SHOWN = 5
+_OUT_OF_MEMORY = re.compile(r"Ran out of memory.*?\(([\d.]+)G\) exceeds")
+
+Program = tuple[str, Variant]
+"""The name of a part, and the layers it is made of."""
+
+Bundles = dict[roof.Key, int]
+"""Of kernels written by hand, how many bundles of instructions one step of the grid is."""
 
 
 def measure(
     case: Case, chip: Chip, names: Sequence[str], variants: Sequence[Variant]
 ) -> list[dict[str, Any]]:
-    """Compiles parts, each in every variant, each in a process of its own.
+    """Compiles parts, each in every variant.
 
     Args:
       case: the UNet and its inputs.
@@ -59,7 +66,7 @@ def measure(
       variants: ours; the VAE, which no policy quantizes, is compiled in the float ones.
 
     Returns:
-      For each program what `compile_program` finds.
+      For each program its part, mode and dtype, and what `describe` says of it.
 
     Raises:
       InputError: the compiler cannot be had, or the chip's memory is too small.
@@ -71,33 +78,56 @@ def measure(
         for variant in variants
         if name != parts.VAE or variant.mode == FLOAT_MODE
     ]
-    with compilers.environment(chip):
-        in_fresh_process("the estimate", check, case, chip, programs)
+    with tempfile.TemporaryDirectory() as dump, compilers.environment(chip, dump):
+        bundles = in_fresh_process("the estimate", prepare, case, chip, programs, Path(dump))
     results = []
-    with tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
-        for name, variant in bar:
-            what = f"{name} {variant.mode} {variant.dtype}"
+    with compilers.environment(chip), tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
+        for program in bar:
+            what = f"{program[0]} {program[1].mode} {program[1].dtype}"
             bar.set_postfix_str(what)
-            with tempfile.TemporaryDirectory() as dump, compilers.environment(chip, dump):
-                results.append(
-                    in_fresh_process(what, compile_program, case, chip, name, variant, dump)
-                )
+            results.append(in_fresh_process(what, compile_program, case, chip, program, bundles))
     return results
 
 
-def check(case: Case, chip: Chip, programs: Sequence[tuple[str, Variant]]) -> None:
+def prepare(case: Case, chip: Chip, programs: Sequence[Program], dump: Path) -> Bundles:
+    """Checks that all can be compiled, and compiles the kernels written by hand alone.
+
+    Alone, for to have a whole program's schedules written takes as long as to compile it twice.
+
+    Args:
+      case: the UNet and its inputs.
+      chip: what for.
+      programs: the parts and variants.
+      dump: the folder for the kernels' schedules.
+
+    Raises:
+      InputError: the compiler cannot be had, or the chip's memory is too small.
+    """
+    check(case, chip, programs)
+    found: Bundles = {}
+    if chip.clock is not None:
+        for name, variant in programs:
+            function, arguments = _function(_part(case, name, variant), variant)
+            jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+            for kernel in roof.kernels(jaxpr, chip.platform):
+                if kernel.key not in found:
+                    found[kernel.key] = compilers.bundles(chip, kernel.call, dump)
+    return found
+
+
+def check(case: Case, chip: Chip, programs: Sequence[Program]) -> None:
     """Raises `InputError` if the compiler cannot be had or the chip's memory is too small."""
     compilers.placement(chip)
     for name, variant in programs:
-        part = parts.find(name, case, jnp.dtype(variant.dtype))
-        weights, working = needed_bytes(part, variant)
+        weights, working = least_bytes(_part(case, name, variant), variant)
         if weights + working > chip.memory:
-            raise InputError(_too_large(case, chip, f"{name} {variant.mode}", weights, working))
+            raise _too_large(case, chip, (name, variant), weights, working)
 
 
-def needed_bytes(part: Part, variant: Variant) -> tuple[int, int]:
+def least_bytes(part: Part, variant: Variant) -> tuple[int, int]:
     """What a part needs at least: of weights, and of its inputs and the largest of a layer."""
-    layers, specs = _layers(part, variant), _specs(part, variant)
+    layers = _layers(part, variant)
+    specs = _specs(layers, variant)
     bits = 8 * jnp.dtype(variant.dtype).itemsize
     weights = sum(
         layer.parameters * (specs[layer.path].weight_bits if layer.path in specs else bits)
@@ -107,65 +137,76 @@ def needed_bytes(part: Part, variant: Variant) -> tuple[int, int]:
     return weights // 8, tree_bytes(part.inputs) + largest * bits // 8
 
 
-def compile_program(
-    case: Case, chip: Chip, name: str, variant: Variant, dump: str
-) -> dict[str, Any]:
-    """Compiles one part; to be called inside `compilers.environment` in a fresh process.
+def compile_program(case: Case, chip: Chip, program: Program, bundles: Bundles) -> dict[str, Any]:
+    """Compiles one part in one variant; see `measure` and `describe`."""
+    name, variant = program
+    part = _part(case, name, variant)
+    function, arguments = _function(part, variant)
+    try:
+        found = describe(chip, function, arguments, bundles)
+    except jax.errors.JaxRuntimeError as error:
+        raise _refused(case, chip, program, error) from error
+    if found["peak_memory_bytes"] > chip.memory:
+        weights, _ = least_bytes(part, variant)
+        raise _too_large(case, chip, program, weights, found["peak_memory_bytes"] - weights)
+    return {"part": name, "mode": variant.mode, "dtype": variant.dtype, **found}
 
-    Args:
-      case: the UNet and its inputs.
-      chip: what for.
-      name: of the part.
-      variant: float, or a policy's.
-      dump: the folder for the schedules of a TPU's kernels.
 
-    Returns:
-      The part and the variant; `modelled_ms` of all runs of all operations and of each kind of
-      work, None where the compiler estimates nothing; what the kernels written by hand are counted
-      as; the least the chip could take; memory; how many products, copies and kernels the program
-      has; how long it took to make it.
+def _part(case: Case, name: str, variant: Variant) -> Part:
+    return parts.find(name, case, jnp.dtype(variant.dtype))
 
-    Raises:
-      InputError: the chip's memory is too small.
-    """
-    part = parts.find(name, case, jnp.dtype(variant.dtype))
+
+def _function(part: Part, variant: Variant) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What is compiled, and the shapes it is called with."""
     network = part.network(_layer_set(part, variant))
     init = functools.partial(network.init, method=part.method)
     params = jax.eval_shape(init, jax.random.key(0), *part.inputs)
+    return functools.partial(network.apply, method=part.method), (params, *part.inputs)
+
+
+def describe(
+    chip: Chip, function: Callable[..., Any], arguments: tuple[Any, ...], bundles: Bundles
+) -> dict[str, Any]:
+    """Compiles a function; to be called inside `compilers.environment` in a fresh process.
+
+    Args:
+      chip: what for.
+      function: of arrays.
+      arguments: shapes of them.
+      bundles: of the kernels written by hand that it calls.
+
+    Returns:
+      `modelled_ms` of one call, and of each kind of work in it; None where the compiler estimates
+      no time. What the kernels written by hand are counted as. The least the chip could take.
+      Memory. How many products, copies and kernels the program has, and its largest arrays outside
+      the memory on the chip. How long it took to make it.
+    """
     placed = compilers.placement(chip)
-    apply = functools.partial(network.apply, method=part.method)
     started = time.perf_counter()
-    traced = jax.jit(apply, in_shardings=placed, out_shardings=placed).trace(params, *part.inputs)
-    lowered = traced.lower(lowering_platforms=(chip.platform,))
-    lowering = time.perf_counter() - started
-    idle = time.process_time()
-    try:
-        program = lowered.compile(compilers.options(chip))
-    except jax.errors.JaxRuntimeError as error:
-        raise _refused(case, chip, name, variant, error) from error
-    compiling = time.perf_counter() - started - lowering
-    busy = time.process_time() - idle
+    traced = jax.jit(function, in_shardings=placed, out_shardings=placed).trace(*arguments)
+    lowered = traced.lower()
+    lowering, busy = time.perf_counter() - started, time.process_time()
+    program = lowered.compile(compilers.options(chip))
+    compiling, busy = time.perf_counter() - started - lowering, time.process_time() - busy
     found = hlo.operations(program.as_text() or "")
     jaxpr = traced.jaxpr.jaxpr
     counts, handed = roof.operations(jaxpr, chip.platform), roof.handed_bytes(jaxpr)
     stats = program.memory_analysis()
-    timed = [operation for operation in found if operation.cycles is not None]
+    estimated = [operation for operation in found if operation.cycles is not None]
     return {
-        "part": name,
-        "mode": variant.mode,
-        "dtype": variant.dtype,
-        **_modelled(chip, found, list(roof.kernels(jaxpr, chip.platform)), Path(dump)),
+        **_modelled(chip, found, list(roof.kernels(jaxpr, chip.platform)), bundles),
         "roof_ms": 1e3 * roof.seconds(counts, handed, chip),
         "operations": dict(counts),
         "handed_bytes": handed,
         "peak_memory_bytes": stats.peak_memory_in_bytes,
         "chip_memory_bytes": chip.memory,
-        "program_bytes": stats.generated_code_size_in_bytes,
+        "program_bytes": stats.generated_code_size_in_bytes or None,
         "products": dict(
             Counter(" x ".join(product.operands) for one in found for product in one.products)
         ),
-        "copies": sum(kind(operation) == COPIES for operation in timed or found),
+        "copies": sum(kind(operation) == COPIES for operation in estimated or found),
         "kernels": dict(Counter(one.target for one in found if one.target)),
+        "largest_arrays": _largest(found),
         "lowering_s": lowering,
         "compile_s": compiling,
         "compile_cpu_s": busy,
@@ -180,8 +221,8 @@ def kind(operation: hlo.Operation) -> str:
     if names == [""]:
         names = [name for name, _ in Counter(operation.inner_op_names).most_common(1)]
     kinds = [profile.kind(name) for name in names]
-    first = next((known for known in (*profile.KINDS, profile.OTHER) if known in kinds), None)
-    return COPIES if first == profile.PATCHES else first or profile.OTHER
+    first = next((known for known in profile.KINDS if known in kinds), profile.OTHER)
+    return COPIES if first == profile.PATCHES else first
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -190,17 +231,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _row(result: dict[str, Any]) -> dict[str, str]:
-    whole, by_kind = result["modelled_ms"], result["modelled_ms_by_kind"]
+    whole, program = result["modelled_ms"], result["program_bytes"]
     row = {"part": result["part"], "layers": f"{result['mode']} {result['dtype']}"}
     if whole is not None:
+        spent = result["modelled_ms_by_kind"]
         row["modelled ms"] = f"{whole:.2f}"
-        row |= {f"modelled, {name}": f"{spent:.2f}" for name, spent in by_kind.items()}
+        row |= {f"modelled {name}": f"{spent[name]:.2f}" for name in KINDS}
     row["roof ms"] = f"{result['roof_ms']:.2f}"
     if whole is not None:
         row["modelled / roof"] = f"{whole / result['roof_ms']:.1f}"
+    row["peak GB"] = f"{result['peak_memory_bytes'] / 1e9:.2f}"
+    if program is not None:
+        row["program GB"] = f"{program / 1e9:.3f}"
     return row | {
-        "peak GB": f"{result['peak_memory_bytes'] / 1e9:.2f}",
-        "program GB": f"{result['program_bytes'] / 1e9:.3f}",
         "products": _counted(result["products"]),
         "copies": str(result["copies"]),
         "kernels": _counted(result["kernels"]),
@@ -213,20 +256,21 @@ def _counted(counts: dict[str, int]) -> str:
 
 
 def _modelled(
-    chip: Chip, found: Sequence[hlo.Operation], kernels: Sequence[roof.Kernel], dump: Path
+    chip: Chip,
+    found: Sequence[hlo.Operation],
+    kernels: Sequence[roof.Kernel],
+    bundles: Bundles,
 ) -> dict[str, Any]:
     """The milliseconds of a program, and what its kernels written by hand are counted as."""
     if chip.clock is None:
         return {"modelled_ms": None, "modelled_ms_by_kind": None, "handwritten": []}
-    milliseconds_each = 1e3 / chip.clock
     spent = dict.fromkeys(KINDS, 0.0)
     handwritten = []
     for operation in found:
-        if operation.target == _KERNEL:
-            handwritten.append(_handwritten(chip, operation, kernels, dump))
+        milliseconds = 1e3 * (operation.cycles or 0) / chip.clock
+        if operation.target == _HANDWRITTEN:
+            handwritten.append(_handwritten(chip, chip.clock, operation, kernels, bundles))
             milliseconds = handwritten[-1]["modelled_ms"]
-        else:
-            milliseconds = (operation.cycles or 0) * milliseconds_each
         spent[kind(operation)] += operation.runs * milliseconds
     return {
         "modelled_ms": sum(spent.values()),
@@ -236,29 +280,44 @@ def _modelled(
 
 
 def _handwritten(
-    chip: Chip, operation: hlo.Operation, kernels: Sequence[roof.Kernel], dump: Path
+    chip: Chip,
+    clock: float,
+    operation: hlo.Operation,
+    kernels: Sequence[roof.Kernel],
+    bundles: Bundles,
 ) -> dict[str, Any]:
     """One run of a kernel written by hand, by the largest of what bounds it from below."""
-    shapes = hlo.shapes(operation.result)
-    same = [k for k in kernels if (k.name or "") in operation.op_name and k.results == shapes]
-    bounds = {"bytes": operation.bytes / chip.bandwidth}
-    steps = bundles = None
-    if same:
-        steps = same[0].steps
-        bounds["operations"] = roof.seconds(same[0].operations, 0, chip)
-        schedules = list(dump.glob(f"*-{operation.name}-*{compilers.SCHEDULE}*"))
-        if chip.clock and schedules and (counted := _BUNDLES.search(schedules[0].read_text())):
-            bundles = int(counted[1])
-            bounds["bundles without waits for memory"] = bundles * steps / chip.clock
-    counted_as = max(bounds, key=lambda name: bounds[name])
+    shapes = hlo.shapes(*operation.operands), hlo.shapes(operation.result)
+    same = (
+        kernel
+        for kernel in kernels
+        if (kernel.operands, kernel.results) == shapes and (kernel.name or "") in operation.op_name
+    )
+    kernel = next(same, None)
+    bounds = {"bytes at the memory's peak": operation.bytes / chip.bandwidth}
+    if kernel is not None:
+        bounds |= {
+            "products at the chip's peak": roof.seconds(kernel.operations, 0, chip),
+            "bundles, without waits for memory": kernel.steps * bundles[kernel.key] / clock,
+        }
+    basis = max(bounds, key=lambda name: bounds[name])
     return {
         "name": operation.name,
         "runs": operation.runs,
-        "grid_steps": steps,
-        "bundles": bundles,
-        "modelled_ms": 1e3 * bounds[counted_as],
-        "counted_as": counted_as,
+        "grid_steps": kernel and kernel.steps,
+        "bundles_a_step": kernel and bundles[kernel.key],
+        "modelled_ms": 1e3 * bounds[basis],
+        "modelled_by": basis,
     }
+
+
+def _largest(found: Sequence[hlo.Operation]) -> list[dict[str, Any]]:
+    arrays: list[dict[str, Any]] = [
+        {"type": element, "shape": list(shape), "bytes": size, "of": operation.op_name}
+        for operation in found
+        for element, shape, size in hlo.arrays(operation.result)
+    ]
+    return sorted(arrays, key=lambda array: -array["bytes"])[:_LARGEST_SHOWN]
 
 
 def _layers(part: Part, variant: Variant) -> list[Layer]:
@@ -266,16 +325,16 @@ def _layers(part: Part, variant: Variant) -> list[Layer]:
     return list_layers(network, *part.inputs, method=part.method)
 
 
-def _specs(part: Part, variant: Variant) -> dict[str, LayerSpec]:
+def _specs(layers: Sequence[Layer], variant: Variant) -> dict[str, LayerSpec]:
     if variant.mode == FLOAT_MODE:
         return {}
-    return decide(named_policy(variant.mode), _layers(part, variant))
+    return decide(named_policy(variant.mode), layers)
 
 
 def _layer_set(part: Part, variant: Variant) -> LayerSet:
     if variant.mode == FLOAT_MODE:
         return _float_layers(variant)
-    return layer_set(_specs(part, variant), jnp.dtype(variant.dtype))
+    return layer_set(_specs(_layers(part, variant), variant), jnp.dtype(variant.dtype))
 
 
 def _float_layers(variant: Variant) -> LayerSet:
@@ -283,24 +342,32 @@ def _float_layers(variant: Variant) -> LayerSet:
     return replace(FLOAT, dtype=dtype, param_dtype=dtype)
 
 
-def _too_large(case: Case, chip: Chip, what: str, weights: float, working: float) -> str:
-    """A message with the size that would fit: memory but for weights grows with the positions."""
-    most = int((chip.memory - weights) / working * case.frames)
-    pixels = f"{8 * case.height}x{8 * case.width}"
-    side = int(math.sqrt(max(most, 0) / case.frames * case.height * case.width))
-    side = 8 * (side - side % case.config.stride)
-    fitting = f"at most {most} frames of {pixels}" if most >= 1 else "no frame of that size"
-    if side:
-        fitting += f", or {case.frames} of {side}x{side},"
-    return (
-        f"{what} at {case.frames} frames of {pixels} needs at least "
-        f"{(weights + working) / 1e9:.1f} GB, a {chip.name} has {chip.memory / 1e9:.1f}: "
-        f"{fitting} may fit"
+def _too_large(
+    case: Case, chip: Chip, program: Program, weights: float, working: float
+) -> InputError:
+    """Names the sizes that would fit: all but the weights grows with the positions."""
+    share = max(chip.memory - weights, 0) / working
+    frames = int(share * case.frames)
+    side = 8 * int(math.sqrt(share * case.height * case.width))
+    side -= side % (8 * case.config.stride)
+    fitting = [
+        *([f"{frames} frames of that size"] if frames else []),
+        *([f"{case.frames} of {side}x{side}"] if side else []),
+    ]
+    name, variant = program
+    return InputError(
+        f"{name} {variant.mode} {variant.dtype} at {case.batch} x {case.frames} frames of "
+        f"{8 * case.height}x{8 * case.width} needs {(weights + working) / 1e9:.1f} GB or more, a "
+        f"{chip.name} has {chip.memory / 1e9:.1f}: at most {' or '.join(fitting) or 'nothing'} fits"
     )
 
 
-def _refused(
-    case: Case, chip: Chip, name: str, variant: Variant, error: jax.errors.JaxRuntimeError
-) -> InputError:
+def _refused(case: Case, chip: Chip, program: Program, error: Exception) -> InputError:
     """What a compiler's refusal says in one line."""
-    return InputError(f"{name} {variant.mode} for {chip.name}: {first_line(error)}")
+    name, variant = program
+    if temporaries := _OUT_OF_MEMORY.search(str(error)):
+        weights, _ = least_bytes(_part(case, name, variant), variant)
+        return _too_large(case, chip, program, weights, float(temporaries[1]) * 2**30)
+    return InputError(
+        f"{name} {variant.mode} {variant.dtype} for a {chip.name}: {first_line(error)}"
+    )

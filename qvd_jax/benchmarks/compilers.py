@@ -1,6 +1,7 @@
 """The compilers of chips that are not there: whether they are installed, and how they are asked."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
@@ -11,20 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.topologies import get_topology_desc
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from qvd_jax.benchmarks import hlo
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.benchmarks.environment import version
 from qvd_jax.errors import InputError, first_line
 
-SCHEDULE = "schedule-analysis_final_bundles"
-"""What the TPU compiler calls the files that say how many bundles it scheduled."""
-
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "cuda": ("jax-cuda12-plugin", "cuda12")}
 """What has a platform's compiler, and the extra of JAX that asks for it."""
 
+_SCHEDULE = "schedule-analysis_final_bundles"
+_BUNDLES = re.compile(r"total scheduled bundles:\s*(\d+)")
 _TARGETS = Path(__file__).parent
 
 
@@ -34,7 +36,9 @@ def check_installed(chip: Chip) -> None:
     ours, found = importlib.metadata.version("jax"), version(package)
     command = f"pip install 'jax[{extra}]=={ours}'"
     if found is None:
-        raise InputError(f"{package}, which compiles for a {chip.name}, is missing: {command}")
+        raise InputError(
+            f"{package}, which compiles for a {chip.name}, is missing; on Linux: {command}"
+        )
     asked = _asked_of(package, extra)
     if asked is not None and not _fits(asked, found, newer=chip.platform == "tpu"):
         raise InputError(
@@ -77,7 +81,7 @@ def environment(chip: Chip, dump: str | None = None) -> Iterator[None]:
         flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
         if dump:
             flags.append(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
-            flags.append(f"--xla_jf_dump_llo_pass_label_regex={SCHEDULE}")
+            flags.append("--xla_jf_dump_llo_pass_label_regex=final_bundles")
         settings |= {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": " ".join(flags).strip(),
@@ -111,6 +115,28 @@ def placement(chip: Chip) -> NamedSharding:
     except Exception as error:  # Each compiler has its own kinds.
         raise InputError(_refusal(chip, error)) from error
     return NamedSharding(Mesh(np.array(devices), ("chip",)), PartitionSpec())
+
+
+def bundles(chip: Chip, call: core.JaxprEqn, dump: Path) -> int:
+    """Compiles a kernel written by hand alone, and counts the bundles of one step of its grid.
+
+    Args:
+      chip: a TPU.
+      call: of the kernel, of a traced function.
+      dump: the folder `environment` was given.
+    """
+    placed = placement(chip)
+    avals: list[Any] = [var.aval for var in call.invars]
+    arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    run = functools.partial(call.primitive.bind, **call.params)
+    program = jax.jit(run, in_shardings=placed, out_shardings=placed).lower(*arguments).compile()
+    (kernel,) = (one for one in hlo.operations(program.as_text() or "") if one.target)
+    (schedule,) = dump.glob(f"*-{kernel.name}-*{_SCHEDULE}*")
+    counted = _BUNDLES.search(schedule.read_text(encoding="utf-8"))
+    assert counted is not None
+    for file in dump.iterdir():
+        file.unlink()
+    return int(counted[1])
 
 
 def options(chip: Chip) -> dict[str, Any]:

@@ -44,6 +44,7 @@ _MOVES = {
     "tuple",
 }
 """Operations that give what they are given, in other places."""
+_MOVING = 'custom_call_target="ConcatBitcast"'
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ class Operation:
       name: the instruction's.
       opcode: the instruction's.
       result: the type of the result, with its layout.
-      op_name: where in the traced function it comes from; of a fusion, its last instruction.
+      op_name: where in the traced function it comes from; of a fusion, its last instruction. Empty
+        where the compiler knows of no such place, or of several results.
       inner_op_names: the same of what is fused.
       runs: how often it runs in one call of the program.
       cycles: the compiler's estimate of one run; None where there is none.
       products: the dots and convolutions in it.
       moves_only: whether it only copies, transposes, slices and so on.
       target: of a custom call; of a fusion that the compiler gave a kernel of its own, its kind.
-      bytes: of the operands and results that are in the chip's main memory.
+      operands: the types of what it is given.
     """
 
     name: str
@@ -87,7 +89,13 @@ class Operation:
     products: tuple[Product, ...]
     moves_only: bool
     target: str | None
-    bytes: int
+    operands: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of the operands and results that are in the chip's main memory."""
+        types = (self.result, *self.operands)
+        return sum(size for shaped in types for _, _, size in arrays(shaped))
 
 
 @dataclass(frozen=True)
@@ -187,9 +195,20 @@ def _walk(computations: _Computations, name: str, runs: int) -> Iterator[Operati
                 yield _operation(computations, name, instruction, runs)
 
 
-def shapes(shaped: str) -> tuple[tuple[int, ...], ...]:
-    """Of the arrays of a type."""
-    return tuple(_sizes(sizes) for _, sizes, _ in _ARRAY.findall(shaped))
+def shapes(*types: str) -> tuple[tuple[int, ...], ...]:
+    """Of the arrays of types."""
+    return tuple(_sizes(sizes) for shaped in types for _, sizes, _ in _ARRAY.findall(shaped))
+
+
+def arrays(shaped: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Elements, shapes and bytes of a type's arrays, of those in the chip's main memory.
+
+    What a TPU keeps in a memory on the chip has the number of that in its layout.
+    """
+    for element, sizes, layout in _ARRAY.findall(shaped):
+        if "S(" not in layout:
+            shape, width = _sizes(sizes), re.match(r"[a-z]+(\d+)", element)
+            yield element, shape, (int(width[1]) if width else 8) * math.prod(shape) // 8
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -226,7 +245,6 @@ def _operation(
     computations: _Computations, place: str, instruction: _Instruction, runs: int
 ) -> Operation:
     fused = list(_fused(computations, place, instruction))
-    # A fusion's last instruction gives its name, unless the fusion has several results.
     inner = tuple(name for _, line in fused if (name := line.op_name))
     cycles = _CYCLES.search(instruction.attributes)
     target = _TARGET.search(instruction.attributes) or _FUSION_KIND.search(instruction.attributes)
@@ -236,8 +254,7 @@ def _operation(
         if line.opcode in _PRODUCTS
         or (line.opcode == "custom-call" and target and _LIBRARY_PRODUCT.match(target[1]))
     )
-    arrays = [instruction.result]
-    arrays += [computations[place][name].result for name in instruction.operands]
+    moves_only = all(line.opcode in _MOVES or _MOVING in line.attributes for _, line in fused)
     return Operation(
         instruction.name,
         instruction.opcode,
@@ -247,9 +264,9 @@ def _operation(
         runs,
         int(cycles[1]) if cycles else None,
         products,
-        all(line.opcode in _MOVES for _, line in fused),
-        target[1] if target else None,
-        sum(map(_main_memory_bytes, arrays)),
+        moves_only,
+        target[1] if target and not moves_only else None,
+        tuple(computations[place][name].result for name in instruction.operands),
     )
 
 
@@ -270,13 +287,3 @@ def _element_types(lines: Mapping[str, _Instruction], product: _Instruction) -> 
         _ARRAY.findall(lines[name].result) for name in product.operands[:2]
     )
     return first[0], second[0]
-
-
-def _main_memory_bytes(shaped: str) -> int:
-    """Of the arrays of a type that a TPU has not put into a memory on the chip."""
-    bits = 0
-    for element, sizes, layout in _ARRAY.findall(shaped):
-        if "S(" not in layout:
-            width = re.match(r"[a-z]+(\d+)", element)
-            bits += (int(width[1]) if width else 8) * math.prod(_sizes(sizes))
-    return bits // 8

@@ -10,6 +10,35 @@ from jax.extend import core
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.memory import tree_bytes
 
+Shapes = tuple[tuple[int, ...], ...]
+Key = tuple[str | None, Shapes, Shapes]
+"""What the calls of one kernel share: its name, and the shapes of its operands and results."""
+
+
+class Kernel(NamedTuple):
+    """A kernel written by hand, in Pallas.
+
+    Attributes:
+      name: its name, if it has one.
+      operands: the shapes of what it is given.
+      results: the shapes of what it gives.
+      steps: of its grid.
+      operations: of its products in one run, as in `operations`.
+      call: of the traced function.
+    """
+
+    name: str | None
+    operands: Shapes
+    results: Shapes
+    steps: int
+    operations: Counter[str]
+    call: core.JaxprEqn
+
+    @property
+    def key(self) -> Key:
+        """As `Key` says."""
+        return self.name, self.operands, self.results
+
 
 def operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
     """Multiplications and additions of the dots and convolutions of one call, by operands' type.
@@ -29,54 +58,38 @@ def operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shared = math.prod(_aval(equation.invars[0]).shape[axis] for axis in contracted)
+            sizes = _aval(equation.invars[0]).shape
+            shared = math.prod(sizes[axis] for axis in contracted)
             found[_type(equation)] += 2 * shared * _size(equation)
         elif name == "conv_general_dilated":
             kernel = _aval(equation.invars[1]).shape
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             found[_type(equation)] += 2 * math.prod(kernel) // outputs * _size(equation)
-        elif name == "cond":
-            found += _of_branches(params, platform)
         else:
-            times = _times(name, params)
-            for inner in core.jaxprs_in_params(params):
-                for kind, count in operations(inner, platform).items():
-                    found[kind] += times * count
+            counts = [operations(inner, platform) for inner in _inner(equation, platform)]
+            if name == "cond":
+                counts = [max(counts, key=Counter.total)]
+            for kind, count in sum(counts, Counter()).items():
+                found[kind] += _times(equation) * count
     return found
 
 
-class Kernel(NamedTuple):
-    """A kernel written by hand.
-
-    Attributes:
-      name: its name, if it has one.
-      results: the shapes of its results.
-      steps: of its grid.
-      operations: of its products in one run, as in `operations`.
-    """
-
-    name: str | None
-    results: tuple[tuple[int, ...], ...]
-    steps: int
-    operations: Counter[str]
-
-
 def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
-    """The kernels written by hand that a traced function calls."""
+    """The kernels written by hand that a traced function may call on a platform."""
     for equation in jaxpr.eqns:
-        params = equation.params
         if equation.primitive.name == "pallas_call":
-            steps = _times("pallas_call", params)
-            counts = Counter(
-                {
-                    kind: steps * count
-                    for kind, count in operations(params["jaxpr"], platform).items()
-                }
+            steps = _times(equation)
+            one_step = operations(equation.params["jaxpr"], platform)
+            yield Kernel(
+                equation.params["name"],
+                tuple(_aval(var).shape for var in equation.invars),
+                tuple(_aval(var).shape for var in equation.outvars),
+                steps,
+                Counter({kind: steps * count for kind, count in one_step.items()}),
+                equation,
             )
-            results = tuple(_aval(var).shape for var in equation.outvars)
-            yield Kernel(params["name"], results, steps, counts)
         else:
-            for inner in core.jaxprs_in_params(params):
+            for inner in _inner(equation, platform):
                 yield from kernels(inner, platform)
 
 
@@ -100,17 +113,19 @@ def seconds(counts: Counter[str], handed: int, chip: Chip) -> float:
     return max(computing, handed / chip.bandwidth)
 
 
-def _of_branches(params: dict[str, Any], platform: str) -> Counter[str]:
-    counts = [operations(branch.jaxpr, platform) for branch in params["branches"]]
-    platforms = params.get("branches_platforms")
+def _inner(equation: core.JaxprEqn, platform: str) -> list[core.Jaxpr]:
+    """What an operation is made of; of alternatives by platform that of `platform`."""
+    inner = core.jaxprs_in_params(equation.params)
+    platforms = equation.params.get("branches_platforms")
     if platforms is None:
-        return max(counts, key=Counter.total)
+        return list(inner)
     # None is the alternative for all platforms that are not named.
     named = [some is not None and platform in some for some in platforms]
-    return counts[named.index(True) if any(named) else platforms.index(None)]
+    return [list(inner)[named.index(True) if any(named) else platforms.index(None)]]
 
 
-def _times(name: str, params: dict[str, Any]) -> int:
+def _times(equation: core.JaxprEqn) -> int:
+    name, params = equation.primitive.name, equation.params
     if name == "scan":
         return int(params["length"])
     return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1

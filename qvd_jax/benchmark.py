@@ -87,12 +87,13 @@ def measure_compiled(args: argparse.Namespace) -> Measured:
     """What a chip's compiler makes of one forward and its parts."""
     chip = chips.find(args.chip)
     case = _unet_case(args)
-    for part in args.part:
-        parts.check(part, case.config)
+    names = list(dict.fromkeys(args.part))
+    for name in names:
+        parts.check(name, case.config)
     for policy in args.policy:
         named_policy(policy)
     variants = unet_variants(args.dtype, args.policy, {})
-    results = compiled.measure(case, chip, args.part, variants)
+    results = compiled.measure(case, chip, names, variants)
     return case, results, compiled.table(results)
 
 

@@ -193,9 +193,12 @@ def describe(
     counts, handed = roof.operations(jaxpr, chip.platform), roof.handed_bytes(jaxpr)
     stats = program.memory_analysis()
     estimated = [operation for operation in found if operation.cycles is not None]
+    modelled = _modelled(chip, found, list(roof.kernels(jaxpr, chip.platform)), bundles)
+    whole, least = modelled["modelled_ms"], 1e3 * roof.seconds(counts, handed, chip)
     return {
-        **_modelled(chip, found, list(roof.kernels(jaxpr, chip.platform)), bundles),
-        "roof_ms": 1e3 * roof.seconds(counts, handed, chip),
+        **modelled,
+        "roof_ms": least,
+        "modelled_by_roof": None if whole is None else whole / least,
         "operations": dict(counts),
         "handed_bytes": handed,
         "peak_memory_bytes": stats.peak_memory_in_bytes,
@@ -239,8 +242,9 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
         row |= {f"modelled {name}": f"{spent[name]:.2f}" for name in KINDS}
     row["roof ms"] = f"{result['roof_ms']:.2f}"
     if whole is not None:
-        row["modelled / roof"] = f"{whole / result['roof_ms']:.1f}"
-    row["peak GB"] = f"{result['peak_memory_bytes'] / 1e9:.2f}"
+        row["modelled / roof"] = f"{result['modelled_by_roof']:.1f}"
+    peak, memory = result["peak_memory_bytes"] / 1e9, result["chip_memory_bytes"] / 1e9
+    row["peak / chip GB"] = f"{peak:.2f} / {memory:.1f}"
     if program is not None:
         row["program GB"] = f"{program / 1e9:.3f}"
     return row | {
@@ -315,6 +319,8 @@ def _largest(found: Sequence[hlo.Operation]) -> list[dict[str, Any]]:
     arrays: list[dict[str, Any]] = [
         {"type": element, "shape": list(shape), "bytes": size, "of": operation.op_name}
         for operation in found
+        # The result of what starts a transfer is also what it reads.
+        if not operation.opcode.endswith("-start")
         for element, shape, size in hlo.arrays(operation.result)
     ]
     return sorted(arrays, key=lambda array: -array["bytes"])[:_LARGEST_SHOWN]

@@ -81,22 +81,22 @@ def _sample(stage: Stage, layer: Layer, x: Any) -> Any:
 
 def _self_attention(stage: Stage, layer: Layer, x: Any) -> Any:
     block = layer.attention.block
-    return x + block.attn1(block.norm1(x))
+    return block.attn1(block.norm1(x), x)
 
 
 def _cross_attention(stage: Stage, layer: Layer, x: Any, context: Any) -> Any:
     block = layer.attention.block
-    return x + block.attn2(block.norm2(x), context)
+    return block.attn2(block.norm2(x), x, context)
 
 
 def _feed_forward(stage: Stage, layer: Layer, x: Any) -> Any:
     block = layer.attention.block
-    return x + block.ff(block.norm3(x))
+    return block.ff(block.norm3(x), x)
 
 
 def _temporal_attention(stage: Stage, layer: Layer, x: Any) -> Any:
     block = layer.motion_module.block
-    return x + block.attn1(block.norm1(x))
+    return block.attn1(block.norm1(x), x)
 
 
 KINDS = {

@@ -38,12 +38,15 @@ _VMEM_BYTES = 64 * 2**20
 class Input(NamedTuple):
     """A layer's input and what makes its codes, clip(round(x scale + offset)).
 
+    Behind a SiLU the codes are those of silu(x scale + offset) step_scale + step_offset.
+
     Attributes:
       x: `[N, L, C]`.
       scale: `[M, C]`, float32; N is a multiple of M, and x[n] has scale[n mod M].
       offset: `[M, C]`, float32, with an M of its own.
       limit: the largest code.
       epsilon: of the LayerNorm, without scale and bias, of `x` in front of it; None without one.
+      steps: `step_scale` and `step_offset`, `[C]` each, float32, behind a SiLU; None without one.
     """
 
     x: Array
@@ -51,6 +54,7 @@ class Input(NamedTuple):
     offset: Array
     limit: int
     epsilon: float | None = None
+    steps: tuple[Array, Array] | None = None
 
 
 class Output(NamedTuple):
@@ -153,10 +157,6 @@ def _dense(
     width = _block_of_outputs(outputs, parts * channels)
     read, written = transposes == "input", transposes == "output"
 
-    def by_image(values: Array) -> pl.BlockSpec:
-        shape = (None, *values.shape[1:])
-        return pl.BlockSpec(shape, lambda n, t, o: (n % len(values), 0, 0))
-
     def by_output(*others: int) -> pl.BlockSpec:
         return pl.BlockSpec((parts, width, *others), lambda n, t, o: (0, o, *(0 for _ in others)))
 
@@ -178,8 +178,8 @@ def _dense(
     operands = [jnp.swapaxes(x, 1, 2) if read else x, in_scale, in_offset, weights, scale, bias]
     specs = [
         block(channels, transposed=read, whole=True),
-        by_image(in_scale),
-        by_image(in_offset),
+        _by_image(in_scale),
+        _by_image(in_offset),
         by_output(channels),
         vector,
         vector,
@@ -198,8 +198,7 @@ def _dense(
                 axis = 0 if read else 1
                 x = x - x.mean(axis, keepdims=True)
                 x = x * lax.rsqrt(jnp.square(x).mean(axis, keepdims=True) + epsilon)
-            codes = jnp.round(jnp.clip(x * in_scale_ref[...] + in_offset_ref[...], -limit, limit))
-            codes_ref[...] = codes.astype(jnp.int8)
+            codes_ref[...] = _round(x * in_scale_ref[...] + in_offset_ref[...], limit)
 
         def product(part: int) -> Array:
             sides = (codes_ref[...], weights_ref[part])
@@ -235,6 +234,68 @@ def _dense(
     )(*operands)
     out = jnp.swapaxes(out, 1, 2) if written else out
     return out.reshape(images, length, outputs)
+
+
+def quantize(given: Input, *, interpret: bool = False) -> Array:
+    """Codes of an input behind a norm and a SiLU, int8 `[N, L, C]`.
+
+    XLA lays the float32 values of norm and activation out anew before it rounds them: modelled for
+    a v5e, 131,072 positions of 640 channels, 2.7 ms.
+    """
+    assert given.steps is not None
+    with jax.named_scope(SCOPE):
+        return _quantize(
+            given.x,
+            given.scale,
+            given.offset,
+            *given.steps,
+            limit=given.limit,
+            interpret=interpret,
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("limit", "interpret"))
+def _quantize(
+    x: Array,
+    scale: Array,
+    offset: Array,
+    step_scale: Array,
+    step_offset: Array,
+    *,
+    limit: int,
+    interpret: bool,
+) -> Array:
+    images, length, channels = x.shape
+    rows = min(_TOKENS, length)
+
+    def kernel(x_ref: Any, *refs: Any) -> None:
+        scale, offset, step_scale, step_offset = (ref[...] for ref in refs[:-1])
+        x = x_ref[...].astype(jnp.float32) * scale + offset
+        x = x / (1 + jnp.exp(-x))
+        refs[-1][...] = _round(x * step_scale + step_offset, limit)
+
+    vectors = [y[:, None, :] for y in (scale, offset, step_scale[None], step_offset[None])]
+    block = pl.BlockSpec((None, rows, channels), lambda n, t: (n, t, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(images, pl.cdiv(length, rows)),
+        in_specs=[block, *(_by_image(y) for y in vectors)],
+        out_specs=block,
+        out_shape=jax.ShapeDtypeStruct(x.shape, jnp.int8),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        interpret=interpret,
+        name="quantize",
+    )(x, *vectors)
+
+
+def _by_image(values: Array) -> pl.BlockSpec:
+    """Of `[M, ...]` what belongs to an image, the first place in the grid."""
+    shape = (None, *values.shape[1:])
+    return pl.BlockSpec(shape, lambda n, *_: (n % len(values), 0, 0))
+
+
+def _round(x: Array, limit: int) -> Array:
+    return jnp.round(jnp.clip(x, -limit, limit)).astype(jnp.int8)
 
 
 def _block_of_outputs(outputs: int, row_bytes: int) -> int:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope
-from qvd_jax.models.layers import AlphaBlender, LayerSet, silu
+from qvd_jax.models.layers import AlphaBlender, LayerSet
 
 
 class ResnetBlock(nn.Module):
@@ -46,12 +46,12 @@ class ResnetBlock(nn.Module):
 
     def __call__(self, x: Array, temporal_feature: Array | None = None) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, out_channels]`."""
-        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x).silu())
         if temporal_feature is not None:
             h = h + temporal_feature[:, None, None, None, :]
-        h = self.conv2(silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h).silu())
         if self.in_channels != self.out_channels:
-            x = self.conv_shortcut(x)
+            return self.conv_shortcut(x, h)
         return x + h
 
 
@@ -136,7 +136,7 @@ class TemporalConv(nn.Module):
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
         h = x
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = conv(silu(norm(h)))
+            h = conv(norm(h).silu())
         return x + h
 
 

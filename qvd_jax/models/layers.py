@@ -1,15 +1,15 @@
 """What every network is made of: the injected layers, norms, embeddings, feed-forward."""
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from flax.core import FrozenDict
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -20,33 +20,44 @@ from qvd_jax.kernels import floating
 from qvd_jax.kernels.activations import gelu
 
 
-@struct.dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("x", "scale", "offset"),
+    meta_fields=("epsilon", "activated"),
+)
+@dataclass(frozen=True)
 class Normalized:
     """What a norm makes of its input, computed by the layer that reads it.
 
     A kernel can then do it in passing. Its value is x scale + offset, float32, of a LayerNorm of x
-    where there is an epsilon.
+    where there is an epsilon, behind a SiLU where it is activated.
 
     Attributes:
       x: the norm's input, `[..., C]`.
       scale: broadcasts against `x`, float32.
       offset: broadcasts against `x`, float32.
       epsilon: added to the variance over C; None where `x` is not normalized over it.
+      activated: whether a SiLU comes last.
     """
 
     x: Array
     scale: Array
     offset: Array
-    epsilon: float | None = struct.field(pytree_node=False, default=None)
+    epsilon: float | None = None
+    activated: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the value."""
         return self.x.shape
 
+    def silu(self) -> "Normalized":
+        """Behind a SiLU."""
+        return replace(self, activated=True)
+
     def plus(self, values: Array) -> "Normalized":
         """With something added to the value."""
-        return self.replace(offset=self.offset + values)
+        return replace(self, offset=self.offset + values)
 
     def value(self) -> Array:
         """The float32 array it stands for."""
@@ -55,7 +66,8 @@ class Normalized:
             mean = x.mean(-1, keepdims=True)
             variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
             x, scale = x - mean, scale * jax.lax.rsqrt(variance + self.epsilon)
-        return x * scale + self.offset
+        x = x * scale + self.offset
+        return nn.silu(x) if self.activated else x
 
 
 def value_of(x: Array | Normalized) -> Array:
@@ -82,20 +94,23 @@ class Dense(nn.Dense):
     @nn.compact
     def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
         """Maps `[..., C]` to `[..., O]`, gated to `[..., O/2]`, and adds the residual."""
-        x = value_of(x)
-        if not self.gated:
-            y = super().__call__(x)
-            return y if residual is None else residual + y
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
+        x, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+        by_output = (kernel,) if bias is None else (kernel, bias)
 
-        def product(x: Array, kernel: Array, bias: Array) -> Array:
+        def product(x: Array, kernel: Array, *bias: Array) -> Array:
             contracted = (((x.ndim - 1,), (0,)), ((), ()))
-            return floating.dot_general(x, kernel, contracted) + bias
+            return sum(bias, start=floating.dot_general(x, kernel, contracted))
 
-        return gated_product(product, x, (kernel, bias), axis=-1).astype(self.dtype)
+        if self.gated:
+            y = gated_product(product, x, by_output, axis=-1).astype(x.dtype)
+        else:
+            y = product(x, *by_output)
+        return y if residual is None else residual + y
 
 
 def gated_product(
@@ -134,6 +149,29 @@ class Conv(nn.Conv):
     """
 
     upsampled: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array | Normalized) -> Array:
+        """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]`."""
+        channels, rank = x.shape[-1], len(self.kernel_size)
+        shape = (*self.kernel_size, channels, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
+        x, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+        batch = x.shape[: -rank - 1]
+        spatial = "DHW"[-rank:]
+        y = floating.conv_general_dilated(
+            x.reshape(-1, *x.shape[-rank - 1 :]),
+            kernel,
+            self.strides,
+            self.padding,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        )
+        if bias is not None:
+            y = y + bias
+        return y.reshape(*batch, *y.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -231,8 +269,8 @@ class LayerSet:
 
 
 FLOAT = LayerSet(
-    dense_cls=Configured(Dense, FrozenDict(dot_general=floating.dot_general)),
-    conv_cls=Configured(Conv, FrozenDict(conv_general_dilated=floating.conv_general_dilated)),
+    dense_cls=Dense,
+    conv_cls=Conv,
 )
 """Flax's own layers in float32; `dataclasses.replace` gives other dtypes."""
 
@@ -262,7 +300,8 @@ class GroupNorm(nn.Module):
     """GroupNorm (Wu and He, arXiv 1803.08494) written as one scale and shift per channel.
 
     The form lets XLA or a kernel fuse the normalization with what is behind it. Statistics are
-    float32, the variance centred.
+    float32; a group's variance is the mean of its channels' plus that of their means (Chan et al.,
+    "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 
     Attributes:
       groups: number of groups; divides C.
@@ -289,14 +328,19 @@ class GroupNorm(nn.Module):
         eye = np.eye(self.groups, dtype=np.float32)
         members = np.repeat(eye, channels // self.groups, axis=1)
 
-        def group_mean(values: Array) -> Array:
+        def group_mean(means: Array) -> Array:
             # Channels are averaged after positions: XLA vectorizes that order on the CPU.
-            means = values.mean(axes, keepdims=True)
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
             return jnp.matmul(grouped.mean(-1), members, precision="highest")
 
-        mean = group_mean(x)
-        variance = group_mean(jnp.square(x - mean))
+        # Both moments in one pass: about a value of each channel, whatever it is, they do not
+        # cancel as those about zero would.
+        about = x[:, : 1 if self.norm_scope == "joint" else None, :1, :1]
+        first = (x - about).mean(axes, keepdims=True)
+        second = jnp.square(x - about).mean(axes, keepdims=True)
+        mean = group_mean(about + first)
+        within = second - jnp.square(first)
+        variance = group_mean(within + jnp.square(about + first - mean))
         scale, bias = (p.astype(jnp.float32).reshape(1, 1, 1, 1, channels) for p in (scale, bias))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
         shift = bias - mean * factor
@@ -391,9 +435,9 @@ class FeedForward(nn.Module):
         return self.out(self.proj(x), residual)
 
 
-def silu(x: Array | Normalized) -> Array:
+def silu(x: Array) -> Array:
     """SiLU, x sigmoid(x), in float32, for what follows rounds or quantizes.
 
     In bfloat16 `nn.silu` rounds after each of its steps, which takes a CPU twice the time.
     """
-    return nn.silu(value_of(x).astype(jnp.float32))
+    return nn.silu(x.astype(jnp.float32))

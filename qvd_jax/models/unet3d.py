@@ -192,7 +192,7 @@ class UNet3D(nn.Module):
             x = x + residuals.mid
         for stage, feature, text in zip(self.up_blocks, temporal.up, context.up, strict=True):
             x, _ = stage(x, feature, text, skips)
-        x = silu(self.conv_norm_out(x))
+        x = self.conv_norm_out(x).silu()
         return self.conv_out(x).astype(jnp.float32)
 
     def _show(self, reference: Array, temporal: Features, context: Features) -> Features:

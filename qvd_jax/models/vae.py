@@ -13,7 +13,7 @@ import numpy as np
 from qvd_jax.axes import Array
 from qvd_jax.models.attention import SelfAttention
 from qvd_jax.models.blocks import Downsample, ResnetBlock, SpatioTemporalResnet, Upsample
-from qvd_jax.models.layers import FLOAT, LayerSet, silu
+from qvd_jax.models.layers import FLOAT, LayerSet
 
 _EPSILON = 1e-6
 _TEMPORAL_EPSILON = 1e-5
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for stage in self.down_blocks:
             x = stage(x)
-        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x)).silu())
 
 
 class Decoder(nn.Module):
@@ -239,7 +239,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for stage in self.up_blocks:
             x = stage(x)
-        x = self.conv_out(silu(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(x).silu())
         return self.time_conv_out(x) if self.config.temporal_decoder else x
 
 

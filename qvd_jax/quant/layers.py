@@ -60,11 +60,10 @@ def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) ->
       specs: by module path.
       dtype: of everything around the int8 products, and of the float layers' parameters.
     """
-    dense = FrozenDict(dot_general=floating.dot_general, specs=specs)
-    conv = FrozenDict(conv_general_dilated=floating.conv_general_dilated, specs=specs)
+    options = FrozenDict(specs=specs)
     return LayerSet(
-        dense_cls=Configured(QuantDense, dense),
-        conv_cls=Configured(QuantConv, conv),
+        dense_cls=Configured(QuantDense, options),
+        conv_cls=Configured(QuantConv, options),
         dtype=dtype,
         param_dtype=dtype,
     )
@@ -113,7 +112,7 @@ class QuantDense(Dense):
         ) -> Array:
             multiply = functools.partial(_product_of_codes, int8.dot)
             product = functools.partial(_straight_through, multiply, _float_dot)
-            steps = _steps(value_of(x), *quantizer, limit)
+            steps = _steps(value_of(x), *quantizer, limit=limit)
             return self._finish(residual, product, steps, by_output)
 
         def fused(
@@ -161,7 +160,7 @@ class QuantConv(Conv):
     specs: Mapping[str, LayerSpec] = FrozenDict()
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Normalized) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]`."""
         spec = self.specs.get("/".join(self.path))
         if spec is None:
@@ -179,12 +178,14 @@ class QuantConv(Conv):
         kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))
         scale, bias = _output_params(self, self.features)
         batch, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
-        x = x.reshape(-1, *spatial, channels)
-        float_conv = functools.partial(
-            _float_conv, self.conv_general_dilated, self.strides, self.padding
-        )
+
+        def as_batch(x: Array) -> Array:
+            return x.reshape(-1, *spatial, channels)
+
+        float_conv = functools.partial(_float_conv, self.strides, self.padding)
         if spec.activation_bits == 16:
-            y = _to_output(float_conv(x.astype(self.dtype), kernel), scale, bias)
+            product = float_conv(as_batch(value_of(x)).astype(self.dtype), kernel)
+            y = _to_output(product, scale, bias)
         else:
             gain = _gain(self, spec)
             int8_conv: Callable[..., Array] = functools.partial(
@@ -192,12 +193,26 @@ class QuantConv(Conv):
             )
             differentiate: Callable[..., Array] = float_conv
             if self.upsampled:
-                x, int8_conv = x[:, ::2, ::2], int8.upsampled_conv
+                int8_conv = int8.upsampled_conv
                 differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
             multiply = functools.partial(_product_of_codes, int8_conv)
             limit, sums = max_code(spec.activation_bits), _sums(self, self.features)
-            steps = _steps(x, *_quantizer(self, channels, gain), limit)
-            product = _straight_through(multiply, differentiate, steps, kernel, sums)
+
+            def in_passes(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
+                values = as_batch(value_of(x))
+                values = values[:, ::2, ::2] if self.upsampled else values
+                steps = _steps(values, *quantizer, limit=limit)
+                return _straight_through(multiply, differentiate, steps, kernel, sums)
+
+            def fused(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
+                codes = int8_tpu.quantize(_as_input(x, quantizer, limit))
+                return int8_conv(as_batch(codes), kernel, sums).astype(jnp.float32)
+
+            operands = x, _quantizer(self, channels, gain), kernel, sums
+            if isinstance(x, Normalized) and int8_tpu.can_use(x.shape):
+                product = _fused_on_tpu(fused, in_passes, *operands)
+            else:
+                product = in_passes(*operands)
             y = _to_output(product, scale * gain, bias)
             if math.prod(self.kernel_size) > 1:
                 taps = self.param(
@@ -282,6 +297,9 @@ def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array
 def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Input:
     """The kernel's input, into whose scale and offset goes what a norm multiplies and adds."""
     scale, offset = quantizer
+    steps = None
+    if isinstance(x, Normalized) and x.activated:
+        steps, scale, offset = quantizer, jnp.ones_like(scale), jnp.zeros_like(offset)
     if not isinstance(x, Normalized):
         return int8_tpu.Input(_as_images(x), scale[None], offset[None], limit)
 
@@ -292,7 +310,7 @@ def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Inp
         return _as_images(values)[:, 0]
 
     scale, offset = by_image(x.scale * scale), by_image(x.offset * scale + offset)
-    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon)
+    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon, steps)
 
 
 def _as_images(x: Array) -> Array:
@@ -305,7 +323,7 @@ def _as_images(x: Array) -> Array:
 def _fused_on_tpu(
     fused: Callable[..., Array], in_passes: Callable[..., Array], *operands: Any
 ) -> Array:
-    """A layer as one kernel on TPUs, and wherever derivatives are asked in XLA's passes."""
+    """What kernels of ours do on TPUs, and in XLA's passes wherever derivatives are asked."""
     return lax.platform_dependent(*operands, tpu=fused, default=in_passes)
 
 
@@ -397,7 +415,6 @@ def _float_dot(x: Array, kernel: Array) -> Array:
 
 
 def _float_conv(
-    convolve: Callable[..., Array],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     x: Array,
@@ -405,7 +422,7 @@ def _float_conv(
 ) -> Array:
     weights = jnp.moveaxis(kernel, 0, -1).astype(x.dtype)
     numbers = _channels_last(kernel.ndim - 2)
-    return convolve(x, weights, strides, padding, dimension_numbers=numbers)
+    return floating.conv_general_dilated(x, weights, strides, padding, dimension_numbers=numbers)
 
 
 def _float_conv_of_upsampled(

@@ -99,7 +99,7 @@ class Dense(nn.Dense):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        x, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+        values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
         by_output = (kernel,) if bias is None else (kernel, bias)
 
         def product(x: Array, kernel: Array, *bias: Array) -> Array:
@@ -107,9 +107,9 @@ class Dense(nn.Dense):
             return sum(bias, start=floating.dot_general(x, kernel, contracted))
 
         if self.gated:
-            y = gated_product(product, x, by_output, axis=-1).astype(x.dtype)
+            y = gated_product(product, values, by_output, axis=-1).astype(values.dtype)
         else:
-            y = product(x, *by_output)
+            y = product(values, *by_output)
         return y if residual is None else residual + y
 
 
@@ -159,11 +159,11 @@ class Conv(nn.Conv):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
-        x, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+        values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
         batch = x.shape[: -rank - 1]
         spatial = "DHW"[-rank:]
         y = floating.conv_general_dilated(
-            x.reshape(-1, *x.shape[-rank - 1 :]),
+            values.reshape(-1, *x.shape[-rank - 1 :]),
             kernel,
             self.strides,
             self.padding,

@@ -112,7 +112,7 @@ class QuantDense(Dense):
         ) -> Array:
             multiply = functools.partial(_product_of_codes, int8.dot)
             product = functools.partial(_straight_through, multiply, _float_dot)
-            steps = _steps(value_of(x), *quantizer, limit=limit)
+            steps = _steps(value_of(x), quantizer, limit)
             return self._finish(residual, product, steps, by_output)
 
         def fused(
@@ -201,7 +201,7 @@ class QuantConv(Conv):
             def in_passes(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
                 values = as_batch(value_of(x))
                 values = values[:, ::2, ::2] if self.upsampled else values
-                steps = _steps(values, *quantizer, limit=limit)
+                steps = _steps(values, quantizer, limit)
                 return _straight_through(multiply, differentiate, steps, kernel, sums)
 
             def fused(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
@@ -273,10 +273,11 @@ def _quantizer(layer: nn.Module, channels: int, gain: Array | float) -> tuple[Ar
     return scale.astype(jnp.float32) / gain, offset / gain
 
 
-def _steps(x: Array, scale: Array, offset: Array, limit: int) -> Array:
+def _steps(x: Array, quantizer: tuple[Array, Array], limit: int) -> Array:
     """The input in steps of its quantizer, clipped and not yet rounded."""
     along = (1,) * (x.ndim - 1) + (-1,)
     with jax.named_scope(QUANTIZING):
+        scale, offset = quantizer
         steps = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
         return jnp.clip(steps, -limit, limit)
 

@@ -24,7 +24,7 @@ class OracleNorm(torch.nn.Module):
 
 
 def original_norms(unet: torch.nn.Module, version: str, frames: int) -> None:
-    """CHECKPOINTS.md 1.5: motion norms per frame; v1's resnet norms jointly over the frames."""
+    """Those of the original code: motion norms per frame, v1's resnet norms jointly over frames."""
     for name, module in list(unet.named_modules()):
         for child_name, child in module.named_children():
             path = f"{name}.{child_name}"

@@ -19,7 +19,7 @@ ORIGINAL_BLOCK = (
     ("norm2.", "norms.1."),
     ("norm3.", "ff_norm."),
 )
-"""CHECKPOINTS.md 1.3, from diffusers to the original code, below `transformer_blocks.0.`"""
+"""Names from diffusers to the original code, below `transformer_blocks.0.`"""
 
 
 def weights_file(folder: Path) -> Path:

@@ -228,7 +228,7 @@ class MagicAnimate(NamedTuple):
 def appearance_weights(
     weights: dict[str, torch.Tensor], level: int, layer: int
 ) -> dict[str, torch.Tensor]:
-    """Those of a UNet that the appearance encoder has (CHECKPOINTS.md 4.3)."""
+    """Those of a UNet that the appearance encoder has, up to its last self-attention."""
     block = LAST.format(level, layer)
     lost = ("conv_norm_out.", "conv_out.", *(block + part for part in LOST))
     lost += (block.replace("transformer_blocks.0.", "proj_out."),)

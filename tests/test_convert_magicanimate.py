@@ -1,4 +1,4 @@
-"""MagicAnimate against an oracle of diffusers' parts, by the rules of CHECKPOINTS.md 4."""
+"""MagicAnimate against an oracle of diffusers' parts, put together as its paper has them."""
 
 import functools
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def transformers(unet: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 @contextmanager
 def shown(models: MagicAnimate, halves: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Reference attention by CHECKPOINTS.md 4.4: gives the bank that the readers read.
+    """Reference attention: gives the bank that the readers read.
 
     The appearance encoder writes the tokens it normalizes into the bank; of `halves` of a batch
     the UNet's last sees them.
@@ -114,7 +114,7 @@ def residuals(
     poses: torch.Tensor,
     halves: int,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The ControlNet's, of the cond half alone, repeated for both (CHECKPOINTS.md 4.5)."""
+    """The ControlNet's, of the cond half alone, repeated for both."""
     frames = latents[0].transpose(0, 1)
     down, mid = models.controlnet(
         frames, t, text.repeat(len(frames), 1, 1), poses, return_dict=False
@@ -284,7 +284,7 @@ def test_names_are_those_of_the_real_model():
         found |= dict.fromkeys(parts, leaf.size // len(parts))
     own = {name for name in found if not name.startswith(("appearance_encoder.", "controlnet."))}
     assert found.keys() - own == expected.keys()
-    # CHECKPOINTS.md 4.1
+    # As many parameters as the published files have.
     assert sum(found[name] for name in own) == 1_276_658_564
     for part, parameters in (("appearance_encoder.", 857_066_560), ("controlnet.", 361_279_120)):
         assert sum(n for name, n in found.items() if name.startswith(part)) == parameters

@@ -222,7 +222,7 @@ def test_original_motion_checkpoint_gives_the_weights_of_the_adapter_with_its_ow
     motion = split_motion(read_weights(tiny[0] / "unet"))[1]
     original = original_motion(motion)
     modules = {name.partition(".temporal_transformer.")[0] for name in original}
-    assert len(original) == 28 * len(modules)  # as CHECKPOINTS.md 1.3 counts them
+    assert len(original) == 28 * len(modules)  # as in the published files
     content = {**original, "animatediff_config": {"unet_additional_kwargs": {"depth": 1}}}
     if wrapped:
         content = {

@@ -120,7 +120,7 @@ def test_an_original_file_is_its_folder(folders, kind):
     by_folder, config = open_controlnet(folders / kind)
     original, same = open_controlnet(folders / f"{kind}.ckpt")
     channels, widths = (5, ()) if kind == RGB else (4, (16, 32))
-    # CHECKPOINTS.md 1.5: the original normalizes every frame alone.
+    # The original code normalizes every frame alone, diffusers all jointly.
     assert config == ControlNetConfig(channels, widths, 1, "joint", ignores_latents=True)
     assert same == replace(config, temporal_norm_scope="frame")
     assert original.keys() == by_folder.keys()

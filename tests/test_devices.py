@@ -1,4 +1,4 @@
-"""One seed, one video, however many devices there are (DESIGN.md, contract 5)."""
+"""One seed, one video, however many devices there are."""
 
 import os
 import subprocess

@@ -182,7 +182,7 @@ def test_closed_windows_see_a_loop(frames, window):
 
 
 def test_closed_windows_are_magic_animates():
-    """CHECKPOINTS.md 4.6: the last of 32 frames' windows wraps to 7, of 48 frames' to 3."""
+    """The last of 32 frames' windows wraps to 7, of 48 frames' to 3."""
     assert window_frames(16, 16, closed=True).tolist() == [list(range(16))]
     windows = window_frames(32, 16, closed=True)
     assert windows[:, 0].tolist() == [0, 12, 24]

@@ -32,11 +32,14 @@ def test_td_score_counted_pair_by_pair():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 6, 8]), skew=st.floats(0.1, 5))
-def test_never_below_the_best_uniform_quantizer(seed, bits, skew):
+def test_never_below_uniform_quantizers_however_far_they_reach(seed, bits, skew):
+    """Each of 2^b levels from the lowest value up, to 30% or more of the range."""
     x = features(seed, skew=skew)
     found = htdq.td_score(x, htdq.search(x, bits)(x))
-    uniform = [htdq.td_score(x, q(x)) for q in htdq.uniform_candidates(x, bits)]
-    assert found >= max(uniform)
+    for percent in range(30, 101, 5):
+        step = (x.max() - x.min()) * percent / 100 / (2**bits - 1)
+        level = np.clip(np.floor((x - x.min()) / step + 0.5), 0, 2**bits - 1)
+        assert found >= htdq.td_score(x, x.min() + step * level) - 1e-9
 
 
 def test_skewed_features_gain():

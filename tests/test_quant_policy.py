@@ -64,7 +64,7 @@ def test_qvd_is_htdq_on_temporal_features_and_scri_elsewhere():
 def test_htdq_takes_every_temporal_feature_of_the_real_models(
     config: UNet3DConfig, projections: int, embeddings: int
 ):
-    """CHECKPOINTS.md 7.1; at full size, from shapes alone."""
+    """At full size, from shapes alone."""
     shapes = ComponentConfigs(config, VAEConfig()).unet_shapes(2, 8, 8, 1)
     layers = observers.list_layers(UNet3D(config), *shapes)
     specs = match(named_policy("qvd-w8a8"), layers)

@@ -68,7 +68,7 @@ def test_reports_name_every_layer(pipe, quantized):
 
 
 def test_layers_that_read_one_tensor_share_its_quantizer(pipe, quantized):
-    """DESIGN.md 5.1; every cross-attention reads the text."""
+    """The text is one tensor, which every cross-attention reads."""
     sources = {layer.path: layer.source for layer in list_layers(pipe, SIZE)}
     texts = [path for path in sources if path.endswith("attention/block/attn2/to_kv")]
     assert len(texts) > 2

@@ -3,47 +3,60 @@
     python tests/measure_policies.py --out runs/policies
 
 makes `docs/results/policies.json`: float, QVD and minmax with three seeds for each prompt, the
-others with one, and the controlled case (`rescaling.py`). Thousands of videos take hours; parts
-that the file has of the same model are taken, so that an interrupted run goes on.
+others with one, and the controlled case (`rescaling.py`). Thousands of videos take hours, and a
+gigabyte while it runs; an interrupted run goes on where it was. What it has done counts for the
+same code, model and machine alone, and the file is written when all is there, so that every row is
+of one run. `python tests/tables.py README.md` shows it.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from rescaling import rescale_channels
 
 import qvd_jax
 from qvd_jax import checkpoint, evaluate, markdown
-from qvd_jax.cli import enable_compilation_cache, read_prompts
-from qvd_jax.files import write_text
+from qvd_jax.benchmarks.environment import environment
+from qvd_jax.cli import enable_compilation_cache, read_prompts, with_solver
+from qvd_jax.files import read_arrays, replace_when_whole, write_text
+from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.quantization import collect, list_layers, quantize_observed
 from qvd_jax.quant.policy import named_policy
 
-RESULTS = Path(__file__).parent.parent / "docs/results/policies.json"
+TESTS = Path(__file__).parent
+RESULTS = TESTS.parent / "docs/results/policies.json"
 COMMAND = "python tests/measure_policies.py --out runs/policies"
 MODEL = "shapes"
 WIDTHS = ("w8a8", "w6a6", "w4a8")
 ORDER = ("float", *WIDTHS, "w8a16")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
-PROMPTS = Path(__file__).parent.parent / "configs/shapes_prompts.txt"
+PROMPTS = TESTS.parent / "configs/shapes_prompts.txt"
+SIZE = ("steps", "frames", "height", "width")
+BATCH = 16  # sampled together, and lost when interrupted
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--videos", type=int, default=128)
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, required=True, help="what an interrupted run has done")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--videos", type=int, default=128, help=f"up to {BATCH}, or so many times")
+    args = parser.parse_args(argv)
+    if args.videos > BATCH and args.videos % BATCH:
+        parser.error(f"--videos {args.videos} is no multiple of {BATCH}")
     enable_compilation_cache()
-    digest = model_digest()
-    # Checkpoints of another model are not taken for this one's.
+    digest = run_digest()
+    # What other code did, of another model or on another machine, is not taken for this run's.
     out = args.out / digest[:8]
     out.mkdir(parents=True, exist_ok=True)
     rescaled = out / "rescaled"
@@ -56,54 +69,103 @@ def main() -> int:
     main_policies = [f"{policy}-{width}" for width in WIDTHS for policy in MAIN] + ["qvd-w8a16"]
     others = [f"{policy}-{width}" for width in WIDTHS for policy in OTHERS]
     controlled = [f"{policy}-w8a8" for policy in (*MAIN, "smoothquant")]
-    found = earlier_parts(digest)
-    for name, model, policies, seeds in (
-        ("main", MODEL, main_policies, 3),
-        ("others", MODEL, others, 1),
-        ("rescaled", str(rescaled), controlled, 1),
-    ):
-        if name not in found:
-            found[name] = measure(out, name, model, policies, args.videos, seeds)
-            write_text(RESULTS, json.dumps(record(digest, found), indent=1) + "\n")
+    parts = {
+        name: measure(out, name, model, policies, args.videos, seeds)
+        for name, model, policies, seeds in (
+            ("main", MODEL, main_policies, 3),
+            ("others", MODEL, others, 1),
+            ("rescaled", str(rescaled), controlled, 1),
+        )
+    }
+    found = {"command": COMMAND, "run": digest, "parts": parts, "table": table(parts)}
+    write_text(args.results, json.dumps(found, indent=1) + "\n")
     return 0
 
 
-def model_digest() -> str:
-    """Of the model and the prompts it is calibrated with."""
-    digest = hashlib.sha256(PROMPTS.read_bytes())
-    for path in sorted(checkpoint.find(MODEL).rglob("*")):
-        digest.update(path.read_bytes() if path.is_file() else b"")
+def run_digest() -> str:
+    """Of the code, the machine, the model and the prompts it is calibrated with."""
+    machine = {name: found for name, found in environment().items() if name != "date"}
+    digest = hashlib.sha256(json.dumps([machine, jax.default_backend()]).encode())
+    code = sorted(Path(qvd_jax.__file__).parent.rglob("*.py"))
+    model = sorted(path for path in checkpoint.find(MODEL).rglob("*") if path.is_file())
+    for path in (*code, Path(__file__), TESTS / "rescaling.py", PROMPTS, *model):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def earlier_parts(digest: str) -> dict[str, dict[str, Any]]:
-    """What an interrupted run measured of the same model."""
-    if not RESULTS.exists():
-        return {}
-    earlier = json.loads(RESULTS.read_text())
-    parts: dict[str, dict[str, Any]] = earlier["parts"] if earlier["model"] == digest else {}
-    return parts
 
 
 def measure(
     out: Path, name: str, model: str, policies: list[str], videos: int, seeds: int
 ) -> dict[str, Any]:
     """Evaluates a model quantized by each policy against the shapes model."""
+    measured = out / f"{name}-{videos}.json"
+    if measured.exists():
+        return dict(json.loads(measured.read_text()))
     candidates = calibrated(out, model, policies)
-    candidates = candidates if model == MODEL else [model, *candidates]
-    place = out / f"{name}-results"
-    options = ["--reference", MODEL, "--candidate", *candidates, "--out", str(place)]
-    options.append("--overwrite")  # what an interruption may have left
-    if evaluate.main([*options, "--videos", str(videos), "--seeds", str(seeds)]):
-        sys.exit(2)
-    found: dict[str, Any] = json.loads((place / "results.json").read_text())
-    # The figures of single layers are many, and in the report; times are of a machine in use, and
-    # so are folders.
-    for measured in found["models"]:
-        del measured["layers"], measured["seconds_per_video"]
-        measured["name"] = Path(measured["name"]).name
-    del found["table"], found["command"]
+    names = [MODEL, *([] if model == MODEL else [model]), *candidates]
+    reference = qvd_jax.load(MODEL)
+    solver, guidance = reference.scheduler.solver, reference.defaults.guidance_scale
+    models = {place: with_solver(qvd_jax.load(place), solver) for place in names}
+    cases = evaluate.held_out_cases(videos, 0)
+    size = {part: getattr(reference.defaults, part) for part in SIZE}
+    evaluate.check_comparable(models, size, cases.shapes)
+    sampled = sample(out / f"{name}-{videos}", models, cases, size, guidance, seeds)
+    entries = evaluate.measure(models, {place: [] for place in names}, sampled, cases, 0)
+    for entry in entries:
+        # Times are of a machine in use, and so are folders; single layers have their reports.
+        del entry["layers"], entry["seconds_per_video"]
+        entry["name"] = Path(entry["name"]).name
+    found = {
+        **environment(),
+        "backend": jax.default_backend(),
+        "prompts": videos,
+        "seeds": seeds,
+        "scheduler": solver,
+        **size,
+        "guidance_scale": guidance,
+        "models": entries,
+    }
+    write_text(measured, json.dumps(found))
     return found
+
+
+def sample(
+    place: Path,
+    models: dict[str, VideoPipeline],
+    cases: evaluate.Cases,
+    size: dict[str, int],
+    guidance: float,
+    seeds: int,
+) -> dict[str, evaluate.Sampled]:
+    """As `evaluate.sample`, batch by batch, each of which is kept in a file."""
+    place.mkdir(exist_ok=True)
+    prompts, files = cases.inputs.values, []
+    batch = min(BATCH, len(prompts))
+    starts = range(0, seeds * len(prompts), batch)
+    for start in tqdm.tqdm(starts, desc=place.name, unit="batch"):
+        file = place / f"{start}.npz"
+        files.append(file)
+        if file.exists():
+            continue
+        shown = slice(start % len(prompts), start % len(prompts) + batch)
+        part = replace(cases, inputs=type(cases.inputs)(*(v[shown] for v in cases.inputs)))
+        # Noise is numbered over all prompts and seeds.
+        found = evaluate.sample(models, part, size, guidance, [start // batch])
+        arrays = {
+            f"{kind} {number}": getattr(sampled, kind)
+            for number, sampled in enumerate(found.values())
+            for kind in ("videos", "noise", "signal")
+        }
+        replace_when_whole(file, functools.partial(np.savez, **arrays))
+    stored = [read_arrays(file) for file in files]
+    return {
+        name: evaluate.Sampled(
+            np.concatenate([arrays[f"videos {number}"] for arrays in stored]),
+            np.sum([arrays[f"noise {number}"] for arrays in stored], 0),
+            np.sum([arrays[f"signal {number}"] for arrays in stored], 0),
+            None,
+        )
+        for number, name in enumerate(models)
+    }
 
 
 def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
@@ -119,11 +181,6 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
             quantized, reports = quantize_observed(pipe, named_policy(policy), observed, config)
             qvd_jax.save(quantized, places[policy], reports=reports)
     return [str(place) for place in places.values()]
-
-
-def record(digest: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All parts and their table."""
-    return {"command": COMMAND, "model": digest, "parts": parts, "table": table(parts)}
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:

@@ -1,5 +1,6 @@
 """QuantDense and QuantConv against dequantized float64, and against their float layers."""
 
+import dataclasses
 from dataclasses import replace
 
 import flax.linen as nn
@@ -10,10 +11,10 @@ import pytest
 from conftest import relative_error
 from flax.core import FrozenDict
 
-from qvd_jax.models.layers import FLOAT
+from qvd_jax.models.layers import FLOAT, Configured
 from qvd_jax.quant import htdq, observers
 from qvd_jax.quant.calibration import find_quantizer, needs_quantizer, quantize_layer
-from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.layers import QuantDense, SpecTable, layer_set
 from qvd_jax.quant.policy import LayerSpec
 
 CONVS = {
@@ -361,3 +362,18 @@ def test_statistics_of_a_conv_are_patches_inside_the_image():
     assert all(row.tobytes() in patches for row in rows)
     np.testing.assert_array_equal(found["layer"].lower, images.min((0, 1, 2)))
     np.testing.assert_array_equal(found["layer"].upper, images.max((0, 1, 2)))
+
+
+def test_layers_find_their_specs_without_a_walk_through_all_of_them():
+    class Unwalked(FrozenDict):
+        def items(self):
+            raise AssertionError("the specs of all layers were walked through for one of them")
+
+        keys = values = __iter__ = items
+
+    spec = LayerSpec("minmax", 8, 8)
+    table = SpecTable(Unwalked({"layer": spec}))
+    layers = layer_set({"layer": spec})
+    layers = dataclasses.replace(layers, dense_cls=Configured(QuantDense, FrozenDict(specs=table)))
+    shapes = jax.eval_shape(Net(layers).init, jax.random.key(0), jnp.zeros((4, CHANNELS)))
+    assert shapes["params"]["layer"]["kernel"].dtype == jnp.int8

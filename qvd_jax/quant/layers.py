@@ -24,6 +24,7 @@ not clip it, and none where it does. The codes of the weights are integers and h
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -53,6 +54,25 @@ QUANTIZING = "quantizing"
 """The scope of what makes codes of inputs, in the names of a compiled program's operations."""
 
 
+@dataclass(frozen=True)
+class SpecTable:
+    """Which layers are quantized, and how.
+
+    Flax walks through mappings that are attributes of a module, for there may be modules in them.
+    Every layer has this table of all layers, and hidden from it, a network of N layers is traced
+    in a time that grows with N, not with its square.
+
+    Attributes:
+      by_path: specs of the quantized layers, by module path.
+    """
+
+    by_path: FrozenDict[str, LayerSpec]
+
+    def find(self, layer: nn.Module) -> LayerSpec | None:
+        """The spec of a layer; None where it is float."""
+        return self.by_path.get("/".join(layer.path))
+
+
 def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) -> LayerSet:
     """Layers of which those in `specs` are quantized and all others float.
 
@@ -60,7 +80,7 @@ def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) ->
       specs: by module path.
       dtype: of everything around the int8 products, and of the float layers' parameters.
     """
-    options = FrozenDict(specs=specs)
+    options = FrozenDict(specs=SpecTable(FrozenDict(specs)))
     return LayerSet(
         dense_cls=Configured(QuantDense, options),
         conv_cls=Configured(QuantConv, options),
@@ -78,15 +98,15 @@ class QuantDense(Dense):
     """`Dense` whose product is int8 where `specs` names its path.
 
     Attributes:
-      specs: of all quantized layers, by module path.
+      specs: of all layers.
     """
 
-    specs: Mapping[str, LayerSpec] = FrozenDict()
+    specs: SpecTable = SpecTable(FrozenDict())
 
     @nn.compact
     def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
         """Maps `[..., C]` to `[..., O]`, gated to `[..., O/2]`, and adds the residual."""
-        spec = self.specs.get("/".join(self.path))
+        spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
         shape = (self.features, x.shape[-1])
@@ -154,15 +174,15 @@ class QuantConv(Conv):
     """`Conv` with explicit padding whose product is int8 where `specs` names its path.
 
     Attributes:
-      specs: of all quantized layers, by module path.
+      specs: of all layers.
     """
 
-    specs: Mapping[str, LayerSpec] = FrozenDict()
+    specs: SpecTable = SpecTable(FrozenDict())
 
     @nn.compact
     def __call__(self, x: Array | Normalized) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]`."""
-        spec = self.specs.get("/".join(self.path))
+        spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x)
         if math.prod(self.kernel_size) == 1 and np.any(self.padding):

@@ -1,6 +1,5 @@
 """QuantDense and QuantConv against dequantized float64, and against their float layers."""
 
-import dataclasses
 from dataclasses import replace
 
 import flax.linen as nn
@@ -374,6 +373,6 @@ def test_layers_find_their_specs_without_a_walk_through_all_of_them():
     spec = LayerSpec("minmax", 8, 8)
     table = SpecTable(Unwalked({"layer": spec}))
     layers = layer_set({"layer": spec})
-    layers = dataclasses.replace(layers, dense_cls=Configured(QuantDense, FrozenDict(specs=table)))
+    layers = replace(layers, dense_cls=Configured(QuantDense, FrozenDict(specs=table)))
     shapes = jax.eval_shape(Net(layers).init, jax.random.key(0), jnp.zeros((4, CHANNELS)))
     assert shapes["params"]["layer"]["kernel"].dtype == jnp.int8

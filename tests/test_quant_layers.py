@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import relative_error
 from flax.core import FrozenDict
+from flax.errors import ScopeParamShapeError
 
 from qvd_jax.models.layers import FLOAT, Configured
 from qvd_jax.quant import htdq, observers
@@ -376,3 +377,27 @@ def test_layers_find_their_specs_without_a_walk_through_all_of_them():
     layers = replace(layers, dense_cls=Configured(QuantDense, FrozenDict(specs=table)))
     shapes = jax.eval_shape(Net(layers).init, jax.random.key(0), jnp.zeros((4, CHANNELS)))
     assert shapes["params"]["layer"]["kernel"].dtype == jnp.int8
+
+
+def test_no_initializer_is_traced_for_parameters_that_are_there(monkeypatch):
+    net, params, x = case("3x3")
+    int8_net, layer, *_ = quantized(net, params, x, LayerSpec("minmax", 8, 8))
+
+    def eval_shape(*arguments):
+        raise AssertionError("an initializer was traced")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "eval_shape", eval_shape)
+        found = int8_net.apply({"params": layer}, x)
+        with pytest.raises(AssertionError, match="an initializer was traced"):
+            net.apply({"params": params}, x)
+    assert found.shape == (*CONVS["3x3"][3], OUTPUTS)
+
+
+def test_a_parameter_of_another_shape_is_named():
+    net, params, x = case(None)
+    int8_net, layer, *_ = quantized(net, params, x, LayerSpec("minmax", 8, 8))
+    layer["layer"]["sums"] = jnp.zeros(OUTPUTS + 1, jnp.int32)
+    message = rf'"sums" in "layer".*\({OUTPUTS},\).*\({OUTPUTS + 1},\)'
+    with pytest.raises(ScopeParamShapeError, match=message):
+        int8_net.apply({"params": layer}, x)

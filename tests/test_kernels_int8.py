@@ -211,3 +211,27 @@ def test_products_keep_int8_operands_on_every_platform(platform, monkeypatch):
     for line in products:
         types = re.findall(r"x(ui8|i8|i32|f32)>", line.split(" : ")[-1])
         assert types == [left, "i8", "i32"]
+
+
+def test_products_of_one_shape_are_traced_once(monkeypatch):
+    traced = []
+    original = lax.platform_dependent
+
+    def counted(*arrays, **branches):
+        traced.append(tuple(array.shape for array in arrays))
+        return original(*arrays, **branches)
+
+    monkeypatch.setattr(lax, "platform_dependent", counted)
+    x, w = jnp.ones((3, 29), jnp.int8), jnp.ones((29, 29), jnp.int8)
+    image, kernel = jnp.ones((1, 3, 5, 29), jnp.int8), jnp.ones((29, 3, 3, 29), jnp.int8)
+
+    def layers(x, image):
+        for _ in range(3):
+            x = int8.dot(x, w, sums(w)).astype(jnp.int8)
+            image = int8.conv(image, kernel, sums(kernel), (1, 1), ((1, 1), (1, 1)))
+            image = image.astype(jnp.int8)
+        return x, image
+
+    jaxpr = jax.make_jaxpr(layers)(x, image)
+    assert len(traced) == len(set(traced)) == 2
+    assert str(jaxpr).count("= cond[") == 6

@@ -60,13 +60,11 @@ def dot(codes: Array, weights: Array, sums: Array, implementation: str | None = 
     Raises:
       InputError: this machine cannot run the implementation.
     """
-    weights = weights.astype(jnp.int8)
-    with jax.named_scope(SCOPE):
-        if implementation is not None:
-            _check_runnable(implementation, runnable_dots())
-            return _DOTS[implementation](codes, weights, sums)
-        on_cpu = _DOTS["unsigned" if _has_vnni() else "signed"]
-        return lax.platform_dependent(codes, weights, sums, cpu=on_cpu, default=_DOTS["signed"])
+    if implementation is not None:
+        _check_runnable(implementation, runnable_dots())
+        return _multiply(codes, weights, sums, implementation)
+    on_cpu = "unsigned" if _has_vnni() else "signed"
+    return _multiply(codes, weights, sums, "signed", (("cpu", on_cpu),))
 
 
 def conv(
@@ -93,24 +91,16 @@ def conv(
     Raises:
       InputError: this machine cannot run the implementation.
     """
-    weights = weights.astype(jnp.int8)
-
-    def named(name: str) -> Callable[[Array, Array, Array], Array]:
-        return functools.partial(_CONVS[name], strides=strides, padding=padding)
-
-    with jax.named_scope(SCOPE):
-        if implementation is not None:
-            _check_runnable(implementation, runnable_convs())
-            return named(implementation)(codes, weights, sums)
-        return lax.platform_dependent(
-            codes,
-            weights,
-            sums,
-            cpu=named(_cpu_conv(codes.shape[1:-1], weights.shape[1:-1], strides)),
-            cuda=named("signed patches"),
-            rocm=named("signed patches"),
-            default=named("convolution"),
-        )
+    where = (tuple(strides), tuple(tuple(amounts) for amounts in padding))
+    if implementation is not None:
+        _check_runnable(implementation, runnable_convs())
+        return _multiply(codes, weights, sums, implementation, (), where)
+    platforms = (
+        ("cpu", _cpu_conv(codes.shape[1:-1], weights.shape[1:-1], strides)),
+        ("cuda", "signed patches"),
+        ("rocm", "signed patches"),
+    )
+    return _multiply(codes, weights, sums, "convolution", platforms, where)
 
 
 def upsampled_conv(
@@ -170,6 +160,38 @@ def _check_runnable(name: str, known: list[str]) -> None:
         raise InputError(
             f"int8 implementation {name!r} cannot run on this {jax.default_backend()}; "
             f"{', '.join(map(repr, known))} can"
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _multiply(
+    codes: Array,
+    weights: Array,
+    sums: Array,
+    default: str,
+    platforms: tuple[tuple[str, str], ...] = (),
+    where: tuple[Any, ...] = (),
+) -> Array:
+    """A product by the implementation of each platform, `default`'s on all others.
+
+    All of them are traced, whichever is compiled: by way of jit once for each shape, not for each
+    layer. `where` is strides and padding of a convolution.
+    """
+    weights = weights.astype(jnp.int8)
+
+    def named(name: str) -> Callable[..., Array]:
+        product = _CONVS[name] if where else _DOTS[name]
+        return lambda *arrays: product(*arrays, *where)
+
+    with jax.named_scope(SCOPE):
+        if not platforms:
+            return named(default)(codes, weights, sums)
+        return lax.platform_dependent(
+            codes,
+            weights,
+            sums,
+            default=named(default),
+            **{platform: named(name) for platform, name in platforms},
         )
 
 

@@ -69,7 +69,7 @@ HloModule jit_f, is_scheduled=true, entry_computation_layout={(s8[8,4]{1,0})->f3
 
 %dear (p.6: f32[8,2]) -> f32[8,2] {
   %p.6 = f32[8,2]{1,0} parameter(0)
-  ROOT %dot.1 = f32[8,2]{1,0} dot(%p.6, %p.6), <attn1/cond/dot_general 1000>
+  ROOT %dot.1 = f32[8,2]{1,0} dot(%p.6, %p.6), <attn1/attention/cond/dot_general 1000>
 }
 
 ENTRY %main (codes.1: s8[8,4], weights.1: s8[4,2]) -> f32[8,2] {
@@ -81,8 +81,8 @@ ENTRY %main (codes.1: s8[8,4], weights.1: s8[4,2]) -> f32[8,2] {
   %prefetch = (f32[8,2]{1,0:T(8,128)S(1)}, f32[8,2]{1,0}, u32[]{:S(2)}) copy-start(%fusion.1)
   %prefetched = f32[8,2]{1,0:T(8,128)S(1)} copy-done(%prefetch)
   %fusion.2 = f32[2,8]{0,1} fusion(%fusion.1), kind=kLoop, calls=%only_moving, \
-    <attn1/cond/transpose 30>
-  %kernel.1 = f32[8,2]{1,0:T(8,128)} custom-call(%fusion.1, %weights.1), \
+    <attn1/attention/cond/transpose 30>
+  %kernel.1 = f32[8,2]{1,0:T(8,128)} custom-call(%fusion.1, %weights.1, %fusion.1), \
     custom_call_target="tpu_custom_call", <int8_product/kernel/pallas_call >, \
     backend_config={"custom_call_config":{"body":"Tf(UzvUg)"}}
   %while.2 = (s32[]{:T(128)}, f32[8,2]{1,0:T(8,128)}) while(%start, %kernel.1), \
@@ -133,8 +133,9 @@ def test_operations_are_known_by_what_is_fused_in_them():
     products = [product.operands for one in found.values() for product in one.products]
     assert products == [("s8", "s8"), ("f32", "f32")]
     assert [name for name, one in found.items() if one.target] == ["kernel.1"]
-    # Two arrays of float32 [8, 2]; the weights are on the chip.
+    # Two arrays of float32 [8, 2], of which it is given one twice; the weights are on the chip.
     assert found["kernel.1"].bytes == 2 * 4 * 16
+    assert hlo.shapes(*found["kernel.1"].operands) == ((8, 2), (4, 2), (8, 2))
     assert hlo.shapes(found["prefetch"].result) == ((8, 2), (8, 2), ())
 
 
@@ -202,7 +203,14 @@ def test_the_roof_counts_the_products_of_the_platform():
     }
     (found,) = roof.kernels(jaxpr, "tpu")
     shape = ((rows, 128),)
-    assert found[:-1] == ("doubled", shape, shape, rows // ROWS, {"float32": kernel})
+    assert found[:-1] == (
+        "doubled",
+        shape,
+        shape,
+        rows // ROWS,
+        {"float32": kernel},
+        {"f32 x f32": 2},
+    )
     handed = 3 * 4 * 8 + 8 * 2 + 4 * (2 * 6 * 6 * 5 + 3 * 3 * 5 * 128)
     assert roof.handed_bytes(jaxpr) == handed + 4 * (4 * 2 + 1 + 2 * rows * 128)
 
@@ -231,7 +239,7 @@ def needs_libtpu():
 @pytest.mark.usefixtures("needs_libtpu")
 def test_a_part_is_compiled_for_a_chip_that_is_not_there(tmp_path, capsys):
     out = tmp_path / "v5e.json"
-    options = ["--part", "mid.feed_forward", "--policy", "qvd-w8a8", "--out", str(out)]
+    options = ["--part", "0.resnet", "--policy", "qvd-w8a8", "--out", str(out)]
     assert benchmark.main([*V5E, *options]) == 0
     record = json.loads(out.read_text())
     assert record["device"] == "v5e, compiled for, not run"
@@ -245,15 +253,16 @@ def test_a_part_is_compiled_for_a_chip_that_is_not_there(tmp_path, capsys):
         assert result["modelled_by_roof"] > 1
         assert 0 < result["peak_memory_bytes"] < result["chip_memory_bytes"]
         assert result["program_bytes"] > 0
-    assert floating["products"] == {"bf16 x bf16": 2}
-    assert int8["products"] == {"s8 x s8": 2}
+    # Two convolutions; beside them the norms multiply float32.
+    assert floating["products"].keys() - {"f32 x f32"} == {"bf16 x bf16"}
+    assert int8["products"].keys() - {"f32 x f32"} == {"s8 x s8"}
+    assert floating["products"]["bf16 x bf16"] == int8["products"]["s8 x s8"] == 2
     assert floating["modelled_ms_by_kind"]["int8 products"] == 0
     assert int8["modelled_ms_by_kind"]["int8 products"] > 0
-    tokens, channels = 2 * 2 * 1, 64
-    operations = 2 * tokens * (channels * 8 * channels + 4 * channels * channels)
-    assert floating["operations"] == {"bfloat16": operations}
-    assert int8["operations"] == {"int8": operations}
-    assert "| mid.feed_forward | qvd-w8a8 bfloat16 |" in capsys.readouterr().out
+    positions, channels = 2 * 2 * 2 * 2, 32
+    convolutions = 2 * (2 * positions * 9 * channels * channels)
+    assert floating["operations"]["bfloat16"] == int8["operations"]["int8"] == convolutions
+    assert "| 0.resnet | qvd-w8a8 bfloat16 |" in capsys.readouterr().out
     assert record["table"].splitlines()[0].startswith("| part | layers | modelled ms |")
 
 
@@ -276,6 +285,7 @@ def test_kernels_written_by_hand_are_counted_by_their_bundles(tmp_path):
     assert kernel["modelled_ms"] == pytest.approx(512 // ROWS * bundles / 1.5e6)
     assert found["modelled_ms"] >= kernel["modelled_ms"]
     assert found["kernels"] == {"tpu_custom_call": 1}
+    assert found["products"] == kernel["products"] == {"f32 x f32": 2}
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,9 @@ def describe(
     stats = program.memory_analysis()
     estimated = [operation for operation in found if operation.cycles is not None]
     modelled = _modelled(chip, found, list(roof.kernels(jaxpr, chip.platform)), bundles)
+    products = Counter(" x ".join(product.operands) for one in found for product in one.products)
+    for kernel in modelled["handwritten"]:
+        products.update(kernel["products"])
     whole, least = modelled["modelled_ms"], 1e3 * roof.seconds(counts, handed, chip)
     return {
         **modelled,
@@ -204,9 +207,7 @@ def describe(
         "peak_memory_bytes": stats.peak_memory_in_bytes,
         "chip_memory_bytes": chip.memory,
         "program_bytes": stats.generated_code_size_in_bytes or None,
-        "products": dict(
-            Counter(" x ".join(product.operands) for one in found for product in one.products)
-        ),
+        "products": dict(products),
         "copies": sum(kind(operation) == COPIES for operation in estimated or found),
         "kernels": dict(Counter(one.target for one in found if one.target)),
         "largest_arrays": _largest(found),
@@ -310,6 +311,7 @@ def _handwritten(
         "runs": operation.runs,
         "grid_steps": kernel and kernel.steps,
         "bundles_a_step": kernel and bundles[kernel.key],
+        "products": dict(kernel.products) if kernel else {},
         "modelled_ms": 1e3 * bounds[basis],
         "modelled_by": basis,
     }

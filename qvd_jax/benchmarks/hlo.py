@@ -44,7 +44,7 @@ _MOVES = {
     "tuple",
 }
 """Operations that give what they are given, in other places."""
-_MOVING = 'custom_call_target="ConcatBitcast"'
+_NO_KERNEL = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Operation:
       moves_only: whether it only copies, transposes, slices and so on.
       target: of a custom call; of a fusion that the compiler gave a kernel of its own, its kind.
       operands: the types of what it is given.
+      bytes: of what it is given and gives that is in the chip's main memory, each array once.
     """
 
     name: str
@@ -90,12 +91,7 @@ class Operation:
     moves_only: bool
     target: str | None
     operands: tuple[str, ...]
-
-    @property
-    def bytes(self) -> int:
-        """Of the operands and results that are in the chip's main memory."""
-        types = (self.result, *self.operands)
-        return sum(size for shaped in types for _, _, size in arrays(shaped))
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -254,7 +250,11 @@ def _operation(
         if line.opcode in _PRODUCTS
         or (line.opcode == "custom-call" and target and _LIBRARY_PRODUCT.match(target[1]))
     )
-    moves_only = all(line.opcode in _MOVES or _MOVING in line.attributes for _, line in fused)
+    moves_only = all(
+        line.opcode in _MOVES or _NO_KERNEL.search(line.attributes) for _, line in fused
+    )
+    given = {name: computations[place][name].result for name in instruction.operands}
+    types = (instruction.result, *given.values())
     return Operation(
         instruction.name,
         instruction.opcode,
@@ -266,7 +266,8 @@ def _operation(
         products,
         moves_only,
         target[1] if target and not moves_only else None,
-        tuple(computations[place][name].result for name in instruction.operands),
+        tuple(given[name] for name in instruction.operands),
+        sum(size for shaped in types for _, _, size in arrays(shaped)),
     )
 
 

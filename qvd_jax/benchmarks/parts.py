@@ -117,7 +117,7 @@ KINDS = {
     "self_attention": Kind(_has_attention, ("tokens",), _self_attention),
     "cross_attention": Kind(_has_attention, ("tokens", "context"), _cross_attention),
     "feed_forward": Kind(_has_attention, ("tokens",), _feed_forward),
-    "temporal_attention": Kind(_has_motion, ("frames",), _temporal_attention),
+    "temporal_attention": Kind(_has_motion, ("tokens",), _temporal_attention),
     # The convolution that halves or doubles the resolution.
     "sampler": Kind(_has_sampler, ("x",), _sample),
 }
@@ -220,7 +220,6 @@ def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str
         # With the skip's channels.
         "wide": shape(case.batch, case.frames, height, width, stage.in_channels[number]),
         "tokens": shape(case.batch, case.frames, positions, channels),
-        "frames": shape(case.batch, positions, case.frames, channels),
         "temporal": shape(1, channels),
         "context": jax.eval_shape(Context, shape(*keys), shape(*keys))
         if stage.has_attention[number]

@@ -15,7 +15,7 @@ from jax.profiler import ProfileData
 from qvd_jax import markdown
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.kernels.int8 import SCOPE
+from qvd_jax.kernels import attention, int8
 from qvd_jax.quant.layers import QUANTIZING
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
@@ -23,9 +23,9 @@ PATCHES = "gathering patches"
 # The first that matches the name of an operation decides. Names are of the module and, last, the
 # primitive; what XLA fused bears the name of the fusion's last operation.
 KINDS = {
-    "int8 products": rf"/{SCOPE}/.*(dot|dot_general|conv_general_dilated|pallas_call)$",
-    # The choice by platform inside it; the products around it have their own modules' names.
-    "attention": r"/attn\d?/cond/",
+    # With the choice by platform inside it: modules bear the same name.
+    "attention": rf"/{attention.SCOPE}/cond/",
+    "int8 products": rf"/{int8.SCOPE}/.*(dot|dot_general|conv_general_dilated|pallas_call)$",
     "float products": r"/(dot_general|conv_general_dilated)$",
     PATCHES: r"/(slice|pad|concatenate)$",
     # The shift to unsigned codes, for products of the CPU, is part of them.

@@ -15,6 +15,10 @@ Key = tuple[str | None, Shapes, Shapes]
 """What the calls of one kernel share: its name, and the shapes of its operands and results."""
 
 
+# What XLA calls types.
+_TYPES = {"int8": "s8", "int4": "s4", "bfloat16": "bf16", "float32": "f32"}
+
+
 class Kernel(NamedTuple):
     """A kernel written by hand, in Pallas.
 
@@ -24,6 +28,7 @@ class Kernel(NamedTuple):
       results: the shapes of what it gives.
       steps: of its grid.
       operations: of its products in one run, as in `operations`.
+      products: how many there are, by their operands' types as the compiler writes them.
       call: of the traced function.
     """
 
@@ -32,6 +37,7 @@ class Kernel(NamedTuple):
     results: Shapes
     steps: int
     operations: Counter[str]
+    products: Counter[str]
     call: core.JaxprEqn
 
     @property
@@ -86,11 +92,22 @@ def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
                 tuple(_aval(var).shape for var in equation.outvars),
                 steps,
                 Counter({kind: steps * count for kind, count in one_step.items()}),
+                Counter(_products(equation.params["jaxpr"], platform)),
                 equation,
             )
         else:
             for inner in _inner(equation, platform):
                 yield from kernels(inner, platform)
+
+
+def _products(jaxpr: core.Jaxpr, platform: str) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            names = (str(_aval(var).dtype) for var in equation.invars[:2])
+            yield " x ".join(_TYPES.get(name, name) for name in names)
+        else:
+            for inner in _inner(equation, platform):
+                yield from _products(inner, platform)
 
 
 def handed_bytes(jaxpr: core.Jaxpr) -> int:

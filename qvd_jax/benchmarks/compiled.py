@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import tqdm
 
 from qvd_jax import markdown
-from qvd_jax.benchmarks import compilers, hlo, parts, profile, roof
+from qvd_jax.benchmarks import compilers, footprint, hlo, parts, profile, roof
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.benchmarks.parts import Part
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
@@ -33,7 +33,7 @@ from qvd_jax.memory import tree_bytes
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import list_layers
-from qvd_jax.quant.policy import Layer, LayerSpec, decide, named_policy
+from qvd_jax.quant.policy import decide, named_policy
 
 COPIES = "copies"
 KINDS = (
@@ -103,65 +103,77 @@ def prepare(case: Case, chip: Chip, programs: Sequence[Program], dump: Path) -> 
     Raises:
       InputError: the compiler cannot be had, or the chip's memory is too small.
     """
-    check(case, chip, programs)
-    found: Bundles = {}
-    if chip.clock is not None:
-        for name, variant in programs:
-            function, arguments = _function(_part(case, name, variant), variant)
-            jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
-            for kernel in roof.kernels(jaxpr, chip.platform):
-                if kernel.key not in found:
-                    found[kernel.key] = compilers.bundles(chip, kernel.call, dump)
-    return found
-
-
-def check(case: Case, chip: Chip, programs: Sequence[Program]) -> None:
-    """Raises `InputError` if the compiler cannot be had or the chip's memory is too small."""
     compilers.placement(chip)
-    for name, variant in programs:
-        weights, working = least_bytes(_part(case, name, variant), variant)
-        if weights + working > chip.memory:
-            raise _too_large(case, chip, (name, variant), weights, working)
-
-
-def least_bytes(part: Part, variant: Variant) -> tuple[int, int]:
-    """What a part needs at least: of weights, and of its inputs and the largest of a layer."""
-    layers = _layers(part, variant)
-    specs = _specs(layers, variant)
-    bits = 8 * jnp.dtype(variant.dtype).itemsize
-    weights = sum(
-        layer.parameters * (specs[layer.path].weight_bits if layer.path in specs else bits)
-        for layer in layers
-    )
-    largest = max(math.prod(layer.inputs) for layer in layers)
-    return weights // 8, tree_bytes(part.inputs) + largest * bits // 8
+    bundles: Bundles = {}
+    for program in programs:
+        function, arguments = _function(case, program)
+        jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+        _check_fits(case, chip, program, footprint.peak_bytes(jaxpr, chip.platform), arguments)
+        if chip.clock is not None:
+            for kernel in roof.kernels(jaxpr, chip.platform):
+                if kernel.key not in bundles:
+                    bundles[kernel.key] = compilers.bundles(chip, kernel.call, dump)
+    return bundles
 
 
 def compile_program(case: Case, chip: Chip, program: Program, bundles: Bundles) -> dict[str, Any]:
     """Compiles one part in one variant; see `measure` and `describe`."""
     name, variant = program
-    part = _part(case, name, variant)
-    function, arguments = _function(part, variant)
+    function, arguments = _function(case, program)
     try:
         found = describe(chip, function, arguments, bundles)
     except jax.errors.JaxRuntimeError as error:
-        raise _refused(case, chip, program, error) from error
-    if found["peak_memory_bytes"] > chip.memory:
-        weights, _ = least_bytes(part, variant)
-        raise _too_large(case, chip, program, weights, found["peak_memory_bytes"] - weights)
+        if temporaries := _OUT_OF_MEMORY.search(str(error)):
+            peak = tree_bytes(arguments) + int(float(temporaries[1]) * 2**30)
+            _check_fits(case, chip, program, peak, arguments)
+        raise InputError(f"{name} {variant.mode} for a {chip.name}: {first_line(error)}") from error
+    _check_fits(case, chip, program, found["peak_memory_bytes"], arguments)
     return {"part": name, "mode": variant.mode, "dtype": variant.dtype, **found}
 
 
-def _part(case: Case, name: str, variant: Variant) -> Part:
-    return parts.find(name, case, jnp.dtype(variant.dtype))
-
-
-def _function(part: Part, variant: Variant) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """What is compiled, and the shapes it is called with."""
+def _function(case: Case, program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """What is compiled, and the shapes it is called with: parameters, then inputs."""
+    name, variant = program
+    part = parts.find(name, case, jnp.dtype(variant.dtype))
     network = part.network(_layer_set(part, variant))
     init = functools.partial(network.init, method=part.method)
     params = jax.eval_shape(init, jax.random.key(0), *part.inputs)
     return functools.partial(network.apply, method=part.method), (params, *part.inputs)
+
+
+def _layer_set(part: Part, variant: Variant) -> LayerSet:
+    dtype = jnp.dtype(variant.dtype)
+    floating = replace(FLOAT, dtype=dtype, param_dtype=dtype)
+    if variant.mode == FLOAT_MODE:
+        return floating
+    layers = list_layers(part.network(floating), *part.inputs, method=part.method)
+    return layer_set(decide(named_policy(variant.mode), layers), dtype)
+
+
+def _check_fits(
+    case: Case, chip: Chip, program: Program, peak: int, arguments: tuple[Any, ...]
+) -> None:
+    """Refuses what needs more memory than there is, with the sizes that would fit.
+
+    All but the parameters grows with the positions.
+    """
+    if peak <= chip.memory:
+        return
+    name, variant = program
+    params = tree_bytes(arguments[0])
+    share = max(chip.memory - params, 0) / (peak - params)
+    frames = int(share * case.frames)
+    side = 8 * int(math.sqrt(share * case.height * case.width))
+    side -= side % (8 * case.config.stride)
+    fitting = [
+        *([f"{frames} frames of that size"] if frames else []),
+        *([f"{case.frames} of {side}x{side}"] if side else []),
+    ]
+    raise InputError(
+        f"{name} {variant.mode} {variant.dtype} at {case.batch} x {case.frames} frames of "
+        f"{8 * case.height}x{8 * case.width} needs about {peak / 1e9:.1f} GB, a {chip.name} has "
+        f"{chip.memory / 1e9:.1f}: about {' or '.join(fitting) or 'nothing'} fits"
+    )
 
 
 def describe(
@@ -326,56 +338,3 @@ def _largest(found: Sequence[hlo.Operation]) -> list[dict[str, Any]]:
         for element, shape, size in hlo.arrays(operation.result)
     ]
     return sorted(arrays, key=lambda array: -array["bytes"])[:_LARGEST_SHOWN]
-
-
-def _layers(part: Part, variant: Variant) -> list[Layer]:
-    network = part.network(_float_layers(variant))
-    return list_layers(network, *part.inputs, method=part.method)
-
-
-def _specs(layers: Sequence[Layer], variant: Variant) -> dict[str, LayerSpec]:
-    if variant.mode == FLOAT_MODE:
-        return {}
-    return decide(named_policy(variant.mode), layers)
-
-
-def _layer_set(part: Part, variant: Variant) -> LayerSet:
-    if variant.mode == FLOAT_MODE:
-        return _float_layers(variant)
-    return layer_set(_specs(_layers(part, variant), variant), jnp.dtype(variant.dtype))
-
-
-def _float_layers(variant: Variant) -> LayerSet:
-    dtype = jnp.dtype(variant.dtype)
-    return replace(FLOAT, dtype=dtype, param_dtype=dtype)
-
-
-def _too_large(
-    case: Case, chip: Chip, program: Program, weights: float, working: float
-) -> InputError:
-    """Names the sizes that would fit: all but the weights grows with the positions."""
-    share = max(chip.memory - weights, 0) / working
-    frames = int(share * case.frames)
-    side = 8 * int(math.sqrt(share * case.height * case.width))
-    side -= side % (8 * case.config.stride)
-    fitting = [
-        *([f"{frames} frames of that size"] if frames else []),
-        *([f"{case.frames} of {side}x{side}"] if side else []),
-    ]
-    name, variant = program
-    return InputError(
-        f"{name} {variant.mode} {variant.dtype} at {case.batch} x {case.frames} frames of "
-        f"{8 * case.height}x{8 * case.width} needs {(weights + working) / 1e9:.1f} GB or more, a "
-        f"{chip.name} has {chip.memory / 1e9:.1f}: at most {' or '.join(fitting) or 'nothing'} fits"
-    )
-
-
-def _refused(case: Case, chip: Chip, program: Program, error: Exception) -> InputError:
-    """What a compiler's refusal says in one line."""
-    name, variant = program
-    if temporaries := _OUT_OF_MEMORY.search(str(error)):
-        weights, _ = least_bytes(_part(case, name, variant), variant)
-        return _too_large(case, chip, program, weights, float(temporaries[1]) * 2**30)
-    return InputError(
-        f"{name} {variant.mode} {variant.dtype} for a {chip.name}: {first_line(error)}"
-    )

@@ -72,7 +72,7 @@ def operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             found[_type(equation)] += 2 * math.prod(kernel) // outputs * _size(equation)
         else:
-            counts = [operations(inner, platform) for inner in _inner(equation, platform)]
+            counts = [operations(inner, platform) for inner in alternatives(equation, platform)]
             if name == "cond":
                 counts = [max(counts, key=Counter.total)]
             for kind, count in sum(counts, Counter()).items():
@@ -96,7 +96,7 @@ def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
                 equation,
             )
         else:
-            for inner in _inner(equation, platform):
+            for inner in alternatives(equation, platform):
                 yield from kernels(inner, platform)
 
 
@@ -106,7 +106,7 @@ def _products(jaxpr: core.Jaxpr, platform: str) -> Iterator[str]:
             names = (str(_aval(var).dtype) for var in equation.invars[:2])
             yield " x ".join(_TYPES.get(name, name) for name in names)
         else:
-            for inner in _inner(equation, platform):
+            for inner in alternatives(equation, platform):
                 yield from _products(inner, platform)
 
 
@@ -130,7 +130,7 @@ def seconds(counts: Counter[str], handed: int, chip: Chip) -> float:
     return max(computing, handed / chip.bandwidth)
 
 
-def _inner(equation: core.JaxprEqn, platform: str) -> list[core.Jaxpr]:
+def alternatives(equation: core.JaxprEqn, platform: str) -> list[core.Jaxpr]:
     """What an operation is made of; of alternatives by platform that of `platform`."""
     inner = core.jaxprs_in_params(equation.params)
     platforms = equation.params.get("branches_platforms")

@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="motion LoRA or domain adapter to merge; may be given again",
+        help="LoRA to merge into UNet and text encoder, of any kind; may be given again",
     )
     parser.add_argument(
         "--controlnet",

@@ -18,7 +18,7 @@ PRESETS: dict[str, tuple[SchedulerConfig, dict[str, Any]]] = {
 }
 """Scheduler and defaults of motion modules distilled to few steps, which no tensor tells."""
 
-_ORIGINAL_MOTION = (
+ORIGINAL_MOTION = (
     (r"\.temporal_transformer\.", "."),
     (r"\.attention_blocks\.0\.", ".attn1."),
     (r"\.attention_blocks\.1\.", ".attn2."),
@@ -42,7 +42,7 @@ _OTHER_FAMILIES = (
 def rename_original(name: str) -> str:
     """A name (or its module part) of the original AnimateDiff code as diffusers has it."""
     name = f"{name.removeprefix('module.')}."
-    for pattern, replacement in _ORIGINAL_MOTION:
+    for pattern, replacement in ORIGINAL_MOTION:
         name = re.sub(pattern, replacement, name)
     return name.removesuffix(".")
 

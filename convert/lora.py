@@ -1,23 +1,34 @@
-"""Low-rank additions: AnimateDiff's motion LoRAs and v3 domain adapter, and AnimateLCM's LoRA."""
+"""LoRAs and their relatives, merged into the weights of a UNet and a text encoder.
+
+Every kind there is for these layers: AnimateDiff's motion LoRAs and domain adapter, AnimateLCM's,
+kohya's, LyCORIS's, diffusers' and peft's. Additions to one layer are summed, so that the order of
+files does not matter; DoRA, IA3 and replaced weights act on what the files before have made.
+"""
 
 import math
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from convert.animatediff import version
+from convert import adapters, lora_header, lora_names
+from convert.adapters import Adapter
+from convert.lora_names import Layers, Place
 from convert.tensors import LazyTensor, Tensors, open_file
 from qvd_jax.errors import InputError
 
-_ATTENTION = re.compile(
-    r"(?P<module>.+?)\.(?:processor\.)?(?P<layer>to_q|to_k|to_v|to_out)(?:\.0)?"
-    r"[._]lora[._](?P<side>down|up|A|B)\.weight"
-)
-# As kohya-ss/sd-scripts write them: any layer, dots of its name as underscores.
-_KOHYA = re.compile(r"lora_unet_(?P<layer>\w+)\.(?P<side>lora_down\.weight|lora_up\.weight|alpha)")
-_SIDES = {"A": "down", "B": "up", "lora_down.weight": "down", "lora_up.weight": "up"}
+
+class Merged(NamedTuple):
+    """A model with LoRAs in it.
+
+    Attributes:
+      tensors: by component and name.
+      notes: what was merged, and what the user should know.
+    """
+
+    tensors: dict[str, Tensors]
+    notes: tuple[str, ...]
 
 
 def parse_lora(argument: str) -> tuple[Path, float]:
@@ -38,90 +49,137 @@ def parse_lora(argument: str) -> tuple[Path, float]:
     return Path(path), scale
 
 
-def merge_lora(tensors: Tensors, path: Path, scale: float, rename: Callable[[str], str]) -> Tensors:
-    """Adds `scale * up @ down` to the weights a LoRA file names.
-
-    AnimateDiff's have neither an alpha nor a division by the rank, as its own loader has none. With
-    an alpha, as kohya's files have, the addition is `scale * alpha / rank * up @ down`.
+def merge_loras(components: Mapping[str, Tensors], loras: Sequence[tuple[Path, float]]) -> Merged:
+    """Merges LoRAs into the weights of the layers they name, one after the other.
 
     Args:
-      tensors: of the UNet, by diffusers' names.
-      path: the LoRA file.
-      scale: factor of the addition.
-      rename: from the file's module names to diffusers'.
+      components: tensors of the UNet and the text encoder, by today's diffusers' names.
+      loras: files and scales.
 
     Raises:
-      InputError: a key is of another form, a target is missing, or shapes do not fit.
+      InputError: with all that does not fit, of all files.
     """
-    kohya = {name.removesuffix(".weight").replace(".", "_"): name for name in tensors}
-    additions: dict[str, dict[str, LazyTensor]] = {}
-    for key, tensor in open_file(path).items():
-        name, side = _target(key, path, rename, kohya)
-        additions.setdefault(name, {})[_SIDES.get(side, side)] = tensor
-    if not additions:
+    layers = lora_names.layers_of(components)
+    tensors = {component: dict(of_it) for component, of_it in components.items()}
+    said, problems = [], []
+    for path, scale in loras:
+        try:
+            found, notes = _open(path, scale, layers, components)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        for place, adapter in found.items():
+            layer = _layer(tensors, place)
+            for leaf, tensor in adapters.merge(layer, adapter).items():
+                tensors[place.component][f"{place.module}.{leaf}"] = tensor
+        said += [f"merged {path.name} at scale {scale:g}", *(f"{path.name}: {n}" for n in notes)]
+    if problems:
+        raise InputError("\n".join(problems))
+    return Merged(tensors, tuple(said))
+
+
+def _open(
+    path: Path, scale: float, layers: Layers, components: Mapping[str, Tensors]
+) -> tuple[dict[Place, Adapter], tuple[str, ...]]:
+    """Opens one file: what it does to which layer, and notes."""
+    tensors = open_file(path)
+    if not tensors:
         raise InputError(f"{path} holds no tensors")
-    missing = sorted(name for name in additions if name not in tensors)
-    if missing:
-        raise InputError(
-            f"{path} adds to {len(missing)} weights that this model lacks, the first {missing[0]}; "
-            f"motion LoRAs fit v2 motion modules, which have one in the mid block"
-        )
-    if any(".motion_modules." in name for name in additions) and version(tensors) != "v2":
-        raise InputError(
-            f"{path} is a motion LoRA; motion LoRAs fit v2 motion modules, which have one in the "
-            f"mid block"
-        )
-    merged = dict(tensors)
-    for name, parts in additions.items():
-        if not {"down", "up"} <= parts.keys():
-            raise InputError(f"{path}: {name} has only {'/'.join(parts)} of down and up")
-        base = tensors[name]
-        if not _fits(base.shape, parts["up"].shape, parts["down"].shape):
-            raise InputError(
-                f"{path}: {name} is {base.shape}, which up {parts['up'].shape} x down "
-                f"{parts['down'].shape} does not fit"
+    try:
+        header = lora_header.open_header(path)
+        found = _assigned(tensors, layers, components, lora_header.hint(header))
+        alphas = {
+            place: _scalar("alpha", parts["alpha"])
+            for place, parts in found.items()
+            if "alpha" in parts
+        }
+        notes = lora_header.check_tensors(header, found, alphas)
+        adapted = {
+            place: Adapter(
+                parts, lora_header.scaling(header, place, parts, alphas.get(place)), scale
             )
-        merged[name] = LazyTensor(base.shape, _sum(base, parts, scale))
-    return merged
+            for place, parts in found.items()
+        }
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    return adapted, notes
 
 
-def _target(
-    key: str, path: Path, rename: Callable[[str], str], kohya: Mapping[str, str]
-) -> tuple[str, str]:
-    """The weight that a LoRA's key is about, and the part the tensor has in the addition."""
-    if match := _KOHYA.fullmatch(key):
-        return kohya.get(match["layer"], match["layer"]), match["side"]
-    match = _ATTENTION.fullmatch(key)
-    if not match:
+def _assigned(
+    tensors: Tensors, layers: Layers, components: Mapping[str, Tensors], hint: str
+) -> dict[Place, dict[str, LazyTensor]]:
+    """The file's tensors by the layers of the model they are about, and their parts there."""
+    unknown, missing, kinds = [], set(), set()
+    found: dict[Place, dict[str, LazyTensor]] = {}
+    for key, tensor in tensors.items():
+        split = lora_names.split_key(key)
+        if split is None:
+            unknown.append(key)
+            continue
+        name, part = split
+        kinds.add(part)
+        place = lora_names.find_layer(name, layers)
+        if place is None:
+            missing.add(name)
+        elif part in found.setdefault(place, {}):
+            raise InputError(f"{place.module} has {part} twice, the second time as {key}")
+        else:
+            found[place][part] = tensor
+    if kinds and kinds <= adapters.WHOLE:
         raise InputError(
-            f"{path}: {key} is no key of a LoRA of the UNet (..to_q_lora.down.weight, "
-            f"lora_unet_...lora_down.weight)"
+            f"whole weights, such as {next(iter(tensors))}, are no LoRA, which adds to a model's"
         )
-    module = rename(match["module"].removeprefix("module.").removeprefix("unet."))
-    layer = match["layer"] + (".0" if match["layer"] == "to_out" else "")
-    return f"{module}.{layer}.weight", match["side"]
+    for parts in found.values():
+        if "on_input" in parts and "weight" in parts:
+            side = "ia3_input" if _scalar("on_input", parts.pop("on_input")) else "ia3_output"
+            parts[side] = parts.pop("weight")
+    problems = [
+        f"{what} ({len(names)}): {', '.join(names)}"
+        for what, names in (
+            ("these keys are of no known kind", unknown),
+            ("it adds to layers that this model lacks", sorted(missing)),
+        )
+        if names
+    ]
+    problems += [
+        f"{place.module} {reason}"
+        for place, parts in found.items()
+        if (reason := adapters.problem(parts, _layer(components, place)))
+    ]
+    if problems:
+        raise InputError("; ".join(problems) + _family_hint(missing, layers) + hint)
+    return found
 
 
-def _fits(base: tuple[int, ...], up: tuple[int, ...], down: tuple[int, ...]) -> bool:
-    """Whether up `[O, R]` times down `[R, I, *taps]`, up with taps of one, is like the base."""
-    return (
-        len(up) == len(down) == len(base)
-        and up[:1] == base[:1]
-        and up[1] == down[0]
-        and set(up[2:]) <= {1}
-        and down[1:] == base[1:]
-    )
+def _layer(components: Mapping[str, Tensors], place: Place) -> dict[str, LazyTensor]:
+    """The weight and the bias of a layer, as far as it has them."""
+    tensors = components[place.component]
+    return {
+        leaf: tensors[name]
+        for leaf in ("weight", "bias")
+        if (name := f"{place.module}.{leaf}") in tensors
+    }
 
 
-def _sum(
-    base: LazyTensor, parts: Mapping[str, LazyTensor], scale: float
-) -> Callable[[], np.ndarray]:
-    def read() -> np.ndarray:
-        up, down = (parts[side].read().astype(np.float32) for side in ("up", "down"))
-        factor = scale
-        if "alpha" in parts:
-            factor *= float(parts["alpha"].read()) / len(down)
-        product = up.reshape(up.shape[:2]) @ down.reshape(len(down), -1)
-        return base.read().astype(np.float32) + factor * product.reshape(base.shape)
+def _scalar(part: str, tensor: LazyTensor) -> float:
+    value = tensor.read()
+    if value.size != 1 or not math.isfinite(value.astype(np.float64).item()):
+        raise InputError(f"{part} is one finite number, not {value.tolist()}")
+    return value.astype(np.float64).item()
 
-    return read
+
+def _family_hint(missing: Iterable[str], layers: Layers) -> str:
+    """Which model the layers that are missing belong to, where that can be seen."""
+    has_motion = any("_motion_modules_" in module for module in layers["unet"])
+    for name in missing:
+        component, rest = lora_names.component_of(name)
+        if component == "text_encoder_2":
+            return "; a LoRA with two text encoders is one of Stable Diffusion XL"
+        if "motion_modules" in rest and not has_motion:
+            return "; it is a motion LoRA, and this model has no motion modules"
+        if "motion_modules" in rest and rest.startswith("mid_block"):
+            return (
+                "; it is a motion LoRA of v2 motion modules, which have one in the mid block, "
+                "this model's (v1 or v3) have none"
+            )
+    return ""

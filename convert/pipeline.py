@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from convert import animatediff, companions, magicanimate, modelscope, names, svd
 from convert.controlnet import open_controlnet
-from convert.lora import merge_lora
+from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
 from convert.tensors import PICKLES, Tensors, open_model, read_json
@@ -103,7 +103,7 @@ def open_source(
     Args:
       source: the folder, or an original file of Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
-      loras: files and scales of motion LoRAs and domain adapters, merged in this order.
+      loras: files and scales of LoRAs of any kind, merged in this order.
       controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff; the
         folder of MagicAnimate's.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
@@ -118,16 +118,20 @@ def open_source(
     opened = _open_unet(source, parts, motion)
     tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
     additions = {
-        "--lora": loras,
         "--controlnet": controlnet,
         "--appearance-encoder": appearance_encoder,
     }
     for option, given in additions.items():
         if given and opened.family != "animatediff":
             raise InputError(f"{source} is {_TITLES[opened.family]}, which has no {option}")
-    for path, scale in loras:
-        tensors["unet"] = merge_lora(tensors["unet"], path, scale, animatediff.rename_original)
-        notes.append(f"merged {path.name} at scale {scale:g}")
+    if loras:
+        merged = merge_loras(
+            {name: tensors[name] for name in ("unet", "text_encoder") if name in tensors}, loras
+        )
+        tensors |= merged.tensors
+        notes += merged.notes
+    if opened.family == "svd":
+        tensors["unet"] = svd.without_dead(tensors["unet"])
     if controlnet is not None:
         found, config = open_controlnet(controlnet)
         tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
@@ -267,7 +271,7 @@ def _open_unet(source: Path, parts: Parts, motion: Path | None) -> _UNet:
         original = parts.has_original_unet
         return _UNet(
             family,
-            svd.without_dead(tensors),
+            tensors,
             svd.unet_config(tensors, unet_json, original, str(place)),
             schedules.STABLE_VIDEO_DIFFUSION,
             True,

@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 import qvd_jax
 from convert import animatediff, companions, names
 from convert.__main__ import main as convert
-from convert.lora import merge_lora, parse_lora
+from convert.lora import merge_loras, parse_lora
 from convert.pipeline import open_source
 from convert.tensors import LazyTensor, Tensors, open_file, open_folder
 from qvd_jax import checkpoint
@@ -444,7 +444,7 @@ def test_kohya_loras_add_alpha_over_rank_to_any_layer(tiny):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "AnimateLCM_sd15_t2v_lora.safetensors")
         save_file(content, path)
-        merged = merge_lora(tensors, path, 0.8, lambda name: name)
+        merged = merge_loras({"unet": tensors}, [(path, 0.8)]).tensors["unet"]
         for name in tensors:
             found = merged[name].read()
             if name in expected:

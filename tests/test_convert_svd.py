@@ -321,7 +321,6 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
         ({}, ["--appearance-encoder", "x"], "which has no --appearance-encoder"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),
-        ({}, ["--lora", "x.ckpt"], "is Stable Video Diffusion, which has no --lora"),
         ({"num_attention_heads": [4]}, [], "num_attention_heads: one positive integer, or 2"),
         ({"num_attention_heads": 5}, [], "num_heads = 5 does not divide the 64 channels"),
         ({"addition_time_embed_dim": 128}, [], "addition_time_embed_dim = 128"),

@@ -5,6 +5,7 @@ LoRA (arXiv 2106.09685), LoHa (FedPara, arXiv 2108.06098), LoKr (arXiv 2212.1065
 2309.14859) and peft. All in float32.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -66,14 +67,8 @@ def problem(parts: Mapping[str, LazyTensor], layer: Mapping[str, LazyTensor]) ->
     if "weight" not in layer:
         return "is no layer with a weight"
     base = layer["weight"].shape
-    shapes = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in [("base", base), *((part, parts[part].shape) for part in form)]
-    }
-    try:
-        made = jax.eval_shape(lambda arrays: _FORMS[form](jnp, arrays), shapes).shape
-    except (TypeError, ValueError, IndexError):
-        made = None
+    shapes = tuple((part, parts[part].shape) for part in sorted(form))
+    made = _made_shape(form, (("base", base), *shapes))
     if made is None or not _folds(made, base):
         return f"is {base}, which {said} does not fit"
     if magnitudes and _magnitude_axis(magnitudes[0], parts[magnitudes[0]].shape, base) is None:
@@ -124,6 +119,18 @@ def _bias(bias: LazyTensor, adapter: Adapter) -> np.ndarray:
     (part,) = _split(adapter.parts)[2]
     delta = _read(adapter.parts[part]).reshape(base.shape)
     return base + adapter.strength * _BIASES[part](delta, base, adapter.scaling)
+
+
+@functools.cache
+def _made_shape(
+    form: frozenset[str], shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> tuple[int, ...] | None:
+    """The shape of what the parts make; None if they do not fit each other."""
+    arrays = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes}
+    try:
+        return jax.eval_shape(lambda arrays: _FORMS[form](jnp, arrays), arrays).shape
+    except (TypeError, ValueError, IndexError):
+        return None
 
 
 def _read(tensor: LazyTensor) -> np.ndarray:

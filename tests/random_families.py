@@ -47,10 +47,9 @@ LAST = "up_blocks.{}.attentions.{}.transformer_blocks.0."
 LOST = ("attn1.", "norm2.", "attn2.", "norm3.", "ff.")
 
 
-def make_modelscope(folder: Path) -> TextToVideoSDPipeline:
-    """ModelScope, as diffusers saves it."""
-    torch.manual_seed(0)
-    unet = UNet3DConditionModel(
+def make_modelscope_unet() -> UNet3DConditionModel:
+    """ModelScope's UNet."""
+    return UNet3DConditionModel(
         sample_size=8,
         block_out_channels=(64, 128),
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
@@ -60,7 +59,12 @@ def make_modelscope(folder: Path) -> TextToVideoSDPipeline:
         cross_attention_dim=24,
         attention_head_dim=16,
     )
-    modules = unet, make_vae(), make_text_encoder()
+
+
+def make_modelscope(folder: Path) -> TextToVideoSDPipeline:
+    """ModelScope, as diffusers saves it."""
+    torch.manual_seed(0)
+    modules = make_modelscope_unet(), make_vae(), make_text_encoder()
     for module in modules:
         randomize(module)
     unet, vae, text_encoder = (module.eval() for module in modules)

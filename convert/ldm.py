@@ -5,6 +5,7 @@ its number.
 """
 
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,38 +63,64 @@ def is_original(tensors: Tensors) -> bool:
     return "input_blocks.0.0.weight" in tensors
 
 
+class Blocks(NamedTuple):
+    """How that code's numbers of a UNet's blocks are to be read.
+
+    Attributes:
+      per_level: blocks of a level, its downsampling among them.
+      last_middle: number of the last block in the middle.
+      blended: whether resnets and transformers hold those over time, as Stability's do.
+    """
+
+    per_level: int
+    last_middle: int
+    blended: bool
+
+
+def blocks_of(tensors: Tensors) -> Blocks:
+    """The blocks that a UNet by diffusers' names would have in that code."""
+    return Blocks(
+        per_level=keys.count(tensors, r"down_blocks\.0\.resnets\.(\d+)\.") + 1,
+        last_middle=3 if any(".temp_attentions." in name for name in tensors) else 2,
+        blended=any(".temporal_res_block." in name for name in tensors),
+    )
+
+
 def rename_unet(tensors: Tensors) -> Tensors:
     """The UNet's tensors by diffusers' names; a name that has none there is kept."""
     # The first downsampling closes the first level; block 0 is conv_in.
     last_input = max(keys.numbers(tensors, r"input_blocks\.(\d+)\."), default=0)
-    per_level = min(keys.numbers(tensors, r"input_blocks\.(\d+)\.(?:0\.)?op\."), default=last_input)
-    last_middle = max(keys.numbers(tensors, r"middle_block\.(\d+)\."), default=0)
-    blended = any(".time_stack." in name for name in tensors)
+    blocks = Blocks(
+        min(keys.numbers(tensors, r"input_blocks\.(\d+)\.(?:0\.)?op\."), default=last_input),
+        max(keys.numbers(tensors, r"middle_block\.(\d+)\."), default=0),
+        any(".time_stack." in name for name in tensors),
+    )
+    return {rename_in_unet(name, blocks): tensor for name, tensor in tensors.items()}
 
-    def rename(name: str) -> str:
-        outside = _replace_start(name, _OUTSIDE)
-        found = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)", name)
-        if outside != name or found is None or not per_level:
-            return outside
-        way, number, part, rest = found[1], int(found[2]), int(found[3] or 0), found[4]
-        if way == "middle":
-            is_last = number == last_middle
-            stage, layer, part = "mid_block", int(is_last), 0 if is_last else number
-        else:
-            level, layer = divmod(number - (way == "input"), per_level)
-            stage = f"{'down' if way == 'input' else 'up'}_blocks.{level}"
-        if rest.startswith("op."):
-            return f"{stage}.downsamplers.0.conv.{rest.removeprefix('op.')}"
-        if rest.startswith("conv."):
-            return f"{stage}.upsamplers.0.{rest}"
-        if part in (1, 2):
-            kind = "attentions" if part == 1 else "temp_attentions"
-            return f"{stage}.{kind}.{layer}.{_replace_start(rest, _TRANSFORMER)}"
-        if rest.startswith("temopral_conv."):  # sic
-            return f"{stage}.temp_convs.{layer}.{rest.removeprefix('temopral_conv.')}"
-        return f"{stage}.resnets.{layer}.{_resnet(rest, blended)}"
 
-    return {rename(name): tensor for name, tensor in tensors.items()}
+def rename_in_unet(name: str, blocks: Blocks) -> str:
+    """The name of a UNet's tensor as diffusers has it; one that has none there is kept."""
+    outside = _replace_start(name, _OUTSIDE)
+    found = re.fullmatch(r"(input|middle|output)_blocks?\.(\d+)\.(?:(\d+)\.)?(.+)", name)
+    if outside != name or found is None or not blocks.per_level:
+        return outside
+    way, number, part, rest = found[1], int(found[2]), int(found[3] or 0), found[4]
+    if way == "middle":
+        is_last = number == blocks.last_middle
+        stage, layer, part = "mid_block", int(is_last), 0 if is_last else number
+    else:
+        level, layer = divmod(number - (way == "input"), blocks.per_level)
+        stage = f"{'down' if way == 'input' else 'up'}_blocks.{level}"
+    if rest.startswith("op."):
+        return f"{stage}.downsamplers.0.conv.{rest.removeprefix('op.')}"
+    if rest.startswith("conv."):
+        return f"{stage}.upsamplers.0.{rest}"
+    if part in (1, 2):
+        kind = "attentions" if part == 1 else "temp_attentions"
+        return f"{stage}.{kind}.{layer}.{_replace_start(rest, _TRANSFORMER)}"
+    if rest.startswith("temopral_conv."):  # sic
+        return f"{stage}.temp_convs.{layer}.{rest.removeprefix('temopral_conv.')}"
+    return f"{stage}.resnets.{layer}.{_resnet(rest, blocks.blended)}"
 
 
 def rename_vae(tensors: Tensors) -> Tensors:

@@ -136,7 +136,7 @@ def _assigned(
     problems = [
         f"{what} ({len(names)}): {', '.join(names)}"
         for what, names in (
-            ("these keys are of no known kind", unknown),
+            ("these keys are of no known kind", sorted(unknown)),
             ("it adds to layers that this model lacks", sorted(missing)),
         )
         if names
@@ -170,7 +170,7 @@ def _scalar(part: str, tensor: LazyTensor) -> float:
 
 def _family_hint(missing: Iterable[str], layers: Layers) -> str:
     """Which model the layers that are missing belong to, where that can be seen."""
-    has_motion = any("_motion_modules_" in module for module in layers["unet"])
+    has_motion = any("_motion_modules_" in module for module in layers.modules["unet"])
     for name in missing:
         component, rest = lora_names.component_of(name)
         if component == "text_encoder_2":

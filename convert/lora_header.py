@@ -19,10 +19,12 @@ from qvd_jax.errors import InputError
 _METADATA = "lora_adapter_metadata"
 _CONFIG = "adapter_config.json"
 
-_READ = frozenset(
+READ = frozenset(
     {"r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
     | {"lora_bias", "bias", "target_modules", "fan_in_fan_out", "peft_type", "init_lora_weights"}
 )
+"""Keys of peft's configs that are obeyed, or held against the tensors."""
+
 NO_MATTER = {
     "task_type": "what the model is for",
     "auto_mapping": "a class of the training code",
@@ -226,7 +228,7 @@ def _check_config(config: Mapping[str, Any], place: str) -> None:
 
     for key, value in config.items():
         # What is empty or off changes nothing, whatever it is.
-        if key not in _READ and key not in NO_MATTER and value:
+        if key not in READ and key not in NO_MATTER and value:
             fail(key, "leave it out if it changes no result")
     if str(config.get("peft_type") or "LORA").rpartition(".")[2] not in _TYPES:
         fail("peft_type", f"{', '.join(_TYPES)} are")

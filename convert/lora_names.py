@@ -2,15 +2,15 @@
 
 Keys are written in many ways: kohya's (`lora_unet_..to_q.lora_down.weight`), diffusers' old
 (`..processor.to_q_lora.down.weight`) and newer ones (`unet...to_q.lora.down.weight`), peft's
-(`base_model.model...to_q.lora_A.weight`), the original AnimateDiff code's names. With underscores
-for dots all are the names of the model's own layers but for a prefix.
+(`base_model.model...to_q.lora_A.weight`). With underscores for dots all are the names of the
+model's own layers but for a prefix, or those of the original AnimateDiff or latent-diffusion code.
 """
 
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from convert import animatediff
+from convert import animatediff, ldm
 from convert.tensors import Tensors
 
 
@@ -21,8 +21,17 @@ class Place(NamedTuple):
     module: str
 
 
-Layers = Mapping[str, Mapping[str, str]]
-"""By component, the modules' names with underscores for dots, and as they are."""
+class Layers(NamedTuple):
+    """The layers that a LoRA can be about.
+
+    Attributes:
+      modules: by component, the modules' names with underscores for dots, and as they are.
+      blocks: how the original latent-diffusion code numbers the UNet's.
+    """
+
+    modules: Mapping[str, Mapping[str, str]]
+    blocks: ldm.Blocks
+
 
 _PRODUCT = re.compile(
     r"(?P<layer>.+?)(?:\.lora_linear_layer|[._]lora)[._](?P<side>down|up|mid|A|B)"
@@ -38,10 +47,11 @@ _PLAIN = re.compile(
 )
 _SIDES = {"A": "down", "B": "up"}
 
-_WRAPPERS = ("module.", "base_model.model.", "lycoris_")
+_WRAPPERS = ("module.", "base_model.model.", "model.", "lycoris_")
 _COMPONENTS = {
     "lora_unet_": "unet",
     "unet.": "unet",
+    "diffusion_model.": "unet",
     "lora_te_": "text_encoder",
     "lora_te1_": "text_encoder",
     "text_encoder.": "text_encoder",
@@ -75,11 +85,12 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def layers_of(components: Mapping[str, Tensors]) -> Layers:
-    """The layers that a LoRA can be about."""
-    return {
+    """The layers of components whose tensors have today's diffusers' names."""
+    modules = {
         component: {_flat(name.rpartition(".")[0]): name.rpartition(".")[0] for name in tensors}
         for component, tensors in components.items()
     }
+    return Layers(modules, ldm.blocks_of(components["unet"]))
 
 
 def component_of(layer: str) -> tuple[str | None, str]:
@@ -95,9 +106,9 @@ def find_layer(layer: str, layers: Layers) -> Place | None:
     """The model's layer of a file's name for it; None if there is none."""
     named, rest = component_of(layer)
     flat = _flat(rest)
-    for component in layers if named is None else (named,):
-        modules = layers.get(component, {})
-        for name in (flat, _renamed(flat)):
+    for component in layers.modules if named is None else (named,):
+        modules = layers.modules.get(component, {})
+        for name in (flat, _renamed(flat), _renamed_ldm(flat, layers.blocks)):
             if name in modules:
                 return Place(component, modules[name])
     return None
@@ -111,6 +122,14 @@ def _unwrapped(layer: str) -> str:
 
 def _flat(name: str) -> str:
     return name.replace(".", "_")
+
+
+def _renamed_ldm(flat: str, blocks: ldm.Blocks) -> str:
+    """A layer of the original latent-diffusion code; its dots are around numbers."""
+    dotted = re.sub(r"_(?=\d+(?:_|$))|(?<=_\d)_|(?<=_\d\d)_", ".", f"{flat}_")
+    for mark in ("time_stack", "temopral_conv"):
+        dotted = dotted.replace(f"{mark}_", f"{mark}.")
+    return _flat(ldm.rename_in_unet(f"{dotted.rstrip('._')}.", blocks)).rstrip("_")
 
 
 def _renamed(flat: str) -> str:

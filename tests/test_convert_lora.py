@@ -14,7 +14,7 @@ from diffusers import UNet3DConditionModel, UNetSpatioTemporalConditionModel
 from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from pytorch_sources import Weights, original_names
+from pytorch_sources import Weights, ldm_unet, original_names
 from random_animatediff import make_text_encoder, make_unet2d, randomize
 from random_families import make_modelscope_unet, make_svd_unet
 from safetensors.torch import save_file
@@ -265,7 +265,27 @@ def test_no_two_layers_at_full_size_are_one_with_underscores_for_dots(module):
         names = {name.rpartition(".")[0] for name in module().state_dict()}
     tensors = {f"{name}.weight": LazyTensor((), lambda: np.zeros(())) for name in names}
     layers = lora_names.layers_of({"unet": tensors})
-    assert sorted(layers["unet"].values()) == sorted(names)
+    assert sorted(layers.modules["unet"].values()) == sorted(names)
+
+
+@pytest.mark.parametrize("dotted", [True, False])
+@pytest.mark.parametrize("family", ["sd15", "modelscope", "svd"])
+def test_layers_are_found_by_the_original_latent_diffusion_code_s_names(family, dotted):
+    """kohya's for Stable Diffusion XL, and what web interfaces write for ModelScope."""
+    makers = {"sd15": make_unet2d, "modelscope": make_modelscope_unet, "svd": make_svd_unet}
+    weights = makers[family]().state_dict()
+    layers = lora_names.layers_of({"unet": lazy(weights)})
+    modules = [name for name in weights if name.endswith(".weight")]
+    names = ldm_unet({name: name for name in modules}, (True, False), 1)
+    assert any(name.startswith("output_blocks.1.1.") for name in names)
+    for original, name in names.items():
+        layer = original.removesuffix(".weight")
+        if dotted:
+            layer = f"model.diffusion_model.{layer}"
+        else:
+            layer = f"lora_unet_{layer.replace('.', '_')}"
+        found = lora_names.find_layer(layer, layers)
+        assert found == ("unet", name.removesuffix(".weight")), original
 
 
 @pytest.mark.parametrize("spelling", ["original", "kohya of the original", "diffusers"])

@@ -94,6 +94,8 @@ def _open(
             if "alpha" in parts
         }
         notes = lora_header.check_tensors(header, found, alphas)
+        if not header.peft and any(key.startswith("base_model.model.") for key in tensors):
+            notes += ("peft's adapter_config.json is not beside it; alpha is taken for the rank",)
         adapted = {
             place: Adapter(
                 parts, lora_header.scaling(header, place, parts, alphas.get(place)), scale

@@ -289,7 +289,8 @@ def _training_alpha(header: Header, parts: Mapping[str, LazyTensor]) -> float | 
     down = parts.get("down")
     has_taps = down is not None and math.prod(down.shape[2:]) > 1
     own = _number(_arguments(header).get("conv_alpha")) if has_taps else None
-    return own or _number(header.training.get("ss_network_alpha"))
+    # An alpha of zero stands for the rank.
+    return own or _number(header.training.get("ss_network_alpha")) or None
 
 
 def _arguments(header: Header) -> Mapping[str, Any]:

@@ -226,6 +226,10 @@ def test_headers_that_the_tensors_overrule_are_noted(components, tmp_path):
         "lora.safetensors: its header says rs_lora; the alphas of its tensors decide, over the "
         "rank",
     )
+    merged = merge(components, tmp_path / "peft.safetensors", pair(f"base_model.model.{Q}"), {})
+    assert merged.notes[1:] == (
+        "peft.safetensors: peft's adapter_config.json is not beside it; alpha is taken for the rank",
+    )
 
 
 def test_all_layers_that_the_model_lacks_are_listed_of_all_files(tiny, tmp_path, capsys):

@@ -228,7 +228,8 @@ def test_headers_that_the_tensors_overrule_are_noted(components, tmp_path):
     )
     merged = merge(components, tmp_path / "peft.safetensors", pair(f"base_model.model.{Q}"), {})
     assert merged.notes[1:] == (
-        "peft.safetensors: peft's adapter_config.json is not beside it; alpha is taken for the rank",
+        "peft.safetensors: peft's adapter_config.json is not beside it; alpha is taken for the "
+        "rank",
     )
 
 

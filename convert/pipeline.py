@@ -1,6 +1,5 @@
 """Conversion of a whole pipeline folder, component by component and tensor by tensor."""
 
-import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -368,8 +367,7 @@ def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any])
         return unet.defaults
     size = unet_json.get("sample_size")
     size = size if isinstance(size, int) and size > 0 else unet.defaults.height // 8
-    stride = configs.unet.stride
-    pixels = math.ceil(size / stride) * stride * configs.vae.stride
+    pixels = size * configs.vae.stride
     frames = min(unet.defaults.frames, configs.unet.max_frames or unet.defaults.frames)
     return replace(unet.defaults, frames=frames, height=pixels, width=pixels)
 

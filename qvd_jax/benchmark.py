@@ -33,6 +33,9 @@ from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
 
+_VAE_STRIDE = 8
+"""Of the published models, whose UNets are measured without a VAE."""
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -146,13 +149,11 @@ def _modelled_device(args: argparse.Namespace) -> str | None:
 def _unet_case(args: argparse.Namespace) -> unet.Case:
     frames, pixels = (16, 512) if args.what == "compiled" else (8, 128)
     frames, height, width = args.frames or frames, args.height or pixels, args.width or pixels
-    case = unet.Case(args.size, args.batch, frames, height // 8, width // 8)
-    stride = 8 * case.config.stride
+    case = unet.Case(args.size, args.batch, frames, height // _VAE_STRIDE, width // _VAE_STRIDE)
     limit = case.config.max_frames or frames
     if frames > limit:
         raise InputError(f"--frames {frames}: the UNet takes at most {limit} at once")
-    if height % stride or width % stride:
-        raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
+    _check_size(height, width, _VAE_STRIDE)
     return case
 
 
@@ -178,13 +179,14 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         height=args.height or defaults.height,
         width=args.width or defaults.width,
     )
-    stride = components.vae.stride * components.unet.stride
-    if case.height % stride or case.width % stride:
-        raise InputError(
-            f"{case.height}x{case.width} pixels: both sides must be multiples of {stride}"
-        )
+    _check_size(case.height, case.width, components.vae.stride)
     variants = itertools.product([unet.OURS], args.checkpoint, args.dtype)
     return case, list(dict.fromkeys(itertools.starmap(Variant, variants)))
+
+
+def _check_size(height: int, width: int, stride: int) -> None:
+    if height % stride or width % stride:
+        raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
 
 
 def installed(names: Sequence[str]) -> list[str]:

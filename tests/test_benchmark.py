@@ -192,9 +192,9 @@ def test_an_unknown_policy_is_refused_before_anything_runs(capsys):
     assert "unknown policy 'qvd-w9'" in capsys.readouterr().err
 
 
-def test_sizes_the_unet_cannot_halve_are_refused(capsys):
+def test_sizes_that_are_no_multiples_of_the_vaes_stride_are_refused(capsys):
     assert benchmark.main(["unet", "--height", "100"]) == 2
-    assert "100x128 pixels: both sides must be multiples of 64" in capsys.readouterr().err
+    assert "100x128 pixels: both sides must be multiples of 8" in capsys.readouterr().err
 
 
 def test_peak_memory_is_what_is_alive_at_once():

@@ -58,7 +58,8 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL
 
 TOLERANCE = 1e-4
-BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 4, 6
+BATCH, FRAMES, HEIGHT, WIDTH = 2, 3, 5, 6
+"""One side is odd: halves are rounded up on the way down, and doubled and cut on the way up."""
 
 
 def tensors_of(module: torch.nn.Module) -> Tensors:
@@ -342,7 +343,8 @@ def make_unet(version: str) -> UNetMotionModel:
     ],
 )
 def test_unet_whole(version, original):
-    frames, height, width = 5, 8, 16
+    # Of 10, 5, 3, 2 and 20, 10, 5, 3 positions, as 640x320 pixels have in the published models.
+    frames, height, width = 5, 10, 20
     unet = make_unet(version)
     config = unet_config(
         tensors_of(unet), unet.config, unet.config, original_norms=original, where="unet"
@@ -519,13 +521,6 @@ def test_added_ids_must_match_the_config():
         jax.eval_shape(
             module.init, jax.random.key(0), latents, jnp.zeros(1), text, jnp.zeros((1, 3))
         )
-
-
-def test_unet_refuses_sizes_its_stride_does_not_divide():
-    module = UNet3D(CONFIG)
-    latents, text = jnp.zeros((1, 1, 8, 7, 4)), jnp.zeros((1, 1, 24))
-    with pytest.raises(ValueError, match=r"8x7 positions.*divisible by 2"):
-        jax.eval_shape(module.init, jax.random.key(0), latents, jnp.zeros(1), text)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (8, 40)])

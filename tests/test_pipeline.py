@@ -135,7 +135,7 @@ def replace_config(pipe, **changes):
     [
         ({"prompts": []}, "there are no prompts"),
         ({"frames": 0}, "frames = 0: at least one"),
-        ({"height": 10}, r"height = 10: it must be a positive multiple of 4 .*such as 8 or 12"),
+        ({"height": 9}, r"height = 9: it must be a positive multiple of 2,.*such as 8 or 10"),
         ({"width": 0}, "width = 0: it must be a positive multiple"),
         ({"steps": 0}, "steps = 0: ddim takes 1 to 1000"),
         ({"steps": 1001}, "steps = 1001: ddim takes 1 to 1000"),

@@ -23,6 +23,7 @@ CONVS = {
     "one-sided": ((3, 3), (2, 2), ((0, 1), (0, 1)), (1, 2, 6, 6)),
     "1x1": ((1, 1), (1, 1), ((0, 0), (0, 0)), (2, 1, 4, 4)),
     "upsampled": ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 2, 16, 18)),
+    "upsampled and cut": ((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 2, 15, 18)),
     "temporal": ((3, 1, 1), (1, 1, 1), ((1, 1), (0, 0), (0, 0)), (2, 5, 3, 2)),
 }
 CHANNELS, OUTPUTS = 12, 10
@@ -44,7 +45,7 @@ class Net(nn.Module):
                 kernel,
                 strides=strides,
                 padding=padding,
-                upsampled=self.conv == "upsampled",
+                upsampled=self.conv.startswith("upsampled"),
             )
 
     def __call__(self, x):
@@ -56,8 +57,10 @@ def case(conv, seed=0):
     shape = (4, 7) if conv is None else CONVS[conv][3]
     x = rng.normal(size=(*shape, CHANNELS)) * rng.lognormal(0, 1, CHANNELS)
     x = jnp.asarray(x + rng.normal(0, 3, CHANNELS), jnp.float32)
-    if conv == "upsampled":
+    if conv is not None and conv.startswith("upsampled"):
+        height, width = shape[-2:]
         x = jnp.repeat(jnp.repeat(x[..., ::2, ::2, :], 2, axis=-3), 2, axis=-2)
+        x = x[..., :height, :width, :]
     net = Net(FLOAT, conv)
     params = net.init(jax.random.key(seed), x)["params"]
     params["layer"]["bias"] = jnp.asarray(rng.normal(size=OUTPUTS), jnp.float32)

@@ -59,8 +59,9 @@ class Product:
     @property
     def flops(self) -> int:
         """Multiplications and additions, an upsampled input's in full."""
-        positions = np.prod(self.inputs[:-1]) // np.prod(self.strides or (1,))
-        return int(2 * np.prod(self.kernel) * positions)
+        spatial = zip(self.inputs[1:-1], self.strides, strict=True)
+        positions = self.inputs[0] * math.prod(-(-size // stride) for size, stride in spatial)
+        return 2 * math.prod(self.kernel) * positions
 
 
 def products(case: Case) -> Counter[Product]:
@@ -72,7 +73,7 @@ def products(case: Case) -> Counter[Product]:
         spatial = layer.inputs[len(layer.inputs) - rank - 1 : -1]
         rows = int(np.prod(layer.inputs[:-1])) // int(np.prod(spatial))
         out = layer.outputs[len(layer.outputs) - rank - 1 : -1]
-        strides = tuple(a // b for a, b in zip(spatial, out, strict=True))
+        strides = tuple(-(-a // b) for a, b in zip(spatial, out, strict=True))
         inputs = (rows, *spatial, layer.inputs[-1])
         found[Product(inputs, kernel, strides, layer.upsampled)] += 1
     return found

@@ -108,4 +108,4 @@ def _read(
         # Nothing sees what the last layer would make of its tokens.
         if told is not None:
             x = layer.attention.transform(x, tokens, told)
-    return stage.upsample(x) if stage.sampler == "up" else x, tuple(found)
+    return stage.upsample_to(x, skips or []) if stage.sampler == "up" else x, tuple(found)

@@ -160,7 +160,7 @@ class Downsample(nn.Module):
         )
 
     def __call__(self, x: Array) -> Array:
-        """Maps `[B, F, H, W, C]` to `[B, F, H/2, W/2, C]`."""
+        """Maps `[B, F, H, W, C]` to `[B, F, H/2, W/2, C]`, rounded up if both sides are padded."""
         return self.conv(x)
 
 
@@ -178,6 +178,15 @@ class Upsample(nn.Module):
     def setup(self) -> None:
         self.conv = self.layers.conv(self.channels, (3, 3), upsampled=True)
 
-    def __call__(self, x: Array) -> Array:
-        """Maps `[B, F, H, W, C]` to `[B, F, 2H, 2W, C]`."""
-        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3))
+    def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
+        """Maps `[B, F, H, W, C]` to `[B, F, 2H, 2W, C]`.
+
+        Args:
+          x: the input.
+          size: (H, W) of the result; None doubles. An odd side, whose half was rounded up, gets its
+            last position once, as nearest neighbours of that size are.
+        """
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        if size is not None:
+            x = x[:, :, : size[0], : size[1]]
+        return self.conv(x)

@@ -115,7 +115,7 @@ class UNet3DConfig:
 
     @property
     def stride(self) -> int:
-        """By how much H and W of the latents must be divisible."""
+        """By how much H and W of the latents shrink on the way down."""
         return 2 ** (len(self.block_channels) - 1)
 
 

@@ -145,7 +145,7 @@ class Conv(nn.Conv):
 
     Attributes:
       upsampled: whether the input is a nearest-neighbour upsampling, every position twice along
-        H and W; quantized layers multiply each once.
+        H and W, the last of an odd side once; quantized layers multiply each once.
     """
 
     upsampled: bool = False
@@ -172,6 +172,10 @@ class Conv(nn.Conv):
         if bias is not None:
             y = y + bias
         return y.reshape(*batch, *y.shape[1:])
+
+    def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
+        """Whether every position of an input stands twice: an odd side was cut."""
+        return self.upsampled and not any(size % 2 for size in spatial)
 
 
 @dataclass(frozen=True)

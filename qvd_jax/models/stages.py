@@ -219,10 +219,17 @@ class Stage(nn.Module):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
             x = block(x, feature, told)
             results.append(x)
+        if self.sampler == "down":
+            x = self.downsample(x)
+        elif self.sampler == "up":
+            x = self.upsample_to(x, skips or [])
         if self.sampler is not None:
-            x = self.downsample(x) if self.sampler == "down" else self.upsample(x)
             results.append(x)
         return x, results
+
+    def upsample_to(self, x: Array, skips: list[Array]) -> Array:
+        """Upsamples to the size of the skip that is read next, or doubles where there is none."""
+        return self.upsample(x, skips[-1].shape[2:4] if skips else None)
 
 
 def _stage(

@@ -152,7 +152,7 @@ class UNet3D(nn.Module):
         """Predicts the noise (or v), given the features of one step and of the prompts.
 
         Args:
-          latents: `[B, F, H, W, C]`, H and W divisible by `config.stride`.
+          latents: `[B, F, H, W, C]`.
           temporal: of `temporal_features`, N = B or 1.
           context: of `context_features`.
           control: of `control_features`, for a UNet with a ControlNet.
@@ -162,17 +162,7 @@ class UNet3D(nn.Module):
 
         Returns:
           `[B, F, H, W, C]`, float32.
-
-        Raises:
-          ValueError: H or W is not divisible by the stride.
         """
-        height, width = latents.shape[2:4]
-        if height % self.config.stride or width % self.config.stride:
-            raise ValueError(
-                f"latents of {height}x{width} positions: the UNet halves them "
-                f"{len(self.config.block_channels) - 1} times, so both sides must be divisible "
-                f"by {self.config.stride}"
-            )
         x = self.conv_in(latents.astype(self.layers.dtype))
         if self.config.input_transformer_channels is not None:
             x = self.transformer_in(x)

@@ -56,7 +56,7 @@ class AnimationPipeline(TextPipeline):
             are left out.
           frames: F; up to a multiple of the default are sampled, in windows that overlap by a
             quarter.
-          height: H in pixels, that of images and motion; divisible by the strides of VAE and UNet.
+          height: H in pixels, that of images and motion; a multiple of the VAE's stride.
           width: W in pixels, likewise.
           steps: S.
           guidance_scale: 1 or less samples without guidance.

@@ -86,7 +86,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         Args:
           images: one or more, uint8 `[H, W, 3]` each.
           frames: F.
-          height: H in pixels, the images'; divisible by the strides of VAE and UNet.
+          height: H in pixels, the images'; a multiple of the VAE's stride.
           width: W in pixels, likewise.
           steps: S.
           guidance_scale: of the last frame; 1 or less samples without guidance.

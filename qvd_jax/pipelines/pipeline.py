@@ -163,19 +163,17 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """Shape `[F, h, w, C]` of one video's latents while it is sampled.
 
         Raises:
-          InputError: there are no frames, or a side does not fit the strides.
+          InputError: there are no frames, or a side is no multiple of the VAE's stride.
         """
         if frames < 1:
             raise InputError(f"frames = {frames}: at least one is needed")
         pixels = self.vae.config.stride
-        divisor = pixels * self.unet.config.stride
         for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % divisor:
-                below = max(size // divisor, 1) * divisor
+            if size < 1 or size % pixels:
+                below = max(size // pixels, 1) * pixels
                 raise InputError(
-                    f"{name} = {size}: it must be a positive multiple of {divisor} (the VAE's "
-                    f"{pixels} pixels per position times the UNet's stride "
-                    f"{self.unet.config.stride}), such as {below} or {below + divisor}"
+                    f"{name} = {size}: it must be a positive multiple of {pixels}, the VAE's "
+                    f"pixels per latent position, such as {below} or {below + pixels}"
                 )
         return frames, height // pixels, width // pixels, self.vae.config.latent_channels
 

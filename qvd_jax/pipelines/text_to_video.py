@@ -51,7 +51,7 @@ class TextToVideoPipeline(TextPipeline):
           conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`.
           controlnet_frame_indices: which frame each of them is about.
           frames: F; more than the motion modules' positions run in overlapping windows.
-          height: H in pixels, divisible by the strides of VAE and UNet.
+          height: H in pixels, a multiple of the VAE's stride.
           width: W in pixels, likewise.
           steps: S.
           guidance_scale: 1 or less samples without guidance.

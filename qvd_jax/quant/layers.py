@@ -238,7 +238,8 @@ class QuantConv(StoredParams, Conv):
                 int8.conv, strides=self.strides, padding=self.padding
             )
             differentiate: Callable[..., Array] = float_conv
-            if self.upsampled:
+            doubled = self.repeats_positions(spatial)
+            if doubled:
                 int8_conv = int8.upsampled_conv
                 differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
             multiply = functools.partial(_product_of_codes, int8_conv)
@@ -246,7 +247,7 @@ class QuantConv(StoredParams, Conv):
 
             def in_passes(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
                 values = as_batch(value_of(x))
-                values = values[:, ::2, ::2] if self.upsampled else values
+                values = values[:, ::2, ::2] if doubled else values
                 steps = _steps(values, quantizer, limit)
                 return _straight_through(multiply, differentiate, steps, kernel, sums)
 

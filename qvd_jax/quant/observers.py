@@ -137,7 +137,7 @@ def list_layers(
         sources.append(x)
         source = same[0] if same else len(sources) - 1
         kernel = (*taps, x.shape[-1], layer.features)
-        upsampled = isinstance(layer, Conv) and layer.upsampled
+        upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
         # A Dense layer's result may come in parts.
         shape = result.shape if taps else (*x.shape[:-1], layer.features)
         found[path] = Layer(path, kernel, x.shape, shape, source, upsampled)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, magicanimate, modelscope, names, svd
+from convert import animatediff, companions, magicanimate, modelscope, names, scheduler, svd
 from convert.controlnet import open_controlnet
 from convert.lora import merge_loras
 from convert.names import Names
@@ -17,6 +17,7 @@ from convert.parts import Parts, open_parts
 from convert.tensors import PICKLES, Tensors, open_model, read_json
 from qvd_jax import checkpoint, memory
 from qvd_jax.diffusion import schedules
+from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -51,7 +52,7 @@ class Source:
     configs: ComponentConfigs
     tensors: dict[str, Tensors]
     tokenizer: Path | None
-    scheduler: schedules.SchedulerConfig
+    scheduler: SchedulerConfig
     defaults: VideoDefaults
     family: str
     description: str
@@ -152,23 +153,21 @@ def open_source(
 
     configs = _component_configs(parts, opened.config)
     _check_widths(configs, source)
-    scheduler, scheduler_note = _open_scheduler(parts, opened)
+    if preset is not None and opened.family != "animatediff":
+        raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
+    own_scheduler, scheduler_notes = _open_scheduler(parts, opened, preset)
     defaults = _defaults(opened, configs, parts.configs["unet"])
     if preset is not None:
-        if opened.family != "animatediff":
-            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
-        scheduler, changes = animatediff.PRESETS[preset]
-        scheduler_note = (f"scheduler, steps and guidance set to those of {preset}",)
-        defaults = replace(defaults, **changes)
+        defaults = replace(defaults, **animatediff.PRESETS[preset][1])
     return Source(
         configs=configs,
         tensors=tensors,
         tokenizer=source / "tokenizer" if parts.encoder == "text_encoder" else None,
-        scheduler=scheduler,
+        scheduler=own_scheduler,
         defaults=defaults,
         family=opened.family,
         description=opened.description,
-        notes=(*notes, *scheduler_note),
+        notes=(*notes, *scheduler_notes),
     )
 
 
@@ -233,7 +232,7 @@ class _UNet(NamedTuple):
     family: str
     tensors: Tensors
     config: UNet3DConfig
-    scheduler: schedules.SchedulerConfig
+    scheduler: SchedulerConfig
     has_own_scheduler: bool
     defaults: VideoDefaults
     description: str
@@ -344,21 +343,28 @@ def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
     return open_model(motion), read_json(motion / "config.json") if motion.is_dir() else {}
 
 
-def _open_scheduler(parts: Parts, unet: _UNet) -> tuple[schedules.SchedulerConfig, tuple[str, ...]]:
-    path = parts.places["scheduler"] / "scheduler_config.json"
+def _open_scheduler(
+    parts: Parts, unet: _UNet, preset: str | None
+) -> tuple[SchedulerConfig, tuple[str, ...]]:
+    """The folder's scheduler, or what takes its place, and what the user should know of that."""
     data = parts.configs["scheduler"]
+    found = scheduler.read(data, str(parts.places["scheduler"] / "scheduler_config.json"))
+    if preset is not None:
+        target, _ = animatediff.PRESETS[preset]
+        config, text = scheduler.replaced(found, target, scheduler.KEPT_BY_PRESET)
+        return config, (f"scheduler, steps and guidance set to those of {preset}{text}",)
     if not data:
         return unet.scheduler, ()
-    if unet.has_own_scheduler and data.get("_class_name") in schedules.SOLVERS:
-        return schedules.from_diffusers(data, str(path)), ()
-    reason = (
-        f"{data.get('_class_name')} is not supported"
-        if unet.has_own_scheduler
-        else "motion modules were trained with linear betas, Stable Diffusion's are scaled"
-    )
-    solver = unet.scheduler.solver
-    name = next(name for name, ours in schedules.SOLVERS.items() if ours == solver)
-    return unet.scheduler, (f"scheduler set to {_TITLES[unet.family]}'s {name}: {reason}",)
+    if unet.has_own_scheduler and found.problem is None:
+        return found.config(), found.notes
+    reason, kept = found.problem, None
+    if not unet.has_own_scheduler:
+        reason = "motion modules were trained with linear betas, Stable Diffusion's are scaled"
+        kept = tuple(found.given.keys() - set(scheduler.REPLACED_BY_MOTION))
+    config, text = scheduler.replaced(found, unet.scheduler, kept)
+    name = scheduler.CLASSES[config.solver]
+    note = f"scheduler set to {_TITLES[unet.family]}'s {name}: {reason}{text}"
+    return config, (*found.notes, note)
 
 
 def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:

@@ -15,6 +15,8 @@ from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
+    asked_scheduler,
+    check_scheduler,
     command,
     enable_compilation_cache,
     note_unknown_words,
@@ -24,7 +26,6 @@ from qvd_jax.cli import (
     read_inputs,
     restoring,
     seed_int,
-    with_solver,
 )
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
@@ -51,9 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if checkpoint.read_manifest(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     inputs, conditions = read_inputs(args, source), read_conditions(args, source)
+    check_scheduler(args.checkpoint, **asked_scheduler(args))
     enable_compilation_cache()
     with restoring(argv):
-        pipe = with_solver(load(source), args.scheduler)
+        pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **conditions}
     layers = list_layers(pipe, options)

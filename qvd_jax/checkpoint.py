@@ -31,7 +31,7 @@ from qvd_jax.errors import InputError, first_line
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _COMMIT_MARK = "commit_success.txt"
 LAYER_REPORTS = "layers.json"

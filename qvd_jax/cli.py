@@ -17,7 +17,7 @@ import jax
 
 from qvd_jax import checkpoint, memory
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import SOLVERS, Solver
+from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, complete, switch
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
 from qvd_jax.pipelines.animation import check_motion
@@ -272,14 +272,43 @@ def add_size_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds --steps and --scheduler, None where the checkpoint decides."""
+    """Adds --steps, --scheduler, --karras and --timestep-spacing, None for the checkpoint's."""
     parser.add_argument("--steps", type=positive_int, metavar="N", help=f"({default})")
-    parser.add_argument("--scheduler", choices=list(SOLVERS.values()), help=f"({default})")
+    parser.add_argument("--scheduler", choices=SOLVERS, help=f"({default})")
+    parser.add_argument(
+        "--karras",
+        action=argparse.BooleanOptionalAction,
+        help="noise levels of Karras et al. (the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--timestep-spacing",
+        choices=SPACINGS,
+        help="how the steps lie over time (the checkpoint's own)",
+    )
 
 
-def with_solver(pipe: VideoPipeline, solver: Solver | None) -> VideoPipeline:
-    """The pipeline with the solver asked for, if one is."""
-    return replace(pipe, scheduler=replace(pipe.scheduler, solver=solver or pipe.scheduler.solver))
+def asked_scheduler(args: argparse.Namespace) -> dict[str, Any]:
+    """What the command line asks of the scheduler, as arguments of `with_scheduler`."""
+    return {
+        "solver": args.scheduler,
+        "karras": args.karras,
+        "timestep_spacing": args.timestep_spacing,
+    }
+
+
+def check_scheduler(name: str, **asked: Any) -> None:
+    """Checks what is asked of a checkpoint's scheduler before its arrays are loaded.
+
+    Args:
+      name: of the checkpoint.
+      **asked: of `asked_scheduler`.
+
+    Raises:
+      InputError: the folder is no checkpoint, or what is asked for is not supported.
+    """
+    path = checkpoint.find(name)
+    configs = read_configs(path, checkpoint.read_manifest(path))
+    complete(switch(configs.scheduler, **asked))
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

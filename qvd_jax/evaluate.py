@@ -27,7 +27,9 @@ from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
+    asked_scheduler,
     check_same_inputs,
+    check_scheduler,
     command,
     command_line,
     enable_compilation_cache,
@@ -38,7 +40,6 @@ from qvd_jax.cli import (
     read_inputs,
     restoring,
     seed_int,
-    with_solver,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import moving_shapes, video_io
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     check_folder(args.out, report.PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
+    for name in names:
+        check_scheduler(name, **asked_scheduler(args))
     cases = read_cases(args)
     # A distance needs two videos, an interval one more, which is left out.
     needed = 2 if cases.shapes is None else 3
@@ -82,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = models[names[0]]
     note_unknown_words(reference, cases.inputs.names)
     solver = args.scheduler or reference.scheduler.solver
-    models = {name: with_solver(pipe, solver) for name, pipe in models.items()}
+    asked = asked_scheduler(args) | {"solver": solver}
+    models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     defaults = to_dict(reference.defaults)
     size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
     guidance = reference.defaults.guidance_scale

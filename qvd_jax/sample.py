@@ -18,7 +18,9 @@ from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
+    asked_scheduler,
     check_same_inputs,
+    check_scheduler,
     command,
     enable_compilation_cache,
     naming,
@@ -29,7 +31,6 @@ from qvd_jax.cli import (
     read_inputs,
     restoring,
     seed_int,
-    with_solver,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
     check_same_inputs(names)
+    for name in names:
+        with naming(name):
+            check_scheduler(name, **asked_scheduler(args))
     print(f"compilation cache: {enable_compilation_cache()}")
 
     with restoring(argv):
@@ -88,7 +92,7 @@ def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoP
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
     pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=devices_for(videos))
-    return with_solver(pipe, args.scheduler), time.perf_counter() - started
+    return pipe.with_scheduler(**asked_scheduler(args)), time.perf_counter() - started
 
 
 def call_options(pipe: VideoPipeline, args: argparse.Namespace) -> dict[str, Any]:

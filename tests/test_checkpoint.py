@@ -176,8 +176,8 @@ def component(name: str, **changes: object) -> Callable[[Path], None]:
             id="array",
         ),
         pytest.param(
-            manifest(format_version=2),
-            "manifest.json has format version 2, this qvd_jax reads up to 1; install a newer "
+            manifest(format_version=3),
+            "manifest.json has format version 3, this qvd_jax reads up to 2; install a newer "
             "qvd_jax",
             id="newer",
         ),

@@ -316,9 +316,11 @@ CONFIGS = [
         id="text for a number",
     ),
     case(
-        lambda source: edit_json(source / "scheduler" / "scheduler_config.json", thresholding=True),
-        "scheduler_config.json: thresholding = True is not supported; it must be False",
-        id="thresholding",
+        lambda source: edit_json(
+            source / "scheduler" / "scheduler_config.json", prediction_type="flow_prediction"
+        ),
+        "scheduler_config.json.prediction_type: unknown value 'flow_prediction'",
+        id="what is predicted",
     ),
 ]
 

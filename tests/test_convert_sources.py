@@ -1,9 +1,11 @@
 """The same weights arrive the same, whatever files, names and versions they come in."""
 
 import dataclasses
+import json
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -198,7 +200,8 @@ def test_stable_diffusion_with_an_adapter_folder_equals_the_animatediff_folder(
     assert printed[0] == "AnimateDiff v2, GroupNorm scopes of diffusers AnimateDiff"
     assert [line for line in printed if line.startswith("note: ")] == [
         "note: scheduler set to AnimateDiff's DDIMScheduler: motion modules were trained with "
-        "linear betas, Stable Diffusion's are scaled"
+        "linear betas, Stable Diffusion's are scaled; instead of the folder's beta_schedule = "
+        "'scaled_linear', set_alpha_to_one = False"
     ]
     prompts = ["a red panda", "", "Surfing!"]
     assert pipe.tokenizer(prompts)["input_ids"] == reference.tokenizer(prompts)["input_ids"]
@@ -213,6 +216,42 @@ def test_presets_set_scheduler_steps_and_guidance(tiny, tmp_path, preset, solver
     assert pipe.scheduler.solver == solver
     assert pipe.scheduler.beta_schedule == "linear"
     assert (pipe.defaults.steps, pipe.defaults.guidance_scale) == (steps, guidance)
+
+
+def edit_scheduler(source, target, **changes):
+    shutil.copytree(source, target)
+    file = target / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return target
+
+
+ZERO_SNR = {
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+}
+
+
+@pytest.mark.parametrize("preset", [None, "lightning"])
+def test_a_replaced_scheduler_keeps_what_the_unet_was_trained_for(sd15, tmp_path, preset):
+    folder = edit_scheduler(sd15, tmp_path / "source", **ZERO_SNR, _class_name="DDIMScheduler")
+    source = open_source(folder, sd15.parent / "adapter", preset=preset)
+    found = source.scheduler
+    assert (found.prediction_type, found.rescale_betas_zero_snr) == ("v_prediction", True)
+    assert (found.timestep_spacing, found.beta_schedule) == ("trailing", "linear")
+    (note,) = (note for note in source.notes if note.startswith("scheduler"))
+    assert "; keeps the folder's prediction_type = 'v_prediction', rescale_betas_zero_snr" in note
+    assert "; instead of the folder's beta_schedule = 'scaled_linear'" in note
+
+
+def test_an_unsupported_scheduler_of_a_whole_pipeline_keeps_its_betas(tiny, tmp_path):
+    options = {"_class_name": "HeunDiscreteScheduler", "beta_schedule": "scaled_linear"}
+    source = open_source(edit_scheduler(tiny[0], tmp_path / "source", **options))
+    assert source.scheduler == replace(ANIMATEDIFF, beta_schedule="scaled_linear")
+    assert source.notes[-1] == (
+        "scheduler set to AnimateDiff's DDIMScheduler: HeunDiscreteScheduler is not supported; "
+        "keeps the folder's beta_schedule = 'scaled_linear'"
+    )
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "training output"])

@@ -15,7 +15,7 @@ from test_training import CONFIG, Line
 
 import qvd_jax
 from qvd_jax import CalibrationConfig, VideoPipeline
-from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, SamplerState, sample_steps
+from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, initial_state, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.errors import InputError
 from qvd_jax.metrics.paired import psnr
@@ -125,11 +125,13 @@ def conditioned_steps(mesh: Any) -> Any:
         gains={"gain": normal(STEPS)},
     )
     latents = normal(videos, 3, 2, 2, 2)
+    table = StepTable(*normal(len(StepTable._fields), STEPS))
+    table = table._replace(to_history=normal(STEPS, 2))
     return sample_steps(
         UNET,
         {"gain": jnp.float32(0.5)},
-        SamplerState(latents, jnp.zeros_like(latents)),
-        StepTable(*normal(len(StepTable._fields), STEPS)),
+        initial_state(latents, table),
+        table,
         conditioning,
         jnp.full(3, 2.0),
         jax.vmap(jax.random.key)(jnp.arange(videos)),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from qvd_jax.diffusion.sampler import (
     Conditions,
     SamplerConfig,
-    SamplerState,
     initial_noise,
+    initial_state,
     prepare,
     sample_steps,
     video_keys,
@@ -74,7 +74,9 @@ def params() -> Any:
 def table() -> StepTable:
     """A table in which every column matters."""
     columns = 0.5 + 0.5 * np.abs(normal(1, len(StepTable._fields), STEPS))
-    return StepTable(*columns)._replace(timestep=np.array([900.0, 501.5, 3.0], np.float32))
+    history = 0.5 * normal(6, STEPS, 2)
+    times = np.array([900.0, 501.5, 3.0], np.float32)
+    return StepTable(*columns)._replace(timestep=times, to_history=history)
 
 
 def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tuple[Any, Any]:
@@ -90,7 +92,7 @@ def sample(params: Any, table: StepTable, frames: int = 4, **options: Any) -> tu
     state, context, rows = given["state"], given["context"], given["rows"]
     if state is None:
         latents = jnp.asarray(normal(2, VIDEOS, frames, *FRAME))
-        state = SamplerState(latents, jnp.zeros_like(latents))
+        state = initial_state(latents, table)
     if context is None:
         context = normal(3, 2 * VIDEOS if given["guided"] else VIDEOS, 5, 6)
     start, stop, _ = rows.indices(STEPS)
@@ -122,7 +124,7 @@ def plain_loop(
 ) -> np.ndarray:
     """What `sample` computes, as one would write it down: the UNet sees one window at a time."""
     context = normal(3, 2 * VIDEOS if guided else VIDEOS, 5, 6)
-    latents, last = normal(2, VIDEOS, frames, *FRAME), 0.0
+    latents, last, before = normal(2, VIDEOS, frames, *FRAME), 0.0, 0.0
     for i in range(STEPS):
         row = StepTable(*(column[i] for column in table))
         scaled = row.model_in * np.concatenate([latents, latents] if guided else [latents])
@@ -146,11 +148,12 @@ def plain_loop(
         latents = (
             row.to_x * latents
             + row.to_d * predicted
-            + row.to_last * last
+            + row.to_history[0] * last
+            + row.to_history[1] * before
             + row.to_p * prediction
             + (row.to_noise * noise if noisy else 0.0)
         )
-        last = predicted
+        last, before = predicted, last
     return latents
 
 

@@ -339,7 +339,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
-        "--report", str(tmp_path / "report"), "--scheduler", "euler",
+        "--report", str(tmp_path / "report"), "--scheduler", "euler", "--karras",
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -358,7 +358,10 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     assert float(int8_line.split()[-3]) < 1
     manifest = checkpoint.read_manifest(tmp_path / "int8")
     assert manifest.quantization["policy"] == "own"
-    assert manifest.scheduler["solver"] == "euler"
+    assert (manifest.scheduler["solver"], manifest.scheduler["use_karras_sigmas"]) == (
+        "euler",
+        True,
+    )
 
     assert (
         calibrate.main([*arguments[:1], str(tmp_path / "int8"), "--out", str(tmp_path / "x")]) == 2

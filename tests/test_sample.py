@@ -29,7 +29,8 @@ def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys)
     out = tmp_path / "video.mp4"
     code = run(
         tiny_checkpoint, "--prompts-file", prompts, "--prompt", "a dog", "--out", out,
-        "--contact-sheet", "--scheduler", "euler", "--seed", "3", "--fps", "4",
+        "--contact-sheet", "--scheduler", "unipc", "--karras", "--timestep-spacing", "trailing",
+        "--seed", "3", "--fps", "4",
     )  # fmt: skip
     captured = capsys.readouterr()
     assert code == 0, captured.err
@@ -89,6 +90,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
         (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
         (["--prompt", "a", "--against", "{tmp}/images"], "(images) and"),
+        (["--prompt", "a", "--karras"], "ddim has no Karras noise levels; euler, dpmsolver++, "),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

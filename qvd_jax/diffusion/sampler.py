@@ -20,11 +20,17 @@ class SamplerState(NamedTuple):
 
     Attributes:
       latents: `[B, F, H, W, C]`, float32.
-      last: the predicted sample of the last step, of the same shape.
+      history: the predicted samples of the last steps, of the same shape, the latest first.
     """
 
     latents: Array
-    last: Array
+    history: tuple[Array, ...]
+
+
+def initial_state(latents: Array, table: StepTable) -> SamplerState:
+    """The state before the first step of a table, whose history weighs nothing."""
+    history = (jnp.zeros_like(latents) for _ in range(table.to_history.shape[-1]))
+    return SamplerState(latents, tuple(history))
 
 
 def initial_noise(seed: int, videos: int, shape: tuple[int, ...]) -> Array:
@@ -176,7 +182,7 @@ def sample_steps(
     Args:
       unet: a `UNet3D`.
       params: its parameters.
-      state: latents and last predicted sample; donated.
+      state: latents and last predicted samples; donated.
       table: the whole schedule's, `[S]`.
       conditioning: of `prepare`, for the whole schedule.
       guidance_scale: of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), `[F]`.
@@ -269,7 +275,7 @@ def _scan(
             row.model_in * state.latents, told
         )
         noise = _step_noise(keys, index, state.latents.shape[1:]) if config.noisy else 0.0
-        new = step(state.latents, prediction, state.last, noise, row, config.clip)
+        new = step(state.latents, prediction, state.history, noise, row, config.clip)
         state = SamplerState(*new)
         return state, jnp.isfinite(state.latents).all()[None]
 

@@ -3,24 +3,29 @@
 With x the latents, p the UNet's prediction and w fresh noise, a step is
 
     d  = clip(x0_x x + x0_p p)                     the predicted sample
-    x' = to_x x + to_d d + to_last d_last + to_p p + to_noise w
+    x' = to_x x + to_d d + sum_n to_history[n] d_n + to_p p + to_noise w
 
-d_last is the d of the step before. The coefficients are computed in float64 on the host, so the
-loop holds no branch and no schedule; the tables below are the papers' formulas solved for them.
+d_n are the d of the steps before, the latest first. The coefficients are computed in float64 on the
+host, so the loop holds no branch and no schedule; the tables below are the papers' formulas solved
+for them.
 """
 
-from typing import NamedTuple, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array
 from qvd_jax.diffusion import schedules
-from qvd_jax.diffusion.schedules import SchedulerConfig
+from qvd_jax.diffusion.schedules import SchedulerConfig, Solver
+from qvd_jax.errors import InputError
 
 
 class StepTable(NamedTuple):
-    """Coefficients of all steps; every field is `[S]`, float32, and numpy's until it is jitted.
+    """Coefficients of all steps, float32, and numpy's until it is jitted.
+
+    Every field is `[S]`, but for `to_history`, `[S, N]`.
 
     Attributes:
       timestep: what the UNet is told.
@@ -29,7 +34,7 @@ class StepTable(NamedTuple):
       x0_p: of the prediction in the predicted sample.
       to_x: of the latents in the next ones.
       to_d: of the predicted sample in the next latents.
-      to_last: of the last step's predicted sample.
+      to_history: of the predicted samples of the N steps before, the latest first.
       to_p: of the prediction.
       to_noise: of fresh unit-normal noise.
     """
@@ -40,7 +45,7 @@ class StepTable(NamedTuple):
     x0_p: Array
     to_x: Array
     to_d: Array
-    to_last: Array
+    to_history: Array
     to_p: Array
     to_noise: Array
 
@@ -63,64 +68,81 @@ def make_schedule(config: SchedulerConfig, steps: int) -> Schedule:
     """Tabulates a scheduler.
 
     Raises:
-      InputError: the schedule cannot be walked in so many steps.
+      InputError: something of the config is not supported, or the schedule cannot be walked in so
+        many steps.
     """
-    solver = {"ddim": _ddim, "euler": _euler, "dpmsolver++": _dpmsolver, "lcm": _lcm}
-    return solver[config.solver](config, steps)
+    schedule = _TABLES[config.solver](schedules.complete(config), steps)
+    finite = [np.isfinite(column).reshape(steps, -1).all(1) for column in schedule.table]
+    broken = np.flatnonzero(~np.logical_and.reduce(finite))
+    if len(broken):
+        raise InputError(
+            f"{config.solver} cannot step from timestep {schedule.table.timestep[broken[0]]:g}: "
+            f"its latents are noise alone, from which prediction_type = "
+            f"{config.prediction_type!r} gives no sample; other timesteps are needed"
+        )
+    return schedule
 
 
 def step(
     latents: Array,
     prediction: Array,
-    last: Array,
+    history: tuple[Array, ...],
     noise: Array | float,
     row: StepTable,
     clip: float | None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, tuple[Array, ...]]:
     """One step of any solver.
 
     Args:
       latents: `[B, F, H, W, C]`.
       prediction: the UNet's, of the same shape.
-      last: the predicted sample of the step before, of the same shape.
+      history: the predicted samples of the N steps before, of the same shape, the latest first.
       noise: unit normal, of the same shape; 0 where the table takes none.
       row: one row of the table.
       clip: magnitude to which the predicted sample is clipped, or None.
 
     Returns:
-      The next latents and the predicted sample.
+      The next latents, and the history with the predicted sample.
     """
     sample = row.x0_x * latents + row.x0_p * prediction
     if clip is not None:
         sample = jnp.clip(sample, -clip, clip)
-    latents = (
-        row.to_x * latents
-        + row.to_d * sample
-        + row.to_last * last
-        + row.to_p * prediction
-        + row.to_noise * noise
+    past = zip(row.to_history, history, strict=True)
+    latents = sum(
+        (weight * before for weight, before in past), row.to_x * latents + row.to_d * sample
     )
-    return latents, sample
+    latents = latents + row.to_p * prediction + row.to_noise * noise
+    return latents, (sample, *history)[: len(history)]
 
 
-def _table(timestep: np.ndarray, **columns: np.ndarray | float) -> StepTable:
+def _table(
+    timestep: np.ndarray, to_history: np.ndarray | None = None, **columns: np.ndarray | float
+) -> StepTable:
     values = {**dict.fromkeys(StepTable._fields, 0.0), "model_in": 1.0, **columns}
     values["timestep"] = timestep
     full = {k: np.broadcast_to(v, timestep.shape).astype(np.float32) for k, v in values.items()}
+    none = np.zeros((len(timestep), 0))
+    full["to_history"] = (none if to_history is None else to_history).astype(np.float32)
     return StepTable(**cast("dict[str, Array]", full))
 
 
-def _sample_columns(config: SchedulerConfig, alpha: np.ndarray) -> dict[str, np.ndarray]:
+def _sample_columns(config: SchedulerConfig, alpha: np.ndarray) -> dict[str, Any]:
     """The predicted sample from latents of cumulative alpha `[S]`.
 
     Epsilon: DDIM equation 9. v: Salimans and Ho, arXiv 2202.00512, section 4.
     """
+    if config.prediction_type == "sample":
+        return {"x0_x": 0.0, "x0_p": 1.0}
     if config.prediction_type == "epsilon":
-        return {"x0_x": 1 / np.sqrt(alpha), "x0_p": -np.sqrt((1 - alpha) / alpha)}
+        # A cumulative alpha of zero gives infinities, which `make_schedule` names.
+        with np.errstate(divide="ignore"):
+            return {"x0_x": 1 / np.sqrt(alpha), "x0_p": -np.sqrt((1 - alpha) / alpha)}
     return {"x0_x": np.sqrt(alpha), "x0_p": -np.sqrt(1 - alpha)}
 
 
 def _clip(config: SchedulerConfig) -> float | None:
+    if config.thresholding:
+        return config.sample_max_value
     return config.clip_sample_range if config.clip_sample else None
 
 
@@ -141,10 +163,13 @@ def _ddim(config: SchedulerConfig, steps: int) -> Schedule:
     alpha = _alpha_at(config, timestep)
     following = _alpha_at(config, timestep - config.num_train_timesteps // steps)
     direction = np.sqrt(1 - following)
-    # The direction is the noise: the prediction itself, or sqrt(alpha) v + sqrt(1 - alpha) x.
-    noise_x, noise_p = (
-        (0.0, 1.0) if config.prediction_type == "epsilon" else (np.sqrt(1 - alpha), np.sqrt(alpha))
-    )
+    # The direction is the noise: the prediction itself, sqrt(alpha) v + sqrt(1 - alpha) x, or what
+    # the predicted sample leaves of x.
+    noise_x, noise_p = {
+        "epsilon": (0.0, 1.0),
+        "v_prediction": (np.sqrt(1 - alpha), np.sqrt(alpha)),
+        "sample": (1 / np.sqrt(1 - alpha), -np.sqrt(alpha / (1 - alpha))),
+    }[config.prediction_type]
     table = _table(
         timestep,
         **_sample_columns(config, alpha),
@@ -155,43 +180,48 @@ def _ddim(config: SchedulerConfig, steps: int) -> Schedule:
     return Schedule(table, 1.0, _clip(config))
 
 
-def _sigma_grid(config: SchedulerConfig, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Timesteps `[S]` and noise levels `[S + 1]` of the solvers that walk sigmas."""
-    grid = schedules.sigmas_of(schedules.alphas_cumprod(config))
-    timestep = schedules.spaced_timesteps(config, steps)
-    sigma = np.interp(timestep, np.arange(len(grid)), grid)
-    if config.use_karras_sigmas:
-        # DPM-Solver++ spans the whole schedule, Euler the spaced steps or what it was given.
-        whole = config.solver == "dpmsolver++"
-        low = grid[0] if whole else sigma[-1]
-        high = grid[-1] if whole else sigma[0]
-        low = low if config.sigma_min is None else config.sigma_min
-        high = high if config.sigma_max is None else config.sigma_max
-        sigma = schedules.karras_sigmas(low, high, steps)
-        timestep = schedules.sigma_to_timestep(sigma, grid)
-        timestep = np.round(timestep) if whole else timestep
-    last = 0.0 if config.final_sigmas_type == "zero" else grid[0]
-    return timestep, np.append(sigma, last)
-
-
 def _euler(config: SchedulerConfig, steps: int) -> Schedule:
     """Euler's method on the probability-flow ODE (Karras et al., arXiv 2206.00364, algorithm 1).
 
     Latents are of variance 1 + sigma^2, and scaled to 1 on their way into the UNet.
     """
-    timestep, sigmas = _sigma_grid(config, steps)
+    told, sigmas = schedules.sigma_grid(config, steps)
+    return _euler_schedule(config, told, sigmas, sigmas[1:], 0.0)
+
+
+def _euler_ancestral(config: SchedulerConfig, steps: int) -> Schedule:
+    """Euler's method to a lower noise level, and fresh noise up to the next.
+
+    k-diffusion's ancestral sampling: with s the level and s' the next, to s'^2 / s, the rest of the
+    variance s'^2 (s^2 - s'^2) / s^2 being noise.
+    """
+    told, sigmas = schedules.sigma_grid(config, steps)
     sigma, following = sigmas[:-1], sigmas[1:]
-    continuous = config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
-    if config.prediction_type == "epsilon":
-        sample = {"x0_x": np.ones_like(sigma), "x0_p": -sigma}
-    else:
-        sample = {"x0_x": 1 / (sigma**2 + 1), "x0_p": -sigma / np.sqrt(sigma**2 + 1)}
+    fresh = following * np.sqrt(sigma**2 - following**2) / sigma
+    return _euler_schedule(config, told, sigmas, following**2 / sigma, fresh)
+
+
+def _euler_schedule(
+    config: SchedulerConfig,
+    told: np.ndarray,
+    sigmas: np.ndarray,
+    target: np.ndarray,
+    fresh: np.ndarray | float,
+) -> Schedule:
+    """Euler's steps from the levels `[S + 1]` down to `target`, and `fresh` noise, `[S]` each."""
+    sigma = sigmas[:-1]
+    sample = {
+        "epsilon": {"x0_x": 1.0, "x0_p": -sigma},
+        "v_prediction": {"x0_x": 1 / (sigma**2 + 1), "x0_p": -sigma / np.sqrt(sigma**2 + 1)},
+        "sample": {"x0_x": 0.0, "x0_p": 1.0},
+    }[config.prediction_type]
     table = _table(
-        np.log(sigma) / 4 if continuous else timestep,
+        told,
         model_in=1 / np.sqrt(sigma**2 + 1),
         **sample,
-        to_x=following / sigma,
-        to_d=1 - following / sigma,
+        to_x=target / sigma,
+        to_d=1 - target / sigma,
+        to_noise=fresh,
     )
     largest = sigmas.max()
     # Leading timesteps stop short of T, where the latents still hold some signal.
@@ -199,38 +229,166 @@ def _euler(config: SchedulerConfig, steps: int) -> Schedule:
     return Schedule(table, float(scale), None)
 
 
-def _dpmsolver(config: SchedulerConfig, steps: int) -> Schedule:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2), or its first order.
+class _Grid(NamedTuple):
+    """What the solvers of several steps walk; `[S + 1]` each, but for `told` and `step`, `[S]`.
 
-    With h the step in log-SNR and r the last step over this one, the update is
-    x' = (s'/s) x - a' (e^-h - 1) D, D = d + (d - d_last) / (2 r) for the midpoint form.
+    Attributes:
+      told: what the UNet is told.
+      alpha: share of the signal in the latents.
+      sigma: share of the noise.
+      log_snr: ln(alpha / sigma), lambda in the papers.
+      step: h, the step in it.
     """
-    timestep, sigmas = _sigma_grid(config, steps)
+
+    told: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    log_snr: np.ndarray
+    step: np.ndarray
+
+
+def _log_snr_grid(config: SchedulerConfig, steps: int) -> _Grid:
+    told, sigmas = schedules.sigma_grid(config, steps)
     alpha = 1 / np.sqrt(sigmas**2 + 1)
-    noise = sigmas * alpha
     with np.errstate(divide="ignore"):
         log_snr = -np.log(sigmas)
-    h = np.diff(log_snr)
-    gain = -alpha[1:] * np.expm1(-h)
+    return _Grid(told, alpha, sigmas * alpha, log_snr, np.diff(log_snr))
 
-    second = np.zeros(steps)
-    if config.solver_order == 2:
-        # A last step down to zero noise has an infinite h; it is of first order, below.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            heun = alpha[2:] * (np.expm1(-h[1:]) / h[1:] + 1)
-            factor = gain[1:] / 2 if config.solver_type == "midpoint" else heun
-            second[1:] = factor * h[1:] / h[:-1]
-        short = config.lower_order_final and steps < 15
-        if short or config.euler_at_final or config.final_sigmas_type == "zero":
-            second[-1] = 0.0
+
+def _multistep_schedule(
+    config: SchedulerConfig,
+    grid: _Grid,
+    to_x: np.ndarray,
+    to_samples: np.ndarray,
+    to_noise: np.ndarray | float = 0.0,
+) -> Schedule:
+    """With `to_samples` `[S, 1 + N]`, of this step's predicted sample and of those before."""
     table = _table(
-        timestep,
-        **_sample_columns(config, alpha[:-1] ** 2),
-        to_x=noise[1:] / noise[:-1],
-        to_d=gain + second,
-        to_last=-second,
+        grid.told,
+        to_samples[:, 1:],
+        **_sample_columns(config, grid.alpha[:-1] ** 2),
+        to_x=to_x,
+        to_d=to_samples[:, 0],
+        to_noise=to_noise,
     )
-    return Schedule(table, 1.0, None)
+    return Schedule(table, 1.0, 1.0 if config.thresholding else None)
+
+
+def _dpmsolver(config: SchedulerConfig, steps: int) -> Schedule:
+    """DPM-Solver++ of up to three steps (Lu et al., arXiv 2211.01095), of the ODE or the SDE.
+
+    With h the step in log-SNR, k = 1 for the ODE and 2 for the SDE, H = k h and g = 1 - e^-H, the
+    update is x' = (s'/s) e^(h - H) x + a' g D0 + c1 D1 + c2 D2, D1 and D2 being differences of the
+    predicted samples; for the SDE (appendix B of the paper), s' sqrt(g) w is added.
+    """
+    grid = _log_snr_grid(config, steps)
+    stochastic = config.solver == "dpmsolver++-sde"
+    width = 2.0 if stochastic else 1.0
+    alpha, sigma, h = grid.alpha, grid.sigma, grid.step
+    gain = -np.expm1(-width * h)
+    to_samples = np.zeros((steps, config.solver_order))
+    for i in range(steps):
+        order = _dpmsolver_order(config, i, steps)
+        to_samples[i, 0] = alpha[i + 1] * gain[i]
+        # A step onto the same noise level has nothing to correct.
+        if order == 1 or h[i] == 0:
+            continue
+        total = width * h[i]
+        linear = 1 - gain[i] / total
+        first, second = _differences(h, i, order)
+        if order == 2:
+            half = gain[i] / 2 if config.solver_type == "midpoint" else linear
+            to_samples[i, :2] += alpha[i + 1] * half * first
+        else:
+            # For the SDE diffusers subtracts 1/2 where the expansion has it added.
+            curve = (gain[i] - total) / total**2 + (-0.5 if stochastic else 0.5)
+            to_samples[i, :3] += alpha[i + 1] * (linear * first + curve * second)
+    damping = np.exp(-h) if stochastic else 1.0
+    to_noise = sigma[1:] * np.sqrt(gain) if stochastic else 0.0
+    return _multistep_schedule(config, grid, sigma[1:] / sigma[:-1] * damping, to_samples, to_noise)
+
+
+def _dpmsolver_order(config: SchedulerConfig, i: int, steps: int) -> int:
+    """Order of step i: as many steps as there were, and fewer at the end where it is short."""
+    short = config.lower_order_final and steps < 15
+    if i == steps - 1 and (short or config.euler_at_final or config.final_sigmas_type == "zero"):
+        return 1
+    return min(config.solver_order, i + 1, 2 if short and i == steps - 2 else 3)
+
+
+def _differences(h: np.ndarray, i: int, order: int) -> tuple[np.ndarray, np.ndarray]:
+    """D1 and D2 of step i as coefficients of the predicted samples, the latest first.
+
+    Lu et al., arXiv 2211.01095, appendix: r are the steps before as shares of this one.
+    """
+    before = h[i - 1] / h[i]
+    if order == 2:
+        return np.array([1.0, -1.0]) / before, np.zeros(2)
+    earlier = h[i - 2] / h[i]
+    last, past = np.array([1.0, -1.0, 0.0]) / before, np.array([0.0, 1.0, -1.0]) / earlier
+    second = (last - past) / (before + earlier)
+    return last + before * second, second
+
+
+def _unipc(config: SchedulerConfig, steps: int) -> Schedule:
+    """UniPC (Zhao et al., arXiv 2302.04867, algorithms 5 to 8), predicting samples.
+
+    The predictor gives x'~; with the sample predicted from x'~ the corrector changes it by
+    differences of predicted samples alone, for both begin with the same terms. So the correction is
+    a part of the next step's coefficients.
+    """
+    grid = _log_snr_grid(config, steps)
+    to_x = grid.sigma[1:] / grid.sigma[:-1]
+    to_samples = np.zeros((steps, 1 + config.solver_order))
+    correction = np.zeros(1 + config.solver_order)
+    for i in range(steps):
+        left = steps - i if config.lower_order_final else config.solver_order
+        # A last step down to zero noise has an infinite h.
+        order = 1 if np.isinf(grid.step[i]) else min(config.solver_order, i + 1, left)
+        predicted, corrected = _unipc_weights(config, grid, i, order)
+        to_samples[i, :order] = predicted
+        to_samples[i, 0] -= grid.alpha[i + 1] * np.expm1(-grid.step[i])
+        to_samples[i] += to_x[i] * correction
+        correction = np.zeros(1 + config.solver_order)
+        if i not in config.disable_corrector:
+            correction[: 1 + order] = corrected
+            correction[1 : 1 + order] -= predicted
+    return _multistep_schedule(config, grid, to_x, to_samples)
+
+
+def _unipc_weights(
+    config: SchedulerConfig, grid: _Grid, i: int, order: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What predictor and corrector of step i add to DDIM's step, as coefficients of samples.
+
+    The predictor's are of this step's sample and those before, the corrector's have the next step's
+    in front.
+    """
+    h = grid.step[i]
+    # A step onto the same noise level, or to none, stays as DDIM has it.
+    if h == 0 or np.isinf(h):
+        return np.zeros(order), np.zeros(1 + order)
+    before = grid.log_snr[[i - j for j in range(1, order)]]
+    ratios = np.append((before - grid.log_snr[i]) / h, 1.0)
+    # b of equation 13: phi_k(-h) by its recurrence.
+    scale = -h if config.solver_type == "bh1" else np.expm1(-h)
+    phi, factorial, moments = np.expm1(-h) / -h - 1, 1.0, []
+    for k in range(1, order + 1):
+        moments.append(phi * factorial / scale)
+        factorial *= k + 1
+        phi = phi / -h - 1 / factorial
+    powers = np.vander(ratios, order, increasing=True).T
+    half = np.array([0.5])
+    predict = half if order == 2 else np.linalg.solve(powers[:-1, :-1], moments[:-1])
+    correct = half if order == 1 else np.linalg.solve(powers, moments)
+    predicted, corrected = np.zeros(order), np.zeros(1 + order)
+    predicted[1:] = predict / ratios[:-1]
+    corrected[2:] = correct[:-1] / ratios[:-1]
+    corrected[0] = correct[-1]
+    for weights, latest in ((predicted, 0), (corrected, 1)):
+        weights[latest] = -weights.sum()
+        weights *= -grid.alpha[i + 1] * scale
+    return predicted, corrected
 
 
 def _lcm(config: SchedulerConfig, steps: int) -> Schedule:
@@ -250,3 +408,14 @@ def _lcm(config: SchedulerConfig, steps: int) -> Schedule:
         to_noise=np.sqrt(1 - following),
     )
     return Schedule(table, 1.0, _clip(config))
+
+
+_TABLES: dict[Solver, Callable[[SchedulerConfig, int], Schedule]] = {
+    "ddim": _ddim,
+    "euler": _euler,
+    "euler_a": _euler_ancestral,
+    "dpmsolver++": _dpmsolver,
+    "dpmsolver++-sde": _dpmsolver,
+    "unipc": _unipc,
+    "lcm": _lcm,
+}

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions, SamplerConfig
-from qvd_jax.diffusion.schedules import SchedulerConfig
+from qvd_jax.diffusion.schedules import SchedulerConfig, Solver, TimestepSpacing, switch
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.memory import tree_bytes
@@ -99,6 +99,17 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
 
     closed_windows: ClassVar[bool] = False
     """Whether windows over long videos go on from the last frame to the first."""
+
+    def with_scheduler(
+        self,
+        solver: Solver | None = None,
+        *,
+        karras: bool | None = None,
+        timestep_spacing: TimestepSpacing | None = None,
+    ) -> Self:
+        """The pipeline with another solver, or other steps of it: see `schedules.switch`."""
+        scheduler = switch(self.scheduler, solver, karras=karras, timestep_spacing=timestep_spacing)
+        return replace(self, scheduler=scheduler)
 
     @abc.abstractmethod
     def __call__(
@@ -287,7 +298,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         if mesh is not None:
             place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         latents = jax.device_put(latents, place)
-        state = sampler.SamplerState(latents, jnp.zeros_like(latents))
+        state = sampler.initial_state(latents, table)
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
         conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)

@@ -236,8 +236,8 @@ def clean_error(
     For `epsilon`, times the SNR, it is the simple loss of Ho et al., arXiv 2006.11239, eq. 14.
 
     Args:
-      predicted: `[B, F, h, w, C]`, the noise (`epsilon`) or v (`v_prediction`; Salimans and Ho,
-        arXiv 2202.00512, appendix D).
+      predicted: `[B, F, h, w, C]`, the noise (`epsilon`), v (`v_prediction`; Salimans and Ho,
+        arXiv 2202.00512, appendix D) or the clean latents (`sample`).
       clean: latents `[B, F, h, w, C]`.
       noise: like `clean`.
       alpha: cumulative product of alphas `[B]`, the share of the clean latents' variance.
@@ -248,6 +248,8 @@ def clean_error(
     """
     if prediction_type == "epsilon":
         target, implied = noise, (1 - alpha) / alpha
+    elif prediction_type == "sample":
+        target, implied = clean, jnp.ones_like(alpha)
     else:
         share = alpha[:, None, None, None, None]
         target, implied = jnp.sqrt(share) * noise - jnp.sqrt(1 - share) * clean, 1 - alpha

@@ -352,7 +352,8 @@ def _open_scheduler(
     if preset is not None:
         target, _ = animatediff.PRESETS[preset]
         config, text = scheduler.replaced(found, target, scheduler.KEPT_BY_PRESET)
-        return config, (f"scheduler, steps and guidance set to those of {preset}{text}",)
+        note = f"scheduler, steps and guidance set to those of {preset}{text}"
+        return config, (*found.notes, note)
     if not data:
         return unet.scheduler, ()
     if unet.has_own_scheduler and found.problem is None:

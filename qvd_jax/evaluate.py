@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     solver = args.scheduler or reference.scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
+    spacing = [args.timestep_spacing] if args.timestep_spacing else []
     defaults = to_dict(reference.defaults)
     size = {name: getattr(args, name) or defaults[name] for name in _SIZE}
     guidance = reference.defaults.guidance_scale
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs.values),
         "seeds": args.seeds,
-        "scheduler": solver,
+        "scheduler": " ".join([solver, *(["Karras"] * bool(args.karras)), *spacing]),
         **size,
         "guidance_scale": guidance,
         "models": measure(models, layers, sampled, cases, args.seed),

@@ -221,7 +221,7 @@ def test_the_unet_and_its_parts_equal_the_oracle(models, converted):
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(256, size=(*shape, 16, 24, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(256, size=(*shape, 18, 24, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -241,14 +241,14 @@ def test_latents_equal_the_oracle(models, converted, frames, windows, guidance):
     pipe = replace(pipe, defaults=replace(pipe.defaults, frames=WINDOW))
     sampled = 1 + max(map(max, windows))
     image, motion = pixels(0), pixels(1, frames + 1)
-    noise = np.random.default_rng(0).standard_normal((1, sampled, 8, 12, 4), dtype=np.float32)
+    noise = np.random.default_rng(0).standard_normal((1, sampled, 9, 12, 4), dtype=np.float32)
     held = np.concatenate([motion[:frames], *[motion[frames - 1 : frames]] * (sampled - frames)])
     expected = oracle(models[1], image, held, noise, windows, guidance)[:, :, :frames]
     found = pipe(
         image,
         motion,
         frames=frames,
-        height=16,
+        height=18,
         width=24,
         steps=4,
         guidance_scale=guidance,
@@ -298,14 +298,14 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
     for number, pose in enumerate(pixels(1, 3)):
         imageio.imwrite(tmp_path / "poses" / f"{number}.png", pose)
     options = ["--image", str(tmp_path / "dancer.png"), "--motion-video", str(tmp_path / "poses")]
-    options += ["--frames", "2", "--height", "16", "--width", "24", "--steps", "2"]
+    options += ["--frames", "2", "--height", "18", "--width", "24", "--steps", "2"]
     int8 = tmp_path / "int8"
     assert calibrate.main(["--checkpoint", str(converted), "--out", str(int8), *options]) == 0
     assert "appearance_encoder/" in capsys.readouterr().out
     out = tmp_path / "out"
     assert sample.main(["--checkpoint", str(int8), *options, "--out", str(out)]) == 0
     video = imageio.imread(out / "000-dancer.mp4", plugin="FFMPEG")
-    assert video.shape == (2, 16, 24, 3)
+    assert video.shape == (2, 18, 24, 3)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
         ({"--motion-video": "{tmp}/empty"}, "empty holds no images"),
         ({"--motion-video": "{tmp}/mixed"}, "1.png has [8, 24] pixels, 0.png beside it [16, 24]"),
         ({"--motion-video": "{tmp}/poses", "--frames": "4"}, "has 3 frames, 4 are asked for"),
-        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 16x24 pixels"),
+        ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 18x24 pixels"),
         ({"--motion-video": "{tmp}/poses.mp4"}, "the motion video has 16x32 pixels"),
         ({"--motion-video": "{tmp}/poses", "--prompt": "a"}, "makes videos from images"),
         ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "has no SparseCtrl"),
@@ -332,7 +332,7 @@ def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message)
     for number, pose in enumerate(pixels(1, 3)):
         imageio.imwrite(tmp_path / "poses" / f"{number}.png", pose)
         imageio.imwrite(tmp_path / "mixed" / f"{number}.png", pose[: 8 if number else 16])
-    options = {"--image": "{tmp}/dancer.png", "--frames": "2", "--height": "16", "--width": "24"}
+    options = {"--image": "{tmp}/dancer.png", "--frames": "2", "--height": "18", "--width": "24"}
     given = [text.format(tmp=tmp_path) for pair in {**options, **changes}.items() for text in pair]
     out = tmp_path / "out"
     assert sample.main(["--checkpoint", str(converted), *given, "--out", str(out)]) == 2

@@ -338,7 +338,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     arguments = [
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
-        "--steps", "1", "--frames", "2", "--height", "8", "--width", "8",
+        "--steps", "1", "--frames", "2", "--height", "8", "--width", "10",
         "--report", str(tmp_path / "report"), "--scheduler", "euler", "--karras",
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0

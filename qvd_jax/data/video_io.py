@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import io
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -11,37 +13,38 @@ from typing import Any
 import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 
-from qvd_jax.errors import InputError, first_line
+from qvd_jax.errors import InputError, InputWarning, first_line
 from qvd_jax.files import check_file, replace_when_whole
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+_IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_SECOND = 1000  # in milliseconds
 
 
 def read_image(path: Path) -> np.ndarray:
-    """Pixels uint8 `[H, W, 3]` of an image file.
+    """Pixels uint8 `[H, W, 3]` of an image file, as `diffusers.utils.load_image` gives them.
+
+    The image is turned upright as its EXIF orientation says, and becomes RGB whatever its color
+    mode. What that leaves out (transparency, a color profile, all frames but the first) is named
+    by an `InputWarning`.
 
     Raises:
-      InputError: the file is missing, no image, or not RGB with 8 bits.
+      InputError: the file is missing, no image, or has more than 8 bits and no white.
     """
     check_file(path, "an image")
-    try:
-        pixels = imageio.imread(path, plugin="pillow")
-    except Exception as error:  # Pillow has many, and damaged files raise yet others.
-        raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
-    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
-        raise InputError(
-            f"{path}: one RGB image with 8 bits is needed, it holds {pixels.dtype} "
-            f"{list(pixels.shape)}; convert it first"
-        )
-    return pixels
+    with _open_image(path) as image:
+        if (frames := getattr(image, "n_frames", 1)) > 1:
+            warnings.warn(f"{path} has {frames} frames; the first is used", InputWarning, 2)
+        return _to_rgb(image, path)
 
 
 def read_video(path: Path) -> np.ndarray:
     """Pixels uint8 `[F, H, W, 3]` of a video file, or of a folder's images in the names' order.
 
-    Numbers in names count as numbers: 2.png comes before 10.png.
+    Numbers in names count as numbers: 2.png comes before 10.png. Videos are turned as their
+    container says; animated images give their frames.
 
     Raises:
       InputError: it is missing, no video, or the folder's images do not fit together.
@@ -61,11 +64,94 @@ def read_video(path: Path) -> np.ndarray:
         return np.stack(images)
     if not path.is_file():
         raise InputError(f"{path} does not exist; a video, or a folder of images, is expected")
+    if path.suffix.lower() in _IMAGE_SUFFIXES:
+        with _open_image(path) as animated:
+            return np.stack([_to_rgb(frame, path) for frame in ImageSequence.Iterator(animated)])
+    with _open_video(path) as (_, frames):
+        return np.stack(list(frames))
+
+
+def read_fps(path: Path) -> float | None:
+    """Frames per second of a video file; None of a folder of images, or where nobody says.
+
+    Raises:
+      InputError: the file is no video.
+    """
+    if path.is_dir():
+        return None
+    if path.suffix.lower() in _IMAGE_SUFFIXES:
+        with _open_image(path) as image:
+            shown = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
+        return len(shown) / sum(shown) * _SECOND if sum(shown) else None
+    with _open_video(path) as (meta, _):
+        return meta["fps"] or None
+
+
+def _milliseconds(frame: Image.Image) -> float:
+    """How long a frame is shown; 0 where its file does not say."""
+    # WebP's is known once its pixels are.
+    frame.load()
+    return frame.info.get("duration", 0)
+
+
+@contextlib.contextmanager
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    """An image file, whose failures become `InputError` whenever its pixels are read."""
     try:
-        with _ffmpeg():
-            return np.asarray(imageio.imread(path, plugin="FFMPEG"))
+        with Image.open(path) as image:
+            yield image
+    except InputError:
+        raise
+    except Exception as error:  # Pillow has many, and damaged files raise yet others.
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
+
+
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    """Pixels uint8 `[H, W, 3]`, upright."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise InputError(
+            f"{path}: 8 bits a channel are needed, it holds gray of more (mode {image.mode}), "
+            f"which diffusers would clip to white; scale it to 8 bits first"
+        )
+    for what in _left_out(image):
+        warnings.warn(f"{path} has {what}, as in diffusers", InputWarning, 3)
+    with warnings.catch_warnings():
+        # Pillow would have palettes with transparency become RGBA.
+        warnings.filterwarnings("ignore", "Palette images", UserWarning)
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def _left_out(image: Image.Image) -> Iterator[str]:
+    """What an image says beyond its RGB values, in words."""
+    opaque = 255
+    if image.has_transparency_data and (np.asarray(image.convert("RGBA"))[..., 3] < opaque).any():
+        yield "transparent pixels, whose color beneath is taken"
+    if profile := image.info.get("icc_profile"):
+        try:
+            name = ImageCms.getProfileDescription(io.BytesIO(profile)).strip()
+        except ImageCms.PyCMSError:
+            name = "damaged"
+        if "srgb" not in name.lower():
+            yield f"the color profile {name!r}, whose values are taken for sRGB"
+
+
+@contextlib.contextmanager
+def _open_video(path: Path) -> Iterator[tuple[dict[str, Any], Iterator[np.ndarray]]]:
+    """What ffmpeg says of a video file, and its frames uint8 `[H, W, 3]`, turned upright."""
+    logger = logging.getLogger("imageio_ffmpeg")
+    level = logger.level
+    # It warns of frames that are turned.
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+            with _ffmpeg():
+                meta = next(reader)
+            width, height = meta["size"]
+            yield meta, (np.frombuffer(data, np.uint8).reshape(height, width, 3) for data in reader)
     except Exception as error:  # ffmpeg's failures come in many kinds.
         raise InputError(f"{path} cannot be read as a video: {first_line(error)}") from error
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -81,7 +167,7 @@ def _counted(path: Path) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def write_video(path: Path, video: np.ndarray, fps: int) -> None:
+def write_video(path: Path, video: np.ndarray, fps: float) -> None:
     """Writes a video as .mp4 (H.264) or as an endlessly looping .gif.
 
     Args:
@@ -95,7 +181,7 @@ def write_video(path: Path, video: np.ndarray, fps: int) -> None:
     if path.suffix == ".mp4":
         replace_when_whole(path, functools.partial(_encode_mp4, video=_even(video), fps=fps))
     else:
-        _write_pillow(path, video, duration=1000 / fps, loop=0)
+        _write_pillow(path, video, duration=_SECOND / fps, loop=0)
 
 
 def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> None:
@@ -141,7 +227,7 @@ def _even(video: np.ndarray) -> np.ndarray:
     return np.pad(video, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
-def _encode_mp4(path: Path, video: np.ndarray, fps: int) -> None:
+def _encode_mp4(path: Path, video: np.ndarray, fps: float) -> None:
     with _ffmpeg():
         # macro_block_size: halved chroma needs even sides, imageio would round them up to 16.
         imageio.imwrite(

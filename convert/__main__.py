@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "--controlnet",
         type=Path,
         metavar="PATH",
-        help="SparseCtrl folder, or original v3_sd15_sparsectrl_*.ckpt; MagicAnimate's folder",
+        help="ControlNet or SparseCtrl for AnimateDiff: a folder, or original control_*.pth, "
+        "v3_sd15_sparsectrl_*.ckpt; MagicAnimate's folder",
     )
     parser.add_argument(
         "--preset",

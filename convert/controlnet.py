@@ -1,19 +1,53 @@
-"""ControlNet and SparseCtrl: their configs read from the keys, SparseCtrl's original names."""
+"""ControlNet and SparseCtrl: their configs read from the keys, and original names."""
 
+import itertools
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from convert import animatediff, keys
-from convert.tensors import Tensors, open_model
+import numpy as np
+
+from convert import animatediff, keys, ldm
+from convert.tensors import LazyTensor, Tensors, open_model
 from qvd_jax.errors import InputError
-from qvd_jax.models.configs import ControlNetConfig
+from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
+from qvd_jax.models.stages import skip_widths
+
+_ORIGINAL = "control_model."
+_EMBEDDING = "controlnet_cond_embedding"
+_EMBEDDING_WIDTHS = (16, 32, 96, 256)
+_ENCODER = ("conv_in.", "time_embedding.", "down_blocks.", "mid_block.")
+_OTHERS = {
+    "lora_controlnet": "a Control-LoRA",
+    "adapter.body.": "a T2I-Adapter",
+    "body.0.": "a T2I-Adapter",
+    "label_emb.": "a ControlNet of Stable Diffusion XL",
+    "add_embedding.": "a ControlNet of Stable Diffusion XL",
+}
+"""Beginnings of names that other additions to a UNet have."""
 
 
-def open_controlnet(path: Path) -> tuple[Tensors, ControlNetConfig]:
-    """Opens a folder of diffusers or an original `v3_sd15_sparsectrl_*.ckpt`.
+class ControlNet(NamedTuple):
+    """An opened ControlNet.
 
-    Returns:
-      Its tensors by diffusers' names, and its config.
+    Attributes:
+      tensors: by diffusers' names.
+      config: what differs from the UNet's encoder.
+      notes: what the user should know.
+    """
+
+    tensors: Tensors
+    config: ControlNetConfig
+    notes: tuple[str, ...] = ()
+
+
+def open_controlnet(path: Path, begun: Mapping[str, LazyTensor]) -> ControlNet:
+    """Opens a folder of diffusers, or an original file.
+
+    Args:
+      path: the folder, `v3_sd15_sparsectrl_*.ckpt` or `control_*.pth`.
+      begun: of `begin_controlnet`: what takes the place of tensors an original file lacks.
 
     Raises:
       InputError: it is missing, damaged, or something else.
@@ -21,21 +55,106 @@ def open_controlnet(path: Path) -> tuple[Tensors, ControlNetConfig]:
     if not path.exists():
         raise InputError(f"{path} does not exist; --controlnet names a folder or a checkpoint")
     tensors = open_model(path)
-    renamed = {animatediff.rename_original(name): tensor for name, tensor in tensors.items()}
-    renamed = animatediff.without_positions(renamed)
+    for start, kind in _OTHERS.items():
+        if any(name.removeprefix(_ORIGINAL).startswith(start) for name in tensors):
+            raise InputError(f"{path} is {kind}; a ControlNet of Stable Diffusion 1.5 is expected")
+    if any(re.match(rf"({_ORIGINAL})?(input_blocks|zero_convs)\.", name) for name in tensors):
+        renamed, notes = _open_original(tensors, begun, path)
+    else:
+        renamed = {animatediff.rename_original(name): tensor for name, tensor in tensors.items()}
+        renamed, notes = animatediff.without_positions(renamed), ()
     if not any(name.startswith("controlnet_down_blocks.") for name in renamed):
         raise InputError(f"{path} is no ControlNet: it has no controlnet_down_blocks")
-    return renamed, _config(renamed, animatediff.is_original(tensors), str(path))
+    config = _config(renamed, animatediff.is_original(tensors), str(path))
+    return ControlNet(renamed, config, notes)
+
+
+def begin_controlnet(unet: Tensors, config: UNet3DConfig, stride: int) -> Tensors:
+    """What the training of a ControlNet begins from (arXiv 2302.05543, section 3.1).
+
+    That is the UNet's encoder, and zeros in the convolutions that bring the condition in and add
+    to the skips.
+
+    Args:
+      unet: its tensors, by diffusers' names.
+      config: the UNet's.
+      stride: pixels of the condition for each position of the latents.
+    """
+    encoder = {
+        name: tensor
+        for name, tensor in unet.items()
+        if name.startswith(_ENCODER) and ".motion_modules." not in name
+    }
+    widths = _EMBEDDING_WIDTHS[: stride.bit_length()]
+    convs = {f"{_EMBEDDING}.conv_in": (widths[0], 3, 3, 3)}
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        convs[f"{_EMBEDDING}.blocks.{2 * i}"] = (before, before, 3, 3)
+        convs[f"{_EMBEDDING}.blocks.{2 * i + 1}"] = (after, before, 3, 3)
+    convs[f"{_EMBEDDING}.conv_out"] = (config.block_channels[0], widths[-1], 3, 3)
+    for i, width in enumerate(skip_widths(config)):
+        convs[f"controlnet_down_blocks.{i}"] = (width, width, 1, 1)
+    last = config.block_channels[-1]
+    convs["controlnet_mid_block"] = (last, last, 1, 1)
+    zeros = {f"{name}.weight": _zeros(shape) for name, shape in convs.items()}
+    zeros |= {f"{name}.bias": _zeros(shape[:1]) for name, shape in convs.items()}
+    return encoder | zeros
+
+
+def _open_original(
+    tensors: Tensors, begun: Mapping[str, LazyTensor], path: Path
+) -> tuple[Tensors, tuple[str, ...]]:
+    """Tensors of the original code by diffusers' names, and notes.
+
+    A file may hold the model it was trained beside, whose UNet and VAE are not read, or what
+    training changed alone. What it lacks is as before training: the original code, too, loads
+    such files over a model that has the rest.
+    """
+    own = {name for name in tensors if name.startswith(_ORIGINAL)} or tensors.keys()
+    found = {name.removeprefix(_ORIGINAL): tensors[name] for name in own}
+    notes = []
+    if len(own) < len(tensors):
+        notes.append(f"of {path} the ControlNet is read, not the model beside it")
+    if found.pop("difference", None) is not None:
+        notes.append(f"{path} holds differences, which are added to the UNet's weights")
+        found = {
+            name: _sum(begun[name], tensor) if name.startswith(_ENCODER) else tensor
+            for name, tensor in ldm.rename_controlnet(found).items()
+        }
+    else:
+        found = ldm.rename_controlnet(found)
+    # The embedding of the condition is its own, and of other widths, if there is any of it.
+    has_embedding = any(name.startswith(f"{_EMBEDDING}.") for name in found)
+    lacking = [
+        name
+        for name in begun
+        if name not in found and not (has_embedding and name.startswith(f"{_EMBEDDING}."))
+    ]
+    if lacking:
+        notes.append(
+            f"{path} lacks {len(lacking)} tensors of a ControlNet, the first {lacking[0]}; they "
+            f"are as before its training: the UNet's own, and zeros in what it adds"
+        )
+    return found | {name: begun[name] for name in lacking}, tuple(notes)
+
+
+def _zeros(shape: tuple[int, ...]) -> LazyTensor:
+    return LazyTensor(shape, lambda: np.zeros(shape, np.float32))
+
+
+def _sum(base: LazyTensor, difference: LazyTensor) -> LazyTensor:
+    return LazyTensor(
+        difference.shape,
+        lambda: base.read().astype(np.float32) + difference.read().astype(np.float32),
+    )
 
 
 def _config(tensors: Tensors, original_norms: bool, where: str) -> ControlNetConfig:
-    embedding = "controlnet_cond_embedding"
     widths: tuple[int, ...] = ()
-    first = f"{embedding}.weight"
+    first = f"{_EMBEDDING}.weight"
     if first not in tensors:
-        first = f"{embedding}.conv_in.weight"
-        count = keys.count(tensors, rf"{embedding}\.blocks\.(\d+)\.")
-        strided = (f"{embedding}.blocks.{i}.weight" for i in range(1, count, 2))
+        first = f"{_EMBEDDING}.conv_in.weight"
+        count = keys.count(tensors, rf"{_EMBEDDING}\.blocks\.(\d+)\.")
+        strided = (f"{_EMBEDDING}.blocks.{i}.weight" for i in range(1, count, 2))
         widths = tuple(keys.require(tensors, name, where)[0] for name in (first, *strided))
     found = (re.search(r"motion_modules\..*\.(attn\d)\.", name) for name in tensors)
     attentions = {match[1] for match in found if match}

@@ -123,6 +123,23 @@ def rename_in_unet(name: str, blocks: Blocks) -> str:
     return f"{stage}.resnets.{layer}.{_resnet(rest, blocks.blended)}"
 
 
+def rename_controlnet(tensors: Tensors) -> Tensors:
+    """A ControlNet's tensors by diffusers' names; a name that has none there is kept."""
+    # Numbers of the hint's convolutions; between them lie activations.
+    hints = sorted(keys.numbers(tensors, r"input_hint_block\.(\d+)\."))
+    places = [f"blocks.{i}" for i in range(len(hints) - 2)]
+    hint = dict(zip(hints, ("conv_in", *places, "conv_out"), strict=False))
+
+    def rename(name: str) -> str:
+        if found := re.fullmatch(r"input_hint_block\.(\d+)\.(.+)", name):
+            return f"controlnet_cond_embedding.{hint[int(found[1])]}.{found[2]}"
+        if found := re.fullmatch(r"zero_convs\.(\d+)\.0\.(.+)", name):
+            return f"controlnet_down_blocks.{found[1]}.{found[2]}"
+        return _replace_start(name, {"middle_block_out.0.": "controlnet_mid_block."})
+
+    return {rename(name): tensor for name, tensor in rename_unet(tensors).items()}
+
+
 def rename_vae(tensors: Tensors) -> Tensors:
     """The VAE's tensors by diffusers' names; a name that has none there is kept.
 

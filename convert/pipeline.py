@@ -9,8 +9,17 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, magicanimate, modelscope, names, scheduler, svd
-from convert.controlnet import open_controlnet
+from convert import (
+    animatediff,
+    companions,
+    keys,
+    magicanimate,
+    modelscope,
+    names,
+    scheduler,
+    svd,
+)
+from convert.controlnet import begin_controlnet, open_controlnet
 from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
@@ -19,7 +28,7 @@ from qvd_jax import checkpoint, memory
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
-from qvd_jax.models.configs import UNet3DConfig
+from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.loading import make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -104,8 +113,7 @@ def open_source(
       source: the folder, or an original file of Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of LoRAs of any kind, merged in this order.
-      controlnet: a folder or an original `v3_sd15_sparsectrl_*.ckpt`, for AnimateDiff; the
-        folder of MagicAnimate's.
+      controlnet: a folder of diffusers or an original file, of a ControlNet or SparseCtrl.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
       unet: an original UNet of ModelScope or ZeroScope in place of the folder's.
       vae: the folder of a VAE in place of the source's.
@@ -133,18 +141,17 @@ def open_source(
     if opened.family == "svd":
         tensors["unet"] = svd.without_dead(tensors["unet"])
     if controlnet is not None:
-        found, config = open_controlnet(controlnet)
-        tensors["unet"] |= {f"controlnet.{name}": tensor for name, tensor in found.items()}
-        opened = opened._replace(config=replace(opened.config, controlnet=config))
-        notes.append(f"added {controlnet.name}")
-        if appearance_encoder is None and not config.ignores_latents:
-            raise InputError(
-                f"{controlnet} is an ordinary ControlNet; AnimateDiff takes SparseCtrl, and "
-                f"MagicAnimate's ControlNet comes with --appearance-encoder"
-            )
+        levels = keys.count(tensors["vae"], r"encoder\.down_blocks\.(\d+)\.")
+        stride = 2 ** max(levels - 1, 0)
+        begun = begin_controlnet(opened.tensors, opened.config, stride)
+        found = open_controlnet(controlnet, begun)
+        tensors["unet"] |= {f"controlnet.{name}": t for name, t in found.tensors.items()}
+        opened = opened._replace(config=replace(opened.config, controlnet=found.config))
+        notes += [*found.notes, f"added {controlnet.name}"]
+        _check_condition(found.config, stride, controlnet)
     if appearance_encoder is not None:
-        found = magicanimate.open_appearance_encoder(appearance_encoder)
-        tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in found.items()}
+        encoder = magicanimate.open_appearance_encoder(appearance_encoder)
+        tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in encoder.items()}
         opened = opened._replace(
             family="magicanimate",
             config=magicanimate.unet_config(opened.config, str(source)),
@@ -397,6 +404,19 @@ def _check_widths(configs: ComponentConfigs, source: Path) -> None:
                 f"{source}: components do not belong together: the {what} has {have} channels, "
                 f"{want} are needed"
             )
+
+
+def _check_condition(config: ControlNetConfig, stride: int, path: Path) -> None:
+    """Raises `InputError` if images of the video's size do not fit a ControlNet."""
+    if config.embedding_channels and 2 ** (len(config.embedding_channels) - 1) != stride:
+        raise InputError(
+            f"{path} brings its condition to 1/{2 ** (len(config.embedding_channels) - 1)} of its "
+            f"size, the VAE to 1/{stride}; they do not belong together"
+        )
+    if not config.ignores_latents and config.condition_channels != len("RGB"):
+        raise InputError(
+            f"{path} takes conditions of {config.condition_channels} channels; images have 3"
+        )
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

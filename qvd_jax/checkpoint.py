@@ -85,6 +85,17 @@ class Manifest:
     @property
     def takes_conditions(self) -> bool:
         """Whether it is told what some frames are to look like."""
+        return self._has_controlnet and not self.takes_control_video
+
+    @property
+    def takes_control_video(self) -> bool:
+        """Whether it is told of every frame, as an ordinary ControlNet is."""
+        controlnet = self._unet.get("controlnet")
+        ignores = controlnet.get("ignores_latents") if isinstance(controlnet, dict) else None
+        return self._has_controlnet and ignores is False
+
+    @property
+    def _has_controlnet(self) -> bool:
         return self._unet.get("controlnet") is not None and not self.takes_motion_video
 
     @property

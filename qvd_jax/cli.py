@@ -8,23 +8,30 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol, TextIO
 
 import jax
+import numpy as np
 
-from qvd_jax import checkpoint, memory
+from qvd_jax import checkpoint, files, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, complete, switch
-from qvd_jax.errors import InputError
-from qvd_jax.files import check_file
+from qvd_jax.errors import InputError, InputWarning
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
-from qvd_jax.pipelines.text import TextPipeline
-from qvd_jax.pipelines.text_to_video import check_conditions
+from qvd_jax.pipelines.text import as_embeds
+from qvd_jax.pipelines.text_to_video import (
+    TextToVideoPipeline,
+    check_conditions,
+    check_control_video,
+    check_scale,
+)
 
 
 class Main(Protocol):
@@ -38,7 +45,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     """Makes `main(argv)` return an exit code and print one line instead of a traceback.
 
     Input errors and failures of the file system end with 2, Ctrl-C and SIGTERM with 130;
-    everything else is a defect and keeps its traceback.
+    everything else is a defect and keeps its traceback. An `InputWarning` becomes a note.
     """
 
     @functools.wraps(main)
@@ -48,7 +55,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
         hook = sys.unraisablehook
         sys.unraisablehook = functools.partial(_interrupt_again, hook)
         try:
-            main(argv)
+            with _notes():
+                main(argv)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -61,6 +69,32 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
         return 0
 
     return wrapped
+
+
+@contextlib.contextmanager
+def _notes() -> Iterator[None]:
+    """Prints every `InputWarning` as a note, and the same one once."""
+    seen: set[str] = set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        otherwise = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if not issubclass(category, InputWarning):
+                otherwise(message, category, filename, lineno, file, line)
+            elif str(message) not in seen:
+                seen.add(str(message))
+                print(f"note: {message}")
+
+        warnings.showwarning = show
+        yield
 
 
 def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
@@ -99,7 +133,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
       InputError: the file is missing, no UTF-8, or has no prompt.
     """
-    check_file(path, "a text file with one prompt a line")
+    files.check_file(path, "a text file with one prompt a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -114,12 +148,14 @@ class Inputs(NamedTuple):
     """What videos are made from.
 
     Attributes:
-      values: prompts, or images uint8 `[H, W, 3]`.
-      names: the prompts, or the names of the images' files.
+      values: prompts, or images uint8 `[H, W, 3]`; none where text embeddings are given.
+      names: the prompts, or the names of the images' or the embeddings' files.
+      options: embeddings, as arguments of the pipeline's call.
     """
 
     values: list[Any]
     names: list[str]
+    options: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +173,27 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--condition",
         nargs="+",
         default=[],
-        metavar="IMAGE@FRAME",
-        help="what a frame is to look like (0 is the first), of a model with SparseCtrl",
+        metavar="IMAGE@FRAME|VIDEO",
+        help="of a model with SparseCtrl what a frame is to look like (0 is the first); with an "
+        "ordinary ControlNet the video, folder or images it is told for all frames",
+    )
+    parser.add_argument(
+        "--controlnet-conditioning-scale",
+        type=float,
+        metavar="X",
+        help="factor of what the ControlNet adds (1)",
+    )
+    parser.add_argument(
+        "--control-guidance-start",
+        type=float,
+        metavar="X",
+        help="share of the steps before it begins to add (0)",
+    )
+    parser.add_argument(
+        "--control-guidance-end",
+        type=float,
+        metavar="X",
+        help="share of the steps after which it no longer adds (1)",
     )
     parser.add_argument(
         "--motion-video",
@@ -146,6 +201,14 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="DensePose video, or folder of its frames, of a model that animates images",
     )
+
+
+_CONTROL_SCALE = {
+    "controlnet_conditioning_scale": 1.0,
+    "control_guidance_start": 0.0,
+    "control_guidance_end": 1.0,
+}
+"""How a ControlNet is weighed, with the defaults of the pipeline's call."""
 
 
 def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -164,16 +227,28 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             if args.motion_video
             else f"{path} animates images; pass --motion-video FILE"
         )
-    if manifest.takes_conditions != bool(args.condition):
+    if (manifest.takes_conditions or manifest.takes_control_video) != bool(args.condition):
+        if args.condition:
+            raise InputError(f"{path} has no SparseCtrl; leave --condition out")
         raise InputError(
-            f"{path} has no SparseCtrl; leave --condition out"
-            if args.condition
-            else f"{path} has SparseCtrl; pass --condition IMAGE@FRAME"
+            f"{path} has SparseCtrl; pass --condition IMAGE@FRAME"
+            if manifest.takes_conditions
+            else f"{path} has a ControlNet; pass --condition VIDEO"
         )
+    scale = passed(args, *_CONTROL_SCALE)
+    if scale and not args.condition:
+        option = next(iter(scale)).replace("_", "-")
+        raise InputError(f"{path} is told no condition; leave --{option} out")
+    check_scale(*({**_CONTROL_SCALE, **scale}.values()))
+    want = _wanted(args, path, manifest)
     if args.motion_video:
         motion = video_io.read_video(args.motion_video)
-        check_motion(motion, _wanted(args, path, manifest))
-        return {"motion_video": motion}
+        check_motion(motion, want)
+        return {"motion_video": _first_frames(motion, want, str(args.motion_video))}
+    if manifest.takes_control_video:
+        shown = _first_frames(_read_control_video(args.condition), want, " ".join(args.condition))
+        check_control_video(list(shown), (), want)
+        return {"conditioning_frames": shown, **scale}
     if not args.condition:
         return {}
     images, indices = [], []
@@ -183,8 +258,42 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
         images.append(video_io.read_image(Path(name)))
         indices.append(int(frame))
-    check_conditions(images, indices, _wanted(args, path, manifest))
-    return {"conditioning_frames": images, "controlnet_frame_indices": indices}
+    check_conditions(images, indices, want)
+    return {"conditioning_frames": images, "controlnet_frame_indices": indices, **scale}
+
+
+def _read_control_video(names: Sequence[str]) -> np.ndarray:
+    """Frames `[F, H, W, 3]`: of a video, of a folder of images, or images one by one."""
+    paths = [Path(name) for name in names]
+    for path in paths:
+        file, _, frame = path.name.rpartition("@")
+        if file and frame.isdecimal() and not path.exists():
+            raise InputError(
+                f"--condition {path}: @FRAME is for SparseCtrl; an ordinary ControlNet is told of "
+                f"every frame, by a video, a folder or as many images"
+            )
+    if len(paths) == 1:
+        return video_io.read_video(paths[0])
+    images = [video_io.read_image(path) for path in paths]
+    height, width = images[0].shape[:2]
+    for path, image in zip(paths, images, strict=True):
+        check_image(image, height, width, str(path))
+    return np.stack(images)
+
+
+def _first_frames(video: np.ndarray, want: VideoDefaults, name: str) -> np.ndarray:
+    """As many frames as are wanted; what is left out is said."""
+    if len(video) > want.frames:
+        print(f"note: {name} has {len(video)} frames; the first {want.frames} are used")
+    return video[: want.frames]
+
+
+def condition_fps(args: argparse.Namespace) -> float | None:
+    """Frames per second of the video that is followed; None without one."""
+    shown = [args.motion_video] if args.motion_video else args.condition
+    if len(shown) != 1 or not Path(shown[0]).is_file():
+        return None
+    return video_io.read_fps(Path(shown[0]))
 
 
 def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
@@ -199,6 +308,7 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
         or does not fit the videos.
     """
     manifest = checkpoint.read_manifest(path)
+    embeds = _read_embeds(args, path, manifest)
     prompts = list(getattr(args, "prompt", []))
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file)
@@ -214,13 +324,36 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
         return Inputs(images, [file.stem for file in args.image])
     if args.image:
         raise InputError(f"{path} makes videos from prompts; leave --image out")
+    if "prompt_embeds" in embeds:
+        if prompts:
+            raise InputError("--prompt-embeds stand in the place of prompts; leave these out")
+        count = len(embeds["prompt_embeds"])
+        return Inputs([], [f"{args.prompt_embeds.stem}-{i}" for i in range(count)], embeds)
     prompts = prompts or manifest.example_prompts
     if not prompts:
         raise InputError(
             f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"
             + (" or --prompt TEXT" if hasattr(args, "prompt") else "")
         )
-    return Inputs(prompts, prompts)
+    return Inputs(prompts, prompts, embeds)
+
+
+def _read_embeds(
+    args: argparse.Namespace, path: Path, manifest: checkpoint.Manifest
+) -> dict[str, np.ndarray]:
+    """Text embeddings `[B, L, C]` of files, by their name in the pipeline's call."""
+    found = {}
+    for name in ("prompt_embeds", "negative_prompt_embeds"):
+        file = getattr(args, name, None)
+        if file is not None:
+            option = f"--{name.replace('_', '-')}"
+            if manifest.takes_images:
+                raise InputError(f"{path} makes videos from images; leave {option} out")
+            width = read_configs(path, manifest).components.unet.context_dim
+            found[name] = as_embeds(files.read_array(file), f"{option} {file}", width)
+    if "negative_prompt_embeds" in found and args.negative_prompts:
+        raise InputError("--negative-prompt-embeds stand in the place of --negative-prompt")
+    return found
 
 
 @contextlib.contextmanager
@@ -240,12 +373,13 @@ def _wanted(args: argparse.Namespace, path: Path, manifest: checkpoint.Manifest)
 
 
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:
-    """Prints which words of the prompts a model of text does not know."""
-    if isinstance(pipe, TextPipeline):
+    """Prints which words of its prompts a model does not know, and which it cuts."""
+    if isinstance(pipe, TextToVideoPipeline) and prompts:
         for prompt in prompts:
             if unknown := pipe.unknown_words(prompt):
                 words = ", ".join(map(repr, unknown))
                 print(f"note: the model does not know {words} in {prompt!r}")
+        pipe.token_ids(prompts)
 
 
 def check_same_inputs(names: Sequence[str]) -> None:

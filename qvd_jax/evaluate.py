@@ -168,7 +168,7 @@ def read_cases(args: argparse.Namespace) -> Cases:
         given = read_inputs(args, path)
         if len(given.values) > args.videos:
             print(f"the first {args.videos} of {len(given.values)}; --videos N takes more")
-        return Cases(Inputs(*(part[: args.videos] for part in given)), None, options)
+        return Cases(Inputs(given.values[: args.videos], given.names[: args.videos]), None, options)
     return held_out_cases(args.videos, args.seed)
 
 

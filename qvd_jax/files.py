@@ -116,6 +116,33 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
         raise InputError(f"{file} is damaged: {first_line(error)}") from error
 
 
+def read_array(file: Path) -> np.ndarray:
+    """The array of an .npy file, or the only one of a .safetensors file.
+
+    Raises:
+      InputError: it is missing, damaged, of another kind, or holds another number of arrays.
+    """
+    check_file(file, "an .npy or .safetensors file")
+    if file.suffix == ".npy":
+        try:
+            return np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file} is damaged: {first_line(error)}") from error
+    if file.suffix != ".safetensors":
+        raise InputError(f"{file}: arrays are read from .npy and .safetensors")
+    import safetensors.numpy
+
+    try:
+        found = safetensors.numpy.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file} is damaged: {first_line(error)}") from error
+    if len(found) != 1:
+        raise InputError(
+            f"{file} holds {', '.join(sorted(found)) or 'nothing'}; one array is needed"
+        )
+    return next(iter(found.values()))
+
+
 def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Has a file written beside `path`, and puts it there once it is whole.
 

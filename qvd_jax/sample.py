@@ -22,6 +22,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     check_scheduler,
     command,
+    condition_fps,
     enable_compilation_cache,
     naming,
     note_unknown_words,
@@ -68,15 +69,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in names:
         with naming(name):
             check_scheduler(name, **asked_scheduler(args))
+    followed = None if args.fps else condition_fps(args)
+    if followed:
+        print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
     print(f"compilation cache: {enable_compilation_cache()}")
 
     with restoring(argv):
-        loaded = [timed_load(name, args, len(inputs.values)) for name in names]
+        loaded = [timed_load(name, args, len(inputs.names)) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []
-    note_unknown_words(own, [*inputs.names, *negatives])
-    options = {**call_options(own, args), **conditions}
+    note_unknown_words(own, [*inputs.values, *negatives])
+    options = {**call_options(own, args), **conditions, **inputs.options}
+    fps = args.fps or followed or own.defaults.fps
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
     for name, (pipe, seconds) in zip(names, loaded, strict=True):
@@ -84,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
         videos.append(video)
         rows.append(cost(name, pipe, {"load": seconds, **times}))
-    write(np.stack(videos), outputs, args.fps or own.defaults.fps)
+    write(np.stack(videos), outputs, fps)
     print(cost_table(rows))
 
 
@@ -123,7 +128,8 @@ def sample(
     started, before = time.perf_counter(), compile_seconds()
     with tqdm.tqdm(total=options["steps"], desc="sampling", unit="step") as bar:
         latents = pipe(
-            inputs,
+            # Without prompts there are embeddings among the options.
+            inputs or None,
             **options,
             seed=seed,
             output_type="latents",
@@ -220,7 +226,7 @@ def plan_outputs(
     return outputs
 
 
-def write(videos: np.ndarray, outputs: Outputs, fps: int) -> None:
+def write(videos: np.ndarray, outputs: Outputs, fps: float) -> None:
     """Writes the files and prints their names.
 
     Args:
@@ -272,6 +278,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     add_input_arguments(parser)
+    parser.add_argument(
+        "--prompt-embeds",
+        type=Path,
+        metavar="F.npy|.safetensors",
+        help="text embeddings (videos, tokens, width) in the prompts' place",
+    )
+    parser.add_argument(
+        "--negative-prompt-embeds",
+        type=Path,
+        metavar="F.npy|.safetensors",
+        help="the same in the negative prompt's place",
+    )
     parser.add_argument(
         "--negative-prompt", dest="negative_prompts", metavar="T", help="for all prompts"
     )

@@ -16,7 +16,6 @@ from random_animatediff import make_adapter
 from random_families import (
     RGB,
     SCRIBBLE,
-    make_controlnet,
     make_sparsectrl,
     make_sparsectrl_module,
     to_original,
@@ -117,8 +116,8 @@ def test_frames_beyond_the_positions_keep_their_conditions(converted):
 
 @pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
 def test_an_original_file_is_its_folder(folders, kind):
-    by_folder, config = open_controlnet(folders / kind)
-    original, same = open_controlnet(folders / f"{kind}.ckpt")
+    by_folder, config, _ = open_controlnet(folders / kind, {})
+    original, same, _ = open_controlnet(folders / f"{kind}.ckpt", {})
     channels, widths = (5, ()) if kind == RGB else (4, (16, 32))
     # The original code normalizes every frame alone, diffusers all jointly.
     assert config == ControlNetConfig(channels, widths, 1, "joint", ignores_latents=True)
@@ -173,16 +172,6 @@ def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path
     pipe = qvd_jax.load(tiny_checkpoint)
     with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
         pipe("a", conditioning_frames=[picture(0)], controlnet_frame_indices=[0])
-
-
-def test_an_ordinary_controlnet_is_refused(tiny, tmp_path, capsys):
-    make_controlnet().save_pretrained(tmp_path / "canny")
-    options = ["--controlnet", str(tmp_path / "canny"), "--out", str(tmp_path / "out")]
-    assert convert([str(tiny[0]), *options]) == 2
-    assert (
-        "canny is an ordinary ControlNet; AnimateDiff takes SparseCtrl" in capsys.readouterr().err
-    )
-    assert not (tmp_path / "out").exists()
 
 
 def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):

@@ -470,7 +470,7 @@ def test_controlnet_whole(kind, original, tmp_path):
     published = make_controlnet().eval() if kind == "image" else make_sparsectrl_module(kind)
     randomize(published)
     published.save_pretrained(tmp_path)
-    _, config = open_controlnet(tmp_path)
+    _, config, _ = open_controlnet(tmp_path, {})
     if original:
         config = replace(config, temporal_norm_scope="frame")
     unet = UNet3DConfig(

@@ -82,6 +82,8 @@ def make_inputs(
     options: dict[str, Any] = {}
     if manifest.takes_motion_video:
         options["motion_video"] = images(case.frames)
+    if manifest.takes_control_video:
+        options["conditioning_frames"] = images(case.frames)
     if manifest.takes_conditions:
         options |= {"conditioning_frames": images(1), "controlnet_frame_indices": [0]}
     if manifest.takes_images:

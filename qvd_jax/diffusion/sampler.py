@@ -75,6 +75,7 @@ class Conditions(NamedTuple):
       added_ids: of `UNet3D.temporal_features`, `[1, added_ids]`; None where it takes none.
       control: of `UNet3D.control_features`, `[1, F, H, W, C]`; None without a ControlNet.
       reference: of `UNet3D.denoise`, `[B, 1, h, w, C]`; None without an appearance encoder.
+      control_scale: factor of the ControlNet's residuals at each step, `[S]`; None is one.
     """
 
     context: Array
@@ -82,6 +83,7 @@ class Conditions(NamedTuple):
     added_ids: Array | None = None
     control: Array | None = None
     reference: Array | None = None
+    control_scale: Array | None = None
 
 
 class Conditioning(NamedTuple):
@@ -94,6 +96,7 @@ class Conditioning(NamedTuple):
       control: of `UNet3D.control_features`, `[1, F, h, w, C]`; None without a ControlNet.
       reference: of `Conditions`.
       gains: the UNet's collection "quant" for all steps, `[S]` each; None where it has none.
+      control_scale: of `Conditions`.
     """
 
     temporal: Any
@@ -102,6 +105,7 @@ class Conditioning(NamedTuple):
     control: Array | None = None
     reference: Array | None = None
     gains: Any = None
+    control_scale: Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames="unet")
@@ -126,6 +130,7 @@ def prepare(
         None if control is None else unet.apply(variables, control, method="control_features"),
         conditions.reference,
         gains,
+        conditions.control_scale,
     )
 
 
@@ -212,7 +217,7 @@ def sample_steps(
         # Every device runs the loop of its own videos: nothing is moved between them.
         shared, videos = PartitionSpec(), PartitionSpec(config.mesh.axis_names)
         both = PartitionSpec(None, config.mesh.axis_names)
-        told = Conditioning._make((shared, both, both, shared, videos, shared))
+        told = Conditioning._make((shared, both, both, shared, videos, shared, shared))
         run = jax.shard_map(
             run,
             mesh=config.mesh,
@@ -270,6 +275,7 @@ def _scan(
         told = conditioning._replace(
             temporal=jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
             gains=jax.tree.map(lambda gain: gain[index], conditioning.gains),
+            control_scale=jax.tree.map(lambda scale: scale[index], conditioning.control_scale),
         )
         prediction = (predict_one_by_one if config.one_by_one else predict)(
             row.model_in * state.latents, told
@@ -294,12 +300,13 @@ def _predict_windows(
     unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, frames: np.ndarray
 ) -> Array:
     """The UNet's prediction, averaged over the windows `[N, window]` that see each frame."""
-    temporal, context, image, control, reference, gains = conditioning
+    temporal, context, image, control, reference, gains, control_scale = conditioning
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
     def denoise(part: Array, control: Array | None) -> Array:
         part = add_image(part, image)
-        return unet.apply(variables, part, temporal, context, control, reference, method="denoise")
+        told = (temporal, context, control, reference, control_scale)
+        return unet.apply(variables, part, *told, method="denoise")
 
     if len(frames) == 1:
         return denoise(latents, control)

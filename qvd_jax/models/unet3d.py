@@ -148,6 +148,7 @@ class UNet3D(nn.Module):
         context: Features,
         control: Array | None = None,
         reference: Array | None = None,
+        control_scale: Array | None = None,
     ) -> Array:
         """Predicts the noise (or v), given the features of one step and of the prompts.
 
@@ -159,6 +160,7 @@ class UNet3D(nn.Module):
           reference: latents of a reference image without noise, `[N, 1, H, W, C]`, for a UNet with
             an appearance encoder. It shows in the last N videos; those before are taken for the
             same ones' negatives.
+          control_scale: factor of what the ControlNet adds, a scalar; None is one.
 
         Returns:
           `[B, F, H, W, C]`, float32.
@@ -177,6 +179,10 @@ class UNet3D(nn.Module):
                 lambda leaf: leaf[-(len(latents) // copies) :], (latents, context.controlnet)
             )
             residuals = self.controlnet(shown, temporal.controlnet, told, control)
+            if control_scale is not None:
+                residuals = jax.tree.map(
+                    lambda leaf: control_scale.astype(leaf.dtype) * leaf, residuals
+                )
             residuals = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * copies), residuals)
             skips = [skip + residual for skip, residual in zip(skips, residuals.down, strict=True)]
             x = x + residuals.mid

@@ -327,7 +327,8 @@ def collect(
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
             places = observers.draw_places(jax.random.fold_in(key, call), rows)
-            inside = (latents, feature, context, control, conditions.reference)
+            scale = jax.tree.map(lambda s, step=step: s[step], conditions.control_scale)
+            inside = (latents, feature, context, control, conditions.reference, scale)
             _, found = _observe(unet, params, inside, places, method="denoise")
             if call * config.rows // calls == (call + 1) * config.rows // calls:
                 # Of more calls than rows only some, evenly chosen, give one.

@@ -1,22 +1,25 @@
 """Text to video: prompts become the UNet's context through tokenizer and text encoder."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, InputWarning
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
     VideoDefaults,
     check_image,
 )
-from qvd_jax.pipelines.text import TextPipeline
+from qvd_jax.pipelines.text import TextPipeline, Texts, read_texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,7 @@ class TextToVideoPipeline(TextPipeline):
 
     def __call__(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         negative_prompts: str | Sequence[str] | None = None,
         conditioning_frames: Sequence[np.ndarray] = (),
         controlnet_frame_indices: Sequence[int] = (),
@@ -38,6 +41,11 @@ class TextToVideoPipeline(TextPipeline):
         latents: Array | np.ndarray | None = None,
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
+        prompt_embeds: ArrayLike | None = None,
+        negative_prompt_embeds: ArrayLike | None = None,
+        controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
     ) -> np.ndarray:
         """Samples one video for each prompt.
 
@@ -46,10 +54,11 @@ class TextToVideoPipeline(TextPipeline):
         other prompts, seeds and guidance scales do not.
 
         Args:
-          prompts: one or more.
+          prompts: one or more; an `InputWarning` names the words of each that are cut.
           negative_prompts: none, one for all, or one for each prompt.
-          conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`.
-          controlnet_frame_indices: which frame each of them is about.
+          conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`: one for each
+            frame, or those of some frames for SparseCtrl.
+          controlnet_frame_indices: which frame each of SparseCtrl's is about.
           frames: F; more than the motion modules' positions run in overlapping windows.
           height: H in pixels, a multiple of the VAE's stride.
           width: W in pixels, likewise.
@@ -61,6 +70,11 @@ class TextToVideoPipeline(TextPipeline):
           callback_on_step_end: called after each step with the number of finished steps and the
             latents, which it must copy to keep. Without it all steps run as one scan, with it as
             one scan of length one each.
+          prompt_embeds: text embeddings `[B, L, C]` in the prompts' place, of any length L.
+          negative_prompt_embeds: the same in the negative prompts' place, or `[1, L, C]` for all.
+          controlnet_conditioning_scale: factor of what the ControlNet adds.
+          control_guidance_start: share of the steps before the first to which it adds.
+          control_guidance_end: share of the steps up to the last to which it adds.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -69,8 +83,18 @@ class TextToVideoPipeline(TextPipeline):
           InputError: an argument does not fit, before anything is computed; or a step produced
             values that are not finite.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        negatives = _negative_prompts(negative_prompts, len(prompts))
+        channels = self.unet.config.context_dim
+        inputs = read_texts(prompts, prompt_embeds, "prompt_embeds", channels)
+        if inputs is None:
+            raise InputError("there are no prompts; prompts or prompt_embeds are needed")
+        negatives = _for_all(
+            read_texts(
+                negative_prompts, negative_prompt_embeds, "negative_prompt_embeds", channels
+            ),
+            len(inputs),
+        )
+        _check_lengths(inputs, negatives, self.context_length)
+        is_negated = bool(negative_prompts) or negative_prompt_embeds is not None
         want = self._replace_defaults(
             frames=frames,
             height=height,
@@ -78,17 +102,37 @@ class TextToVideoPipeline(TextPipeline):
             steps=steps,
             guidance_scale=guidance_scale,
         )
-        if (self.unet.config.controlnet is not None) != bool(len(conditioning_frames)):
-            raise InputError(
-                "conditioning_frames were given, the model has no ControlNet"
-                if len(conditioning_frames)
-                else "the model has a ControlNet, whose conditioning_frames are missing"
+        if is_negated and not want.guided:
+            warnings.warn(
+                f"negative prompts have no effect at guidance_scale = {want.guidance_scale:g}; "
+                f"more than 1 is needed",
+                InputWarning,
+                stacklevel=2,
             )
-        check_conditions(conditioning_frames, controlnet_frame_indices, want)
+        scale = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        controlnet = self.unet.config.controlnet
+        if controlnet is None and (len(conditioning_frames) or scale != (1.0, 0.0, 1.0)):
+            raise InputError("conditioning_frames were given, the model has no ControlNet")
+        if controlnet is not None:
+            if not len(conditioning_frames):
+                raise InputError(
+                    "the model has a ControlNet, whose conditioning_frames are missing"
+                )
+            check_scale(*scale)
+            if controlnet.ignores_latents:
+                check_conditions(conditioning_frames, controlnet_frame_indices, want)
+            else:
+                check_control_video(conditioning_frames, controlnet_frame_indices, want)
         return self._generate(
-            prompts,
+            list(inputs),
             lambda: self.conditions(
-                prompts, want, seed, negatives, conditioning_frames, controlnet_frame_indices
+                inputs,
+                want,
+                seed,
+                negatives,
+                conditioning_frames,
+                controlnet_frame_indices,
+                *scale,
             ),
             want,
             seed,
@@ -99,20 +143,36 @@ class TextToVideoPipeline(TextPipeline):
 
     def conditions(
         self,
-        inputs: Sequence[str],
+        inputs: Sequence[Any] | np.ndarray,
         want: VideoDefaults,
         seed: int,
-        negatives: Sequence[str] | None = None,
+        negatives: Texts | None = None,
         conditioning_frames: Sequence[np.ndarray] = (),
         controlnet_frame_indices: Sequence[int] = (),
+        controlnet_conditioning_scale: float = 1.0,
+        control_guidance_start: float = 0.0,
+        control_guidance_end: float = 1.0,
     ) -> Conditions:
-        """The text embedding of the prompts, behind that of the negative ones where guided."""
-        negatives = [""] * len(inputs) if negatives is None else negatives
-        text = self.encode_text([*negatives, *inputs] if want.guided else inputs)
-        if self.unet.config.controlnet is None:
+        """The embedding of the texts, behind that of the negative ones where guided."""
+        text = self.embed(inputs)
+        if want.guided:
+            negative = self.embed(_for_all(negatives, len(inputs)), text.shape[1])
+            text = jnp.concatenate([negative, text])
+        controlnet = self.unet.config.controlnet
+        if controlnet is None:
             return Conditions(text)
-        control = self._control(conditioning_frames, controlnet_frame_indices, want, seed)
-        return Conditions(text, control=control)
+        if controlnet.ignores_latents:
+            control = self._control(conditioning_frames, controlnet_frame_indices, want, seed)
+        else:
+            control = jnp.asarray(np.stack(conditioning_frames)[None], jnp.float32) / 255
+        # As in diffusers a step counts if all of it lies between the two shares.
+        steps = len(self.schedule(want.steps).table.timestep)
+        index = np.arange(steps)
+        adds = (index / steps >= control_guidance_start) & (
+            (index + 1) / steps <= control_guidance_end
+        )
+        scale = jnp.asarray(controlnet_conditioning_scale * adds, jnp.float32)
+        return Conditions(text, control=control, control_scale=scale)
 
     def _control(
         self,
@@ -121,7 +181,7 @@ class TextToVideoPipeline(TextPipeline):
         want: VideoDefaults,
         seed: int,
     ) -> Array:
-        """The ControlNet's input `[1, F, H, W, C]`: images, zeros between them, and a mask."""
+        """SparseCtrl's input `[1, F, H, W, C]`: images, zeros between them, and a mask."""
         pixels = np.stack(images).astype(np.float32) / 255
         latents = self.latents_shape(want.frames, want.height, want.width)
         shape = self.configs.control_shape(*latents[:3])
@@ -153,13 +213,73 @@ def check_conditions(
         check_image(image, want.height, want.width, f"the condition of frame {index}")
 
 
-def _negative_prompts(given: str | Sequence[str] | None, count: int) -> list[str]:
-    negatives = [given or ""] if given is None or isinstance(given, str) else list(given)
+def check_control_video(
+    images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
+) -> None:
+    """Raises `InputError` unless there is an image of the video's size for each of its frames."""
+    if len(indices):
+        raise InputError(
+            "controlnet_frame_indices are SparseCtrl's; this ControlNet is told of every frame"
+        )
+    if len(images) != want.frames:
+        raise InputError(
+            f"the ControlNet is told of every frame: {len(images)} conditioning frames were given "
+            f"for a video of {want.frames}"
+        )
+    for number, image in enumerate(images):
+        check_image(image, want.height, want.width, f"conditioning frame {number}")
+
+
+def check_scale(scale: float, start: float, end: float) -> None:
+    """Raises `InputError` if a ControlNet cannot be weighed so.
+
+    Args:
+      scale: factor of what it adds.
+      start: share of the steps before the first to which it adds.
+      end: share of the steps up to the last to which it adds.
+    """
+    if not np.isfinite(scale):
+        raise InputError(f"controlnet_conditioning_scale = {scale}: it must be finite")
+    if not 0 <= start < end <= 1:
+        raise InputError(
+            f"control_guidance_start = {start:g}, control_guidance_end = {end:g}: shares of the "
+            f"steps are needed, 0 <= start < end <= 1"
+        )
+
+
+def _for_all(negatives: Texts | None, count: int) -> Texts:
+    """A negative for each of some inputs: none, one for all, or one for each are given."""
+    if negatives is None:
+        return [""] * count
     if len(negatives) == 1:
-        negatives *= count
+        if isinstance(negatives, np.ndarray):
+            return negatives.repeat(count, 0)
+        return [*negatives] * count
     if len(negatives) != count:
         raise InputError(
             f"{len(negatives)} negative prompts for {count} prompts: none, one, or one for each "
             f"is needed"
         )
     return negatives
+
+
+def _check_lengths(inputs: Texts, negatives: Texts, limit: int) -> None:
+    """Raises `InputError` if inputs and negatives cannot have the same number of tokens.
+
+    Args:
+      inputs: prompts or embeddings.
+      negatives: prompts, which the encoder can pad to any length up to its limit, or embeddings.
+      limit: tokens of a prompt.
+    """
+    tokens = inputs.shape[1] if isinstance(inputs, np.ndarray) else limit
+    if isinstance(negatives, np.ndarray):
+        if negatives.shape[1] != tokens:
+            raise InputError(
+                f"negative_prompt_embeds of {negatives.shape[1]} tokens for {tokens} tokens of the "
+                f"prompts: as many are needed"
+            )
+    elif tokens > limit:
+        raise InputError(
+            f"prompt_embeds of {tokens} tokens: the text encoder makes {limit} of a negative "
+            f"prompt; negative_prompt_embeds of {tokens} are needed"
+        )

@@ -10,6 +10,7 @@ import jax
 import tqdm
 
 from convert.animatediff import PRESETS
+from convert.embeddings import parse_embedding
 from convert.lora import parse_lora
 from convert.pipeline import BytesRead, open_source, write_checkpoint
 from qvd_jax import checkpoint
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.source,
         args.motion,
         loras=loras,
+        embeddings=[parse_embedding(embedding) for embedding in args.embedding],
         controlnet=args.controlnet,
         preset=args.preset,
         unet=args.unet,
@@ -79,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="FILE[:SCALE]",
         help="LoRA to merge into UNet and text encoder, of any kind; may be given again",
+    )
+    parser.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="textual inversion to add as a token of prompts; may be given again",
     )
     parser.add_argument(
         "--controlnet",

@@ -1,6 +1,5 @@
 """Conversion of a whole pipeline folder, component by component and tensor by tensor."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from convert import (
     svd,
 )
 from convert.controlnet import begin_controlnet, open_controlnet
+from convert.embeddings import add_embeddings, open_embedding
 from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
@@ -30,17 +30,8 @@ from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
-from qvd_jax.pipelines.loading import make_manifest
+from qvd_jax.pipelines.loading import check_vocabulary, load_tokenizer, make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
-
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Source:
     Attributes:
       configs: the components' configs.
       tensors: the components' tensors, by component name.
-      tokenizer: the tokenizer's folder; None for a model without text.
+      tokenizer: of transformers, with the tokens that were added; None for a model without text.
       scheduler: noise schedule and solver.
       defaults: of a video.
       family: "animatediff", "modelscope", "svd" or "magicanimate".
@@ -60,7 +51,7 @@ class Source:
 
     configs: ComponentConfigs
     tensors: dict[str, Tensors]
-    tokenizer: Path | None
+    tokenizer: Any
     scheduler: SchedulerConfig
     defaults: VideoDefaults
     family: str
@@ -101,6 +92,7 @@ def open_source(
     motion: Path | None = None,
     *,
     loras: Sequence[tuple[Path, float]] = (),
+    embeddings: Sequence[tuple[Path, str | None]] = (),
     controlnet: Path | None = None,
     preset: str | None = None,
     unet: Path | None = None,
@@ -113,6 +105,7 @@ def open_source(
       source: the folder, or an original file of Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of LoRAs of any kind, merged in this order.
+      embeddings: files of textual inversions, and other names for their tokens.
       controlnet: a folder of diffusers or an original file, of a ControlNet or SparseCtrl.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
       unet: an original UNet of ModelScope or ZeroScope in place of the folder's.
@@ -158,7 +151,21 @@ def open_source(
             description=_TITLES["magicanimate"],
         )
 
+    tokenizer = None
+    if parts.encoder == "text_encoder":
+        tokenizer = load_tokenizer(source / "tokenizer")
+    if embeddings:
+        if tokenizer is None or opened.family == "magicanimate":
+            raise InputError(f"{source} is {_TITLES[opened.family]}, which reads no prompts")
+        added = [open_embedding(*embedding) for embedding in embeddings]
+        tensors["text_encoder"], added_notes = add_embeddings(
+            tensors["text_encoder"], tokenizer, added
+        )
+        parts.tensors["text_encoder"] = tensors["text_encoder"]
+        notes += added_notes
     configs = _component_configs(parts, opened.config)
+    if tokenizer is not None and configs.text_encoder is not None:
+        check_vocabulary(tokenizer, configs.text_encoder, str(source))
     _check_widths(configs, source)
     if preset is not None and opened.family != "animatediff":
         raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
@@ -169,7 +176,7 @@ def open_source(
     return Source(
         configs=configs,
         tensors=tensors,
-        tokenizer=source / "tokenizer" if parts.encoder == "text_encoder" else None,
+        tokenizer=tokenizer,
         scheduler=own_scheduler,
         defaults=defaults,
         family=opened.family,
@@ -217,7 +224,7 @@ def write_checkpoint(
             # Freed before the next component is read.
             jax.tree.map(lambda array: array.delete(), params)
         if source.tokenizer is not None:
-            _copy_tokenizer(source.tokenizer, folder / checkpoint.TOKENIZER)
+            source.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
         manifest = make_manifest(
             source.configs,
             source.scheduler,
@@ -417,10 +424,3 @@ def _check_condition(config: ControlNetConfig, stride: int, path: Path) -> None:
         raise InputError(
             f"{path} takes conditions of {config.condition_channels} channels; images have 3"
         )
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    target.mkdir()
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

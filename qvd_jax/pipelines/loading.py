@@ -17,6 +17,7 @@ from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.memory import tree_bytes
+from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
@@ -57,7 +58,8 @@ def load(
     pipeline, _ = _FAMILIES[manifest.family]
     tokenizer: dict[str, Any] = {}
     if configs.text_encoder is not None:
-        tokenizer["tokenizer"] = _load_tokenizer(path / checkpoint.TOKENIZER)
+        tokenizer["tokenizer"] = load_tokenizer(path / checkpoint.TOKENIZER)
+        check_vocabulary(tokenizer["tokenizer"], configs.text_encoder, str(path))
     # The VAE is float in every checkpoint.
     dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
     check_choice("dtype", dtype.name, tuple(DTYPES))
@@ -212,7 +214,22 @@ def _check_finite(params: Params, path: Path) -> None:
             raise InputError(f"{path}: unet/{name} is not finite; calibrate the checkpoint anew")
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def check_vocabulary(tokenizer: Any, config: CLIPTextConfig, where: str) -> None:
+    """Raises `InputError` if the tokenizer has tokens of which the text encoder has no vectors."""
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer knows {token!r} as token {number}, the text encoder has "
+            f"{config.vocab_size} tokens; they do not belong together"
+        )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of transformers in a folder.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
     checkpoint.check_tokenizer(folder)
     from transformers import AutoTokenizer
 

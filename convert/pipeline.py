@@ -28,7 +28,7 @@ from qvd_jax import checkpoint, memory
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
-from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.loading import check_vocabulary, load_tokenizer, make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -141,7 +141,6 @@ def open_source(
         tensors["unet"] |= {f"controlnet.{name}": t for name, t in found.tensors.items()}
         opened = opened._replace(config=replace(opened.config, controlnet=found.config))
         notes += [*found.notes, f"added {controlnet.name}"]
-        _check_condition(found.config, stride, controlnet)
     if appearance_encoder is not None:
         encoder = magicanimate.open_appearance_encoder(appearance_encoder)
         tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in encoder.items()}
@@ -161,11 +160,12 @@ def open_source(
         tensors["text_encoder"], added_notes = add_embeddings(
             tensors["text_encoder"], tokenizer, added
         )
-        parts.tensors["text_encoder"] = tensors["text_encoder"]
         notes += added_notes
-    configs = _component_configs(parts, opened.config)
+    configs = _component_configs(parts._replace(tensors=tensors), opened.config)
     if tokenizer is not None and configs.text_encoder is not None:
         check_vocabulary(tokenizer, configs.text_encoder, str(source))
+    if controlnet is not None:
+        _check_condition(configs, controlnet)
     _check_widths(configs, source)
     if preset is not None and opened.family != "animatediff":
         raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
@@ -413,8 +413,10 @@ def _check_widths(configs: ComponentConfigs, source: Path) -> None:
             )
 
 
-def _check_condition(config: ControlNetConfig, stride: int, path: Path) -> None:
+def _check_condition(configs: ComponentConfigs, path: Path) -> None:
     """Raises `InputError` if images of the video's size do not fit a ControlNet."""
+    config, stride = configs.unet.controlnet, configs.vae.stride
+    assert config is not None
     if config.embedding_channels and 2 ** (len(config.embedding_channels) - 1) != stride:
         raise InputError(
             f"{path} brings its condition to 1/{2 ** (len(config.embedding_channels) - 1)} of its "

@@ -3,17 +3,17 @@
 import argparse
 import contextlib
 import functools
+import logging
 import os
 import shlex
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol, TextIO
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from qvd_jax import checkpoint, files, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, complete, switch
-from qvd_jax.errors import InputError, InputWarning
+from qvd_jax.errors import InputError
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
@@ -45,7 +45,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     """Makes `main(argv)` return an exit code and print one line instead of a traceback.
 
     Input errors and failures of the file system end with 2, Ctrl-C and SIGTERM with 130;
-    everything else is a defect and keeps its traceback. An `InputWarning` becomes a note.
+    everything else is a defect and keeps its traceback. What the library logs becomes notes.
     """
 
     @functools.wraps(main)
@@ -71,30 +71,33 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     return wrapped
 
 
+class _Notes(logging.Handler):
+    """Prints what is logged as notes, the same one once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a message that was not printed before."""
+        message = record.getMessage()
+        if message not in self._seen:
+            self._seen.add(message)
+            print(f"note: {message}")
+
+
 @contextlib.contextmanager
 def _notes() -> Iterator[None]:
-    """Prints every `InputWarning` as a note, and the same one once."""
-    seen: set[str] = set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", InputWarning)
-        otherwise = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if not issubclass(category, InputWarning):
-                otherwise(message, category, filename, lineno, file, line)
-            elif str(message) not in seen:
-                seen.add(str(message))
-                print(f"note: {message}")
-
-        warnings.showwarning = show
+    """Prints what the library logs, here alone."""
+    logger, handler = logging.getLogger("qvd_jax"), _Notes()
+    before = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
         yield
+    finally:
+        logger.propagate = before
+        logger.removeHandler(handler)
 
 
 def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
@@ -389,7 +392,10 @@ def check_same_inputs(names: Sequence[str]) -> None:
       InputError: one is no checkpoint, or takes others than the first.
     """
     manifests = [checkpoint.read_manifest(checkpoint.find(name)) for name in names]
-    kinds = [(m.takes_images, m.takes_motion_video, m.takes_conditions) for m in manifests]
+    kinds = [
+        (m.takes_images, m.takes_motion_video, m.takes_conditions, m.takes_control_video)
+        for m in manifests
+    ]
     for name, manifest, kind in zip(names, manifests, kinds, strict=True):
         if kind != kinds[0]:
             raise InputError(

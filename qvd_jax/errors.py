@@ -1,12 +1,8 @@
-"""The error and the warning a user can cause, and other libraries' errors inside a message."""
+"""The error a user can cause, and other libraries' errors inside its message."""
 
 
 class InputError(ValueError):
     """Something given by the user does not fit; the message says what, where, and what would."""
-
-
-class InputWarning(UserWarning):
-    """Part of what the user gives is not used; the message says which part, and why."""
 
 
 class NotFiniteError(InputError):

@@ -1,5 +1,6 @@
 """Images and videos of every kind enter as diffusers reads them; what is left out is named."""
 
+import re
 import subprocess
 
 import imageio_ffmpeg
@@ -9,7 +10,7 @@ from diffusers.utils import load_image, load_video
 from PIL import Image, ImageCms
 
 from qvd_jax.data import video_io
-from qvd_jax.errors import InputError, InputWarning
+from qvd_jax.errors import InputError
 
 ORIENTATION = 0x0112
 
@@ -58,7 +59,7 @@ def test_every_color_mode_becomes_rgb(tmp_path, mode, suffix):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_is_named(tmp_path, mode):
+def test_transparency_is_named(tmp_path, caplog, mode):
     path = tmp_path / "image.png"
     image = picture()
     if mode == "P":
@@ -66,25 +67,28 @@ def test_transparency_is_named(tmp_path, mode):
     else:
         image.putalpha(Image.linear_gradient("L").resize(image.size))
         image.convert(mode).save(path)
-    with pytest.warns(InputWarning, match=r"image\.png has transparent pixels, whose color"):
-        found = video_io.read_image(path)
+    found = video_io.read_image(path)
+    assert "image.png has transparent pixels, whose color beneath is taken" in caplog.text
     if mode != "P":  # diffusers lets Pillow warn of its palette.
         np.testing.assert_array_equal(found, as_diffusers(path))
     # An alpha that hides nothing is not worth a word.
+    caplog.clear()
     picture().convert("RGBA").save(path)
     np.testing.assert_array_equal(video_io.read_image(path), np.asarray(picture()))
+    assert not caplog.text
 
 
-def test_a_color_profile_is_named_unless_it_is_srgb(tmp_path):
+def test_a_color_profile_is_named_unless_it_is_srgb(tmp_path, caplog):
     path = tmp_path / "image.png"
     own = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     picture().save(path, icc_profile=own)
     video_io.read_image(path)
+    assert not caplog.text
     wide = own.replace(b"s\0R\0G\0B\0", b"w\0i\0d\0e\0")
     assert wide != own
     picture().save(path, icc_profile=wide)
-    with pytest.warns(InputWarning, match="has the color profile 'wide.*, whose values are taken"):
-        found = video_io.read_image(path)
+    found = video_io.read_image(path)
+    assert re.search("has the color profile 'wide.*, whose values are taken for sRGB", caplog.text)
     np.testing.assert_array_equal(found, as_diffusers(path))
 
 
@@ -99,14 +103,14 @@ def test_gray_of_more_than_8_bits_is_refused(tmp_path, dtype, suffix, mode):
         video_io.read_image(path)
 
 
-def test_the_first_of_several_frames_is_an_image_and_all_are_a_video(tmp_path):
+def test_the_first_of_several_frames_is_an_image_and_all_are_a_video(tmp_path, caplog):
     frames = [picture(), picture().transpose(Image.Transpose.ROTATE_180)]
     frames.append(frames[0].convert("L").convert("RGB"))
     for suffix in (".gif", ".webp", ".png"):
         path = tmp_path / f"moving{suffix}"
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=50, lossless=True)
-        with pytest.warns(InputWarning, match="has 3 frames; the first is used"):
-            found = video_io.read_image(path)
+        found = video_io.read_image(path)
+        assert f"moving{suffix} has 3 frames; the first is used" in caplog.text
         np.testing.assert_array_equal(found, as_diffusers(path))
         video = video_io.read_video(path)
         assert video.shape == (3, 24, 40, 3)

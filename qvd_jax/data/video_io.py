@@ -15,8 +15,10 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, ImageSequence
 
-from qvd_jax.errors import InputError, InputWarning, first_line
+from qvd_jax.errors import InputError, first_line
 from qvd_jax.files import check_file, replace_when_whole
+
+_logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
 _IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -28,7 +30,7 @@ def read_image(path: Path) -> np.ndarray:
 
     The image is turned upright as its EXIF orientation says, and becomes RGB whatever its color
     mode. What that leaves out (transparency, a color profile, all frames but the first) is named
-    by an `InputWarning`.
+    in the log.
 
     Raises:
       InputError: the file is missing, no image, or has more than 8 bits and no white.
@@ -36,7 +38,7 @@ def read_image(path: Path) -> np.ndarray:
     check_file(path, "an image")
     with _open_image(path) as image:
         if (frames := getattr(image, "n_frames", 1)) > 1:
-            warnings.warn(f"{path} has {frames} frames; the first is used", InputWarning, 2)
+            _logger.warning("%s has %d frames; the first is used", path, frames)
         return _to_rgb(image, path)
 
 
@@ -114,7 +116,7 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
             f"which diffusers would clip to white; scale it to 8 bits first"
         )
     for what in _left_out(image):
-        warnings.warn(f"{path} has {what}, as in diffusers", InputWarning, 3)
+        _logger.warning("%s has %s, as in diffusers", path, what)
     with warnings.catch_warnings():
         # Pillow would have palettes with transparency become RGBA.
         warnings.filterwarnings("ignore", "Palette images", UserWarning)

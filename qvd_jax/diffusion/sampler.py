@@ -305,8 +305,10 @@ def _predict_windows(
 
     def denoise(part: Array, control: Array | None) -> Array:
         part = add_image(part, image)
-        told = (temporal, context, control, reference, control_scale)
-        return unet.apply(variables, part, *told, method="denoise")
+        weighed = {} if control_scale is None else {"control_scale": control_scale}
+        return unet.apply(
+            variables, part, temporal, context, control, reference, method="denoise", **weighed
+        )
 
     if len(frames) == 1:
         return denoise(latents, control)

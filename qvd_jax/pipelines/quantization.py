@@ -288,6 +288,7 @@ def collect(
         raise InputError("there is nothing to calibrate with; one prompt or image is needed")
     want, more = _split(pipe, options)
     steps = config.steps or want.steps
+    want = replace(want, steps=steps)
     schedule = pipe.schedule(steps)
     noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
     first = np.asarray(noise) * schedule.initial_scale

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qvd_jax.axes import Array, Params
-from qvd_jax.errors import InputError, InputWarning
+from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPTextEncoder
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+
+_logger = logging.getLogger(__name__)
 
 Texts = Sequence[str] | np.ndarray
 """Prompts, or text embeddings `[B, L, C]`."""
@@ -58,7 +60,7 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
         """Text embedding `[B, L, C]` of the prompts, padded and cut to a length.
 
         Args:
-          prompts: at least one; an `InputWarning` names the words of each that are cut.
+          prompts: at least one; the words of each that are cut are named in the log.
           length: L; None is `context_length`, the longest there is.
 
         Raises:
@@ -70,7 +72,7 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
         return _encode_text(self.text_encoder, self.params["text_encoder"], ids)
 
     def token_ids(self, prompts: Sequence[str], length: int | None = None) -> np.ndarray:
-        """Token ids `[B, L]` of the prompts; arguments and warnings as of `encode_text`."""
+        """Token ids `[B, L]` of the prompts; arguments as of `encode_text`."""
         length = length or self.context_length
         texts = [self.write_out(prompt) for prompt in prompts]
         tokens = self.tokenizer(
@@ -90,11 +92,12 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
         for text, row, count in zip(texts, rows, pieces, strict=True):
             if count > 1:
                 cut = text[tokens["offset_mapping"][row].max() :].strip()
-                warnings.warn(
-                    f"the prompt {_start(text)!r} is cut, for the model reads {length} tokens, "
-                    f"those of its start and end included; left out: {cut!r}",
-                    InputWarning,
-                    stacklevel=2,
+                _logger.warning(
+                    "the prompt %r is cut, for the model reads %d tokens, those of its start and "
+                    "end included; left out: %r",
+                    _start(text),
+                    length,
+                    cut,
                 )
         return tokens["input_ids"][rows]
 
@@ -113,11 +116,11 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
                 more = itertools.takewhile(added.__contains__, numbered)
                 written = written.replace(token, " ".join([token, *more]))
             elif token in cased:
-                warnings.warn(
-                    f"of the vectors of {cased[token]!r} only the first is used, as in diffusers, "
-                    f"which looks for tokens in lower case; name it so: --embedding FILE:{token}",
-                    InputWarning,
-                    stacklevel=3,
+                _logger.warning(
+                    "of the vectors of %r only the first is used, as in diffusers, which looks for "
+                    "tokens in lower case; name it so: --embedding FILE:%s",
+                    cased[token],
+                    token,
                 )
         return written
 

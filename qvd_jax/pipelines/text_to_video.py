@@ -1,6 +1,6 @@
 """Text to video: prompts become the UNet's context through tokenizer and text encoder."""
 
-import warnings
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions
-from qvd_jax.errors import InputError, InputWarning
+from qvd_jax.errors import InputError
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
@@ -20,6 +20,8 @@ from qvd_jax.pipelines.pipeline import (
     check_image,
 )
 from qvd_jax.pipelines.text import TextPipeline, Texts, read_texts
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ class TextToVideoPipeline(TextPipeline):
         other prompts, seeds and guidance scales do not.
 
         Args:
-          prompts: one or more; an `InputWarning` names the words of each that are cut.
+          prompts: one or more; the words of each that are cut are named in the log.
           negative_prompts: none, one for all, or one for each prompt.
           conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`: one for each
             frame, or those of some frames for SparseCtrl.
@@ -103,11 +105,9 @@ class TextToVideoPipeline(TextPipeline):
             guidance_scale=guidance_scale,
         )
         if is_negated and not want.guided:
-            warnings.warn(
-                f"negative prompts have no effect at guidance_scale = {want.guidance_scale:g}; "
-                f"more than 1 is needed",
-                InputWarning,
-                stacklevel=2,
+            _logger.warning(
+                "negative prompts have no effect at guidance_scale = %g; more than 1 is needed",
+                want.guidance_scale,
             )
         scale = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
         controlnet = self.unet.config.controlnet

@@ -24,3 +24,6 @@ Params = Any
 
 NormScope = Literal["frame", "joint"]
 """Whether a GroupNorm takes its statistics per frame, or jointly over all frames of a video."""
+
+Positions = Literal["sinusoidal", "stored"]
+"""Whether positional tables are sinusoids (Vaswani et al., arXiv 1706.03762) or parameters."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from qvd_jax.axes import Array, NormScope
+from qvd_jax.axes import Array, NormScope, Positions
 from qvd_jax.kernels.attention import attention_over_frames, dot_product_attention, split_heads
 from qvd_jax.models.layers import (
     AlphaBlender,
@@ -259,6 +259,7 @@ class TemporalBlock(nn.Module):
       max_frames: length of the positional table; None leaves positions out.
       layers: the layer classes.
       attentions: how many self-attentions, 1 (SparseCtrl) or 2.
+      positions: what the positional tables hold, as in `UNet3DConfig`.
     """
 
     channels: int
@@ -266,6 +267,7 @@ class TemporalBlock(nn.Module):
     max_frames: int | None
     layers: LayerSet
     attentions: int
+    positions: Positions
 
     def setup(self) -> None:
         self.norm1 = self.layers.layer_norm()
@@ -275,23 +277,34 @@ class TemporalBlock(nn.Module):
             self.attn2 = SelfAttention(self.channels, self.heads, self.layers, over_frames=True)
         self.norm3 = self.layers.layer_norm()
         self.ff = FeedForward(self.channels, self.layers)
+        if self.positions == "stored":
+            shape = (self.max_frames, self.channels)
+            self.tables = [
+                self.param(f"positions_{i}", nn.initializers.zeros, shape, self.layers.param_dtype)
+                for i in range(self.attentions)
+            ]
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, L, C]` to `[B, F, L, C]`."""
-        positions = self._positions(x.shape[1])
-        x = self.attn1(self.norm1(x).plus(positions), x)
+        frames = x.shape[1]
+        x = self.attn1(self.norm1(x).plus(self._positions(0, frames)), x)
         if self.attentions == 2:
-            x = self.attn2(self.norm2(x).plus(positions), x)
+            x = self.attn2(self.norm2(x).plus(self._positions(1, frames)), x)
         return self.ff(self.norm3(x), x)
 
-    def _positions(self, frames: int) -> Array:
+    def _positions(self, attention: int, frames: int) -> Array:
+        """What an attention adds to `[B, F, L, C]`."""
         if self.max_frames is None:
             return jnp.zeros((1, 1, 1, 1))
         if frames > self.max_frames:
             raise ValueError(
                 f"{frames} frames are more than the motion module's {self.max_frames} positions"
             )
-        return sinusoidal_positions(self.max_frames, self.channels)[None, :frames, None]
+        if self.positions == "stored":
+            table = self.tables[attention].astype(jnp.float32)
+        else:
+            table = sinusoidal_positions(self.max_frames, self.channels)
+        return table[None, :frames, None]
 
 
 class TemporalTransformer(nn.Module):
@@ -309,6 +322,7 @@ class TemporalTransformer(nn.Module):
       norm_scope: scope of the norm.
       layers: the layer classes.
       attentions: how many self-attentions, 1 (SparseCtrl) or 2.
+      positions: what the positional tables hold, as in `UNet3DConfig`.
     """
 
     channels: int
@@ -319,12 +333,18 @@ class TemporalTransformer(nn.Module):
     norm_scope: NormScope
     layers: LayerSet
     attentions: int = 2
+    positions: Positions = "sinusoidal"
 
     def setup(self) -> None:
         self.norm = self.layers.group_norm(self.norm_groups, 1e-6, self.norm_scope)
         self.proj_in = self.layers.dense(self.inner_channels)
         self.block = TemporalBlock(
-            self.inner_channels, self.heads, self.max_frames, self.layers, self.attentions
+            self.inner_channels,
+            self.heads,
+            self.max_frames,
+            self.layers,
+            self.attentions,
+            self.positions,
         )
         self.proj_out = self.layers.dense(self.channels)
 

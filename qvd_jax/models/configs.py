@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qvd_jax.axes import NormScope
+from qvd_jax.axes import NormScope, Positions
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ControlNetConfig:
         `UNet3DConfig`; 0 for one of images.
       temporal_norm_scope: scope of the motion modules' norms.
       ignores_latents: whether it sees zeros in the latents' place (SparseCtrl).
+      positions: the motion modules' positional tables, as in `UNet3DConfig`.
     """
 
     condition_channels: int
@@ -25,6 +26,7 @@ class ControlNetConfig:
     motion_attentions: int = 0
     temporal_norm_scope: NormScope = "joint"
     ignores_latents: bool = False
+    positions: Positions = "sinusoidal"
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class UNet3DConfig:
       down_eps: epsilon of the resnet norms in each down stage.
       mid_eps: epsilon of the resnet norms in the mid block.
       up_eps: epsilon of the resnet norms of each level on the way up.
+      out_eps: epsilon of `conv_norm_out`.
       resnet_norm_scope: scope of the resnet norms and of `conv_norm_out`.
       temporal_op: what mixes the frames. "motion_module": a temporal transformer behind each
         layer (AnimateDiff, MagicAnimate). "conv_transformer": a temporal convolution behind each
@@ -56,6 +59,7 @@ class UNet3DConfig:
       temporal_heads: heads of the temporal attention of each level.
       max_frames: length of the positional table of the frames; None where there is none, and
         any number of frames may run at once.
+      positions: what the positional tables hold. "stored": a parameter of each attention.
       temporal_mid_block: whether the mid block has a motion module.
       input_transformer_channels: C of the tokens of a temporal transformer behind `conv_in`
         (ModelScope); None leaves it out.
@@ -77,6 +81,7 @@ class UNet3DConfig:
     down_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
     mid_eps: float = 1e-5
     up_eps: tuple[float, ...] = (1e-5, 1e-5, 1e-5, 1e-5)
+    out_eps: float = 1e-5
     resnet_norm_scope: NormScope = "frame"
     temporal_op: Literal["motion_module", "conv_transformer", "spatio_temporal"] | None = (
         "motion_module"
@@ -84,6 +89,7 @@ class UNet3DConfig:
     temporal_norm_scope: NormScope = "joint"
     temporal_heads: tuple[int, ...] = (8, 8, 8, 8)
     max_frames: int | None = 32
+    positions: Positions = "sinusoidal"
     temporal_mid_block: bool = False
     input_transformer_channels: int | None = None
     added_ids: int = 0

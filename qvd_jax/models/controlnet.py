@@ -85,6 +85,7 @@ class ControlNet(nn.Module):
             temporal_op="motion_module" if config.motion_attentions else None,
             motion_attentions=config.motion_attentions,
             temporal_norm_scope=config.temporal_norm_scope,
+            positions=config.positions,
             temporal_mid_block=False,
             resnet_norm_scope="frame",
             controlnet=None,

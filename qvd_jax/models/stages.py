@@ -116,6 +116,7 @@ class Layer(nn.Module):
                 config.temporal_norm_scope,
                 layers,
                 config.motion_attentions,
+                config.positions,
             )
 
         self.resnet = (SpatioTemporalResnet if blended else ResnetBlock)(

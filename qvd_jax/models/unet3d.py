@@ -60,7 +60,9 @@ class UNet3D(nn.Module):
         self.down_blocks = down_stages(config, layers)
         self.mid_block = mid_stage(config, layers)
         self.up_blocks = up_stages(config, layers)
-        self.conv_norm_out = layers.group_norm(config.norm_groups, 1e-5, config.resnet_norm_scope)
+        self.conv_norm_out = layers.group_norm(
+            config.norm_groups, config.out_eps, config.resnet_norm_scope
+        )
         self.conv_out = layers.conv(config.out_channels, (3, 3))
         if config.controlnet is not None:
             self.controlnet = ControlNet(config, config.controlnet, layers)

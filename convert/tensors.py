@@ -2,9 +2,8 @@
 
 import functools
 import json
-import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from qvd_jax.errors import InputError, first_line
+from convert import pickles
+from convert.kinds import weights_format
+from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
 
 
@@ -31,12 +32,29 @@ class LazyTensor(NamedTuple):
 Tensors = dict[str, LazyTensor]
 """Tensors by their PyTorch names."""
 
+
+class Weights(Tensors):
+    """The tensors of a file or folder, and what else it holds.
+
+    Attributes:
+      header: what the header of a .safetensors file says beside its tensors.
+      notes: what the user should know, such as entries that were left.
+    """
+
+    def __init__(
+        self, tensors: Tensors, header: Mapping[str, str] | None = None, notes: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(tensors)
+        self.header = dict(header or {})
+        self.notes = notes
+
+
 _DIFFUSERS = "diffusion_pytorch_model"
 
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
 
 
-def open_model(path: Path) -> Tensors:
+def open_model(path: Path) -> Weights:
     """Opens a diffusers model's folder, or one file of weights.
 
     Raises:
@@ -47,11 +65,11 @@ def open_model(path: Path) -> Tensors:
     return open_file(path)
 
 
-def open_folder(folder: Path, stem: str, pickle_stem: str) -> Tensors:
+def open_folder(folder: Path, stem: str, pickle_stem: str) -> Weights:
     """Opens the weights of one component folder.
 
-    The full-precision safetensors come first, whole or sharded, then the fp16 variant, then
-    pickles in the same order.
+    Safetensors come before pickles. Of each the full precision comes first, whole or sharded, then
+    the fp16 variant. Last come other variants, whatever stands between stem and suffix.
 
     Args:
       folder: of one component.
@@ -61,30 +79,38 @@ def open_folder(folder: Path, stem: str, pickle_stem: str) -> Tensors:
     Raises:
       InputError: the folder holds no weights, or they cannot be read.
     """
-    names = [
-        f"{name}{variant}{suffix}"
-        for name, suffix in ((stem, ".safetensors"), (pickle_stem, ".bin"))
-        for variant in ("", ".fp16")
+    kinds = ((stem, "safetensors"), (pickle_stem, "bin"))
+    found = [
+        (variant not in ("", "fp16"), rank, variant != "", variant, file)
+        for rank, (name, suffix) in enumerate(kinds)
+        for variant, file in _variants(folder, name, suffix).items()
     ]
-    for name in names:
-        index = folder / _index_name(name)
-        if (folder / name).is_file():
-            return open_file(folder / name)
-        if index.is_file():
-            return _open_shards(index)
-    raise InputError(f"{folder} holds no weights; looked for {', '.join(names)} and their shards")
+    if not found:
+        names = ", ".join(f"{name}.{suffix}" for name, suffix in kinds)
+        raise InputError(
+            f"{folder} holds no weights; looked for {names}, with a variant (.fp16) before the "
+            f"suffix, and their shards"
+        )
+    is_other, _, _, _, file = min(found)
+    opened = _open_shards(file) if file.suffix == ".json" else open_file(file)
+    others = [other.name for *_, other in sorted(found) if other != file]
+    if not is_other or not others:
+        return opened
+    note = f"{file} is read; {', '.join(others)} lie beside it as other variants"
+    return Weights(opened, opened.header, (*opened.notes, note))
 
 
-def open_file(path: Path) -> Tensors:
-    """Opens a .safetensors file or a pickle of tensors.
+def open_file(path: Path) -> Weights:
+    """Opens a .safetensors file or a pickle of tensors, whatever its name says.
 
     Raises:
       InputError: the file is missing, truncated, of another kind, or holds code.
     """
     check_file(path)
-    if path.suffix == ".safetensors":
+    kind = weights_format(path)
+    if kind == "safetensors" or (kind is None and path.suffix == ".safetensors"):
         return _open_safetensors(path)
-    if path.suffix in PICKLES:
+    if kind == "pickle" or path.suffix in PICKLES:
         return _open_pickle(path)
     raise InputError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)}")
 
@@ -121,19 +147,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _index_name(name: str) -> str:
-    """`x.safetensors -> x.safetensors.index.json`, `x.fp16.bin -> x.bin.index.fp16.json`."""
-    stem, _, suffix = name.rpartition(".")
-    if stem.endswith(".fp16"):
-        return f"{stem.removesuffix('.fp16')}.{suffix}.index.fp16.json"
-    return f"{name}.index.json"
+def _variants(folder: Path, stem: str, suffix: str) -> dict[str, Path]:
+    """The weights of a folder by their variant, "" for the one without: a file or shards' index."""
+    found: dict[str, Path] = {}
+    for file in folder.glob(f"{stem}*"):
+        name = file.name.removeprefix(stem)
+        # `x.safetensors.index.json`, and `x.bin.index.fp16.json` of the variant fp16.
+        index = re.fullmatch(rf"\.{suffix}\.index(?:\.([^.]+))?\.json", name)
+        whole = re.fullmatch(rf"(?:\.([^.]+))?\.{suffix}", name)
+        if match := whole or index:
+            found.setdefault(match[1] or "", file)
+            if whole:
+                found[match[1] or ""] = file
+    return found
 
 
-def _open_shards(index: Path) -> Tensors:
+def _open_shards(index: Path) -> Weights:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputError(f"{index} has no 'weight_map'")
-    shards: dict[str, Tensors] = {}
+    shards: dict[str, Weights] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
             raise InputError(
@@ -143,71 +176,123 @@ def _open_shards(index: Path) -> Tensors:
             shards[shard] = open_file(index.parent / shard)
         if name not in shards[shard]:
             raise InputError(f"{index}: {name} is not in {shard}")
-    return {name: shards[shard][name] for name, shard in weight_map.items()}
+    tensors = {name: shards[shard][name] for name, shard in weight_map.items()}
+    return Weights(tensors, notes=tuple(note for shard in shards.values() for note in shard.notes))
 
 
-def _open_safetensors(path: Path) -> Tensors:
+def _open_safetensors(path: Path) -> Weights:
     def read(name: str) -> np.ndarray:
         # Opened anew for each tensor, so that the pages of the others are not kept mapped.
         with safetensors.safe_open(path, framework="np") as file:
             return np.asarray(file.get_tensor(name))
 
+    def read_float8(name: str) -> np.ndarray:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.get_tensor(name).float().numpy()
+
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            names = file.keys()
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            # numpy has no such type.
+            small = {name for name, part in slices.items() if part.get_dtype().startswith("F8")}
+            header = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
-    return {
-        name: LazyTensor(shape, functools.partial(read, name)) for name, shape in shapes.items()
+    if header.get("format", "pt") not in ("pt", "np"):
+        raise InputError(
+            f"{path}: its header says format = {header['format']!r}; weights of PyTorch (pt) are "
+            f"expected"
+        )
+    tensors = {
+        name: LazyTensor(shape, functools.partial(read_float8 if name in small else read, name))
+        for name, shape in shapes.items()
     }
+    notes = tuple(
+        f"{path}: its header says {key} = {value[:_SHOWN]!r}, which is not read"
+        for key, value in header.items()
+        if key not in _HEADER and not key.startswith(tuple(_HEADER_PREFIXES))
+    )
+    return Weights(tensors, header, notes)
 
 
-def _open_pickle(path: Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path} is a pickle: pip install 'qvd_jax[convert]' to read it"
-        ) from error
+def _open_pickle(path: Path) -> Weights:
+    content = pickles.load(path)
+    import torch
 
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            # Files of PyTorch before 1.6 cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is refused: it is damaged or holds more than tensors, and code in it would "
-            f"run on loading{_culprit(error)}"
-        ) from error
-    except Exception as error:  # A damaged pickle can make the unpickler raise anything.
-        raise InputError(
-            f"{path} is truncated or no pickle of tensors: {first_line(error)}"
-        ) from error
-    for wrapper in ("state_dict", "controlnet"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
     if not isinstance(content, dict):
         raise InputError(f"{path} holds a {type(content).__name__}, not named tensors")
+    left: list[str] = []
+    while not any(isinstance(value, torch.Tensor) for value in content.values()):
+        inner = [key for key in _WRAPPERS if isinstance(content.get(key), dict)]
+        inner += [
+            key
+            for key, value in content.items()
+            if isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+        ]
+        if not inner:
+            break
+        left += [str(key) for key in content if key != inner[0]]
+        content = content[inner[0]]
 
     def read(tensor: Any) -> np.ndarray:
         tensor = tensor.detach()
         if tensor.dtype == torch.bfloat16:
             return tensor.contiguous().view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            tensor = tensor.float()
         return tensor.numpy()
 
-    return {
+    tensors = {
         str(name): LazyTensor(tuple(value.shape), functools.partial(read, value))
         for name, value in content.items()
         if isinstance(value, torch.Tensor)
     }
+    left += [str(name) for name in content if str(name) not in tensors]
+    named = [name for name in left if name not in _OF_TRAINING]
+    note = f"{path}: beside the weights it holds {', '.join(named)}, which are not read"
+    return Weights(tensors, notes=(note,) if named else ())
 
 
-def _culprit(error: Exception) -> str:
-    """The global a refused pickle asks for, such as " (os.system)"."""
-    match = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f" ({match[1]})" if match else ""
+_WRAPPERS = ("state_dict", "controlnet", "model", "module", "params", "params_ema")
+"""Entries of pickles that hold the weights, when they are not the content itself."""
+
+_SHOWN = 80
+
+_HEADER: dict[str, str] = {
+    "format": "is checked on opening",
+    "epoch": "counts the training",
+    "step": "counts the training",
+    "global_step": "counts the training",
+    "prompt": "the workflow that saved the file",
+    "workflow": "the workflow that saved the file",
+    "sd_merge_models": "the models it was merged from",
+    "sd_merge_recipe": "the models it was merged from",
+    "total_size": "its own size",
+}
+"""Keys of the headers of .safetensors files, and why they do not change what the weights do."""
+
+_HEADER_PREFIXES: dict[str, str] = {
+    "modelspec.": "read where a whole model or a VAE is one file",
+    "ss_": "the record of a training by kohya's scripts",
+    "sshs_": "hashes of the file by kohya's scripts",
+}
+"""The same of what keys begin with."""
+
+_OF_TRAINING = frozenset(
+    {
+        "animatediff_config",
+        "callbacks",
+        "epoch",
+        "global_step",
+        "hparams_name",
+        "hyper_parameters",
+        "loops",
+        "lr_schedulers",
+        "optimizer",
+        "optimizer_states",
+        "pytorch-lightning_version",
+        "step",
+    }
+)
+"""Entries of pickles that a training goes on from, and that say nothing of what the weights do."""

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
 from qvd_jax.kernels.activations import gelu
+from qvd_jax.kernels.int8 import SCOPE
 
 _TOKENS = 512
 """Of a block."""
@@ -104,21 +105,22 @@ def dense(
     Returns:
       `[N, L, O]`, with gates `[N, L, O/2]`.
     """
-    return _dense(
-        given.x,
-        given.scale,
-        given.offset,
-        weights,
-        wanted.scale,
-        wanted.bias,
-        wanted.residual,
-        limit=given.limit,
-        epsilon=given.epsilon,
-        dtype=jnp.dtype(wanted.dtype),
-        gated=wanted.gated,
-        transposes=transposes,
-        interpret=interpret,
-    )
+    with jax.named_scope(SCOPE):
+        return _dense(
+            given.x,
+            given.scale,
+            given.offset,
+            weights,
+            wanted.scale,
+            wanted.bias,
+            wanted.residual,
+            limit=given.limit,
+            epsilon=given.epsilon,
+            dtype=jnp.dtype(wanted.dtype),
+            gated=wanted.gated,
+            transposes=transposes,
+            interpret=interpret,
+        )
 
 
 # Of layers of equal shape the kernel is traced once.

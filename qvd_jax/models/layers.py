@@ -104,13 +104,18 @@ class Dense(nn.Dense):
 
         def product(x: Array, kernel: Array, *bias: Array) -> Array:
             contracted = (((x.ndim - 1,), (0,)), ((), ()))
-            return sum(bias, start=floating.dot_general(x, kernel, contracted))
+            y = floating.dot_general(x, kernel, contracted)
+            return _plus_bias(y, *bias)
 
         if self.gated:
             y = gated_product(product, values, by_output, axis=-1).astype(values.dtype)
         else:
             y = product(values, *by_output)
         return y if residual is None else residual + y
+
+
+def _plus_bias(y: Array, bias: Array | None = None) -> Array:
+    return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def gated_product(
@@ -169,9 +174,7 @@ class Conv(nn.Conv):
             self.padding,
             dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         )
-        if bias is not None:
-            y = y + bias
-        return y.reshape(*batch, *y.shape[1:])
+        return _plus_bias(y, bias).reshape(*batch, *y.shape[1:])
 
     def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
         """Whether every position of an input stands twice: an odd side was cut."""

@@ -357,6 +357,8 @@ def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Inp
             values = jnp.broadcast_to(values, (*x.shape[:2], *values.shape[2:]))
         return _as_images(values)[:, 0]
 
+    along = (1,) * (len(x.shape) - 1) + (-1,)
+    scale, offset = scale.reshape(along), offset.reshape(along)
     scale, offset = by_image(x.scale * scale), by_image(x.offset * scale + offset)
     return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon, steps)
 

@@ -1,0 +1,194 @@
+"""The TPU's kernels, interpreted, beside float64 and beside the layers they stand for."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import relative_error
+from jax import lax
+from scipy import special
+
+from qvd_jax.kernels import int8_tpu
+from qvd_jax.models.attention import TemporalTransformer
+from qvd_jax.models.blocks import ResnetBlock
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.policy import LayerSpec
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape, dtype=np.float32)
+
+
+def exact_codes(x, scale, offset, limit, epsilon=None, steps=None):
+    x = np.float64(x)
+    if epsilon is not None:
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon)
+    images = np.arange(len(x))
+    x = x * scale[images % len(scale)][:, None] + offset[images % len(offset)][:, None]
+    if steps is not None:
+        x = x * special.expit(x) * steps[0] + steps[1]
+    return np.clip(np.round(x), -limit, limit)
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs", "images", "options"),
+    [
+        pytest.param((2, 70, 40), 48, (1, 1), {"epsilon": 1e-5, "residual": True}, id="small"),
+        pytest.param((4, 600, 64), 256, (2, 4), {"gated": True}, id="gated, two blocks of tokens"),
+        pytest.param(
+            (4, 600, 64), 96, (4, 1), {"epsilon": 1e-5, "transposes": "output"}, id="output turned"
+        ),
+        pytest.param(
+            (3, 130, 64), 96, (1, 3), {"transposes": "input", "residual": True}, id="input turned"
+        ),
+        pytest.param(
+            (2, 700, 128), 512, (2, 1), {"epsilon": 1e-5, "gated": True, "limit": 7}, id="blocks"
+        ),
+        pytest.param(
+            (1, 33, 24), 20, (1, 1), {"transposes": "output", "residual": True}, id="odd, turned"
+        ),
+    ],
+)
+def test_dense_equals_its_definition_in_float64(shape, outputs, images, options, monkeypatch):
+    # Few weights a block, so that outputs come in several.
+    monkeypatch.setattr(int8_tpu, "_WEIGHT_BYTES", 2**15)
+    gated, limit = options.get("gated", False), options.get("limit", 127)
+    x, weights = 3 * normal(*shape) + 1, RNG.integers(-127, 128, (outputs, shape[-1]), np.int8)
+    scale, offset = 20 + 5 * normal(images[0], shape[-1]), 5 * normal(images[1], shape[-1])
+    out_scale, bias = np.float32(1e-3) * normal(outputs), normal(outputs)
+    residual = None
+    if options.get("residual"):
+        residual = normal(*shape[:-1], outputs)
+    found = int8_tpu.dense(
+        int8_tpu.Input(x, scale, offset, limit, options.get("epsilon")),
+        weights,
+        int8_tpu.Output(out_scale, bias, jnp.float32, gated, residual),
+        options.get("transposes"),
+        interpret=True,
+    )
+    codes = exact_codes(x, scale, offset, limit, options.get("epsilon"))
+    expected = codes @ np.float64(weights).T * out_scale + bias
+    if gated:
+        value, gate = np.split(expected, 2, axis=-1)
+        expected = value * gate * special.ndtr(gate)
+    if residual is not None:
+        expected = expected + residual
+    errors = np.abs(np.float64(found) - expected) / np.abs(expected).max()
+    # A value next to the middle of a step, which float32 rounds to the other code.
+    assert (errors > 1e-5).mean() <= 5e-3
+    assert errors.max() <= 5e-3
+
+
+@pytest.mark.parametrize("length", [64, 700])
+def test_quantize_equals_its_definition_in_float64(length):
+    x, scale, offset = normal(4, length, 48), 1 + normal(2, 48) / 4, normal(4, 48)
+    steps = 20 + 5 * normal(48), normal(48)
+    found = int8_tpu.quantize(int8_tpu.Input(x, scale, offset, 127, None, steps), interpret=True)
+    assert found.dtype == jnp.int8
+    expected = exact_codes(x, scale, offset, 127, steps=steps)
+    assert np.abs(np.float64(found) - expected).max() <= 1
+    assert (found != expected).mean() <= 1e-4
+
+
+class Resnet(nn.Module):
+    """A resnet called like the other module of the test."""
+
+    layers: object
+
+    @nn.compact
+    def __call__(self, x):
+        block = ResnetBlock(32, 64, 8, 1e-5, "frame", self.layers, has_temporal_feature=False)
+        return block(x)
+
+
+class Motion(nn.Module):
+    """A motion module."""
+
+    layers: object
+
+    @nn.compact
+    def __call__(self, x):
+        return TemporalTransformer(32, 32, 4, 8, 8, "joint", self.layers)(x)
+
+
+def quantized(module):
+    """The module with int8 layers, random parameters and an input."""
+    paths = []
+
+    def note(call, arguments, options, context):
+        if isinstance(context.module, nn.Dense | nn.Conv) and context.method_name == "__call__":
+            paths.append("/".join(context.module.path))
+        return call(*arguments, **options)
+
+    x = jnp.asarray(normal(2, 4, 16, 16, 32))
+    with nn.intercept_methods(note):
+        jax.eval_shape(module(layer_set({})).init, jax.random.key(0), x)
+    net = module(layer_set(dict.fromkeys(paths, LayerSpec("scri"))))
+
+    def random(path, leaf):
+        name = path[-1].key
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.asarray(RNG.integers(-127, 128, leaf.shape), leaf.dtype)
+        about = {"in_scale": 30, "scale": 1e-4 if leaf.dtype == jnp.bfloat16 else 1}.get(name, 0)
+        return jnp.asarray(about + max(about, 1) * 0.1 * normal(*leaf.shape), leaf.dtype)
+
+    def summed(layer):
+        if not isinstance(layer, dict):
+            return layer
+        layer = {name: summed(value) for name, value in layer.items()}
+        if "sums" in layer:
+            kernel = layer["kernel"].astype(jnp.int32)
+            layer["sums"] = kernel.sum(range(1, kernel.ndim))
+        return layer
+
+    shapes = jax.eval_shape(net.init, jax.random.key(0), x)
+    return net, summed(jax.tree_util.tree_map_with_path(random, shapes)), x
+
+
+@pytest.mark.parametrize("module", [Resnet, Motion])
+def test_kernels_make_of_a_block_what_passes_make_of_it(module, monkeypatch):
+    """Norms, positions, gates and residuals go into the kernels with the same result."""
+    net, variables, x = quantized(module)
+    expected = jax.jit(net.apply)(variables, x)
+    for name in ("dense", "quantize"):
+        kernel = functools.partial(getattr(int8_tpu, name), interpret=True)
+        monkeypatch.setattr(int8_tpu, name, kernel)
+    calls = []
+
+    def on_tpu(*operands, cpu=None, tpu=None, default=None, **others):
+        named = "fused" in getattr(tpu, "__qualname__", "")
+        calls.append(named)
+        return (tpu if named else cpu or default)(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", on_tpu)
+    found = net.apply(variables, x)
+    assert sum(calls) == {Resnet: 3, Motion: 8}[module]
+    # A code next to the middle of a step may be the other one.
+    assert relative_error(found, expected) <= 2e-2
+    errors = np.abs(np.float64(found) - np.float64(expected)) / np.abs(expected).max()
+    assert np.median(errors) <= 1e-5
+
+
+def test_gradients_are_those_of_the_passes():
+    net, variables, x = quantized(Motion)
+    params, rest = {"params": variables["params"]}, {}
+
+    def loss(x):
+        return jnp.sin(net.apply(params | rest, x)).sum()
+
+    text = jax.jit(jax.grad(loss)).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" not in text
+    assert float(jnp.abs(jax.grad(loss)(x)).max()) > 0
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_kernels_are_for_tpus_alone(platform):
+    net, variables, x = quantized(Motion)
+    text = jax.jit(net.apply).trace(variables, x).lower(lowering_platforms=(platform,)).as_text()
+    assert ("tpu_custom_call" in text) == (platform == "tpu")

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         unet=args.unet,
         vae=args.vae,
         appearance_encoder=args.appearance_encoder,
+        config=args.config,
     )
     print(source.description)
     for note in source.notes:
@@ -64,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="diffusers folder of any family; Stable Diffusion 1.5's with --motion; an original "
-        "file of Stable Video Diffusion",
+        help="diffusers folder of any family; Stable Diffusion 1.5 with --motion, a folder or one "
+        "file; an original file of Stable Video Diffusion",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
@@ -108,7 +109,13 @@ def _parser() -> argparse.ArgumentParser:
         help="original text2video_pytorch_model.pth in place of the folder's UNet",
     )
     parser.add_argument(
-        "--vae", type=Path, metavar="DIR", help="folder of a VAE in place of the source's"
+        "--vae", type=Path, metavar="PATH", help="a VAE in place of the source's, folder or file"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help="diffusers folder that has the configs and the tokenizer of a SOURCE that is one file",
     )
     parser.add_argument(
         "--appearance-encoder", type=Path, metavar="DIR", help="MagicAnimate's folder of this name"

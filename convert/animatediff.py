@@ -1,10 +1,11 @@
 """AnimateDiff's UNet: its config read from the keys, and the original motion-module names."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-from convert import keys
+from convert import config_classes as classes
+from convert import configs, keys, kinds, positions
+from convert.configs import Json
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.diffusion import schedules
@@ -25,17 +26,6 @@ ORIGINAL_MOTION = (
     (r"\.norms\.0\.", ".norm1."),
     (r"\.norms\.1\.", ".norm2."),
     (r"\.ff_norm\.", ".norm3."),
-)
-_POSITIONS = re.compile(r"\.(pos_embed|pos_encoder)\.pe$")
-
-_OTHER_FAMILIES = (
-    ("controlnet_cond_embedding", "a ControlNet or SparseCtrl"),
-    ("temporal_res_block", "Stable Video Diffusion"),
-    ("time_stack", "Stable Video Diffusion"),
-    ("temp_convs", "ModelScope or ZeroScope"),
-    ("transformer_in", "ModelScope or ZeroScope"),
-    ("add_embedding", "Stable Diffusion XL"),
-    ("_lora.", "a LoRA, which --lora takes"),
 )
 
 
@@ -69,10 +59,10 @@ def motion_tensors(tensors: Tensors, where: str) -> Tensors:
             if ".motion_modules." in name
         }
     strange = [name for name in renamed if ".motion_modules." not in name]
-    other = _describe(tensors)
-    is_whole = "conv_in.weight" in renamed and len(strange) < len(renamed)
-    if other or not renamed or (strange and not is_whole):
+    kind = kinds.describe(tensors)
+    if kind != kinds.MOTION or (strange and kinds.describe(strange) != kinds.UNET):
         found = f"{len(strange)} other tensors, the first {strange[0]}" if strange else "no tensors"
+        other = kind if kind != kinds.MOTION else None
         raise InputError(f"{where}: motion modules are expected, it holds {other or found}")
     return renamed
 
@@ -81,30 +71,16 @@ def version(tensors: Tensors) -> str:
     """Generation of the motion modules, from the keys and the positional tables alone."""
     if any(name.startswith("mid_block.motion_modules.") for name in tensors):
         return "v2"
-    return "v1" if positions(tensors) == 24 else "v3"
-
-
-def positions(tensors: Tensors) -> int | None:
-    """Length of the positional tables, if they are stored."""
-    tables = {name: t.shape for name, t in tensors.items() if _POSITIONS.search(name)}
-    for name, shape in tables.items():
-        if len(shape) != 3:
-            raise InputError(f"{name} has shape {shape}; a table (1, frames, channels) is expected")
-    lengths = {shape[1] for shape in tables.values()}
-    if len(lengths) > 1:
-        raise InputError(f"motion modules have positional tables of different lengths: {lengths}")
-    return lengths.pop() if lengths else None
-
-
-def without_positions(tensors: Tensors) -> Tensors:
-    """The tensors less the positional tables, which are recomputed."""
-    return {name: t for name, t in tensors.items() if not _POSITIONS.search(name)}
+    length = positions.length(tensors)
+    if length not in (None, 24, 32):
+        length = positions.published_length(tensors)
+    return "v1" if length == 24 else "v3"
 
 
 def check_family(tensors: Tensors, where: str) -> None:
     """Raises `InputError` if the names are not those of a Stable Diffusion 1.5 UNet."""
-    other = _describe(tensors)
-    if other or "conv_in.weight" not in tensors:
+    other = kinds.describe(tensors)
+    if other not in (kinds.UNET, kinds.MOTION) or "conv_in.weight" not in tensors:
         raise InputError(
             f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
             f"or Stable Diffusion 1.5 UNet is expected"
@@ -113,12 +89,12 @@ def check_family(tensors: Tensors, where: str) -> None:
 
 def unet_config(
     tensors: Tensors,
-    unet_json: Mapping[str, Any],
-    motion_json: Mapping[str, Any],
+    unet_json: Json,
+    motion_json: Json | None,
     *,
     original_norms: bool,
     where: str,
-) -> UNet3DConfig:
+) -> tuple[UNet3DConfig, tuple[str, ...]]:
     """Reads the UNet's shape from its tensors.
 
     Only what tensors cannot tell, the numbers of heads and of norm groups, comes from the
@@ -127,14 +103,26 @@ def unet_config(
     Args:
       tensors: spatial weights and motion modules, by diffusers' names; of this family.
       unet_json: the UNet's `config.json`.
-      motion_json: the motion adapter's, or the UNet's where they are one.
+      motion_json: the motion adapter's; None where the UNet holds the motion modules.
       original_norms: whether the norms follow the original code's scopes, not diffusers'.
       where: how messages name the checkpoint.
+
+    Returns:
+      The config, but for what the positional tables hold, and notes.
 
     Raises:
       InputError: tensors are missing, or a config value is missing or odd.
     """
-    fields = keys.unet_fields(tensors, unet_json, where)
+    claimed = unet_json.get("_class_name", classes.UNET_MOTION.name if motion_json is None else "")
+    of_videos = claimed == classes.UNET_MOTION.name
+    known, suffix = (classes.UNET_MOTION, "Motion") if of_videos else (classes.UNET_2D, "2D")
+    unet = configs.read(unet_json, known, where)
+    if motion_json is None:
+        motion = unet if of_videos else configs.read({}, classes.MOTION_ADAPTER, where)
+        motion_json = unet_json
+    else:
+        motion = configs.read(motion_json, classes.MOTION_ADAPTER, where)
+    fields = keys.unet_fields(tensors, unet.values, where)
     levels = len(fields["block_channels"])
     motion_levels = keys.count(tensors, r"down_blocks\.(\d+)\.motion_modules\.")
     if motion_levels != levels:
@@ -143,29 +131,35 @@ def unet_config(
             f"were they made for another base model, such as Stable Diffusion XL?"
         )
     # Stable Diffusion 1.5 calls the number of heads attention_head_dim.
-    heads = unet_json.get("num_attention_heads") or unet_json.get("attention_head_dim")
+    heads = unet.values["num_attention_heads"] or unet.values.get("attention_head_dim")
     generation = version(tensors)
+    stored = positions.length(tensors)
     fields |= {
         "num_heads": keys.per_level(heads, levels, f"{where}: attention_head_dim"),
         "resnet_norm_scope": "joint" if original_norms and generation == "v1" else "frame",
         "temporal_norm_scope": "frame" if original_norms else "joint",
         "temporal_heads": keys.per_level(
-            motion_json.get("motion_num_attention_heads", 8),
+            motion.values["motion_num_attention_heads"],
             levels,
             f"{where}: motion_num_attention_heads",
         ),
-        "max_frames": positions(tensors)
+        "max_frames": stored
         or keys.per_level(
-            motion_json.get("motion_max_seq_length", 32), 1, f"{where}: motion_max_seq_length"
+            motion.values["motion_max_seq_length"], 1, f"{where}: motion_max_seq_length"
         )[0],
         "temporal_mid_block": generation == "v2",
     }
-    return from_dict(UNet3DConfig, fields, where)
-
-
-def _describe(tensors: Tensors) -> str | None:
-    """Which other family's marks the names bear."""
-    for mark, family in _OTHER_FAMILIES:
-        if any(mark in name for name in tensors):
-            return family
-    return None
+    facts = {
+        "use_motion_mid_block": fields["temporal_mid_block"],
+        "motion_max_seq_length": fields["max_frames"],
+        "motion_layers_per_block": fields["layers_per_block"],
+    }
+    if motion_json is not unet_json:
+        facts["block_out_channels"] = fields["block_channels"]
+    notes = (
+        *unet.notes,
+        *(motion.notes if motion is not unet else ()),
+        *configs.contradictions(unet_json, keys.unet_facts(fields, tensors, suffix), where),
+        *configs.contradictions(motion_json, facts, where),
+    )
+    return from_dict(UNet3DConfig, fields, where), notes

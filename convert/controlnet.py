@@ -3,13 +3,17 @@
 import itertools
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
-from convert import animatediff, keys, ldm
-from convert.tensors import LazyTensor, Tensors, open_model
+from convert import animatediff, configs, keys, kinds, ldm, positions
+from convert import config_classes as classes
+from convert.configs import Json
+from convert.tensors import LazyTensor, Tensors, open_model, read_json
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.stages import skip_widths
@@ -35,11 +39,15 @@ class ControlNet(NamedTuple):
       tensors: by diffusers' names.
       config: what differs from the UNet's encoder.
       notes: what the user should know.
+      json: its `config.json`; empty where there is none.
+      frames: length of its positional tables, if it has any.
     """
 
     tensors: Tensors
     config: ControlNetConfig
     notes: tuple[str, ...] = ()
+    json: Json = MappingProxyType({})
+    frames: int | None = None
 
 
 def open_controlnet(path: Path, begun: Mapping[str, LazyTensor]) -> ControlNet:
@@ -62,11 +70,55 @@ def open_controlnet(path: Path, begun: Mapping[str, LazyTensor]) -> ControlNet:
         renamed, notes = _open_original(tensors, begun, path)
     else:
         renamed = {animatediff.rename_original(name): tensor for name, tensor in tensors.items()}
-        renamed, notes = animatediff.without_positions(renamed), ()
+        notes = ()
     if not any(name.startswith("controlnet_down_blocks.") for name in renamed):
-        raise InputError(f"{path} is no ControlNet: it has no controlnet_down_blocks")
+        kind = kinds.describe(renamed) or "no ControlNet"
+        raise InputError(f"{path} is {kind}: it has no controlnet_down_blocks")
+    frames = positions.length(renamed)
+    renamed, tables = positions.take(renamed)
     config = _config(renamed, animatediff.is_original(tensors), str(path))
-    return ControlNet(renamed, config, notes)
+    json = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return ControlNet(
+        renamed, replace(config, positions=tables), (*tensors.notes, *notes), json, frames
+    )
+
+
+def check_config(controlnet: ControlNet, unet: UNet3DConfig, where: str) -> tuple[str, ...]:
+    """Checks a ControlNet's `config.json`, if there is one; returns notes.
+
+    Raises:
+      InputError: a key has a value that is not supported, or that the UNet beside it does not have.
+    """
+    json, config = controlnet.json, controlnet.config
+    if not json:
+        return ()
+    sparse = config.ignores_latents
+    read = configs.read(json, classes.SPARSE_CONTROLNET if sparse else classes.CONTROLNET, where)
+    heads = read.values["num_attention_heads"] or read.values["attention_head_dim"]
+    shared = {
+        "attention_head_dim": unet.num_heads,
+        "norm_num_groups": unet.norm_groups,
+        "norm_eps": (*unet.down_eps, unet.mid_eps),
+    }
+    if sparse:
+        shared["motion_num_attention_heads"] = unet.temporal_heads
+    configs.check_like({**read.values, "attention_head_dim": heads}, shared, where)
+    blocks = ["CrossAttn" if has else "" for has in unet.attention_levels]
+    facts = {
+        "in_channels": keys.require(controlnet.tensors, "conv_in.weight", where)[1],
+        "block_out_channels": unet.block_channels,
+        "layers_per_block": unet.layers_per_block,
+        "cross_attention_dim": unet.context_dim,
+        "down_block_types": [f"{kind}DownBlock{'Motion' if sparse else '2D'}" for kind in blocks],
+        "conditioning_channels": config.condition_channels - sparse,
+    }
+    if config.embedding_channels:
+        facts["conditioning_embedding_out_channels"] = config.embedding_channels
+    if sparse:
+        facts["use_simplified_condition_embedding"] = not config.embedding_channels
+    if controlnet.frames is not None:
+        facts["motion_max_seq_length"] = controlnet.frames
+    return (*read.notes, *configs.contradictions(json, facts, where))
 
 
 def begin_controlnet(unet: Tensors, config: UNet3DConfig, stride: int) -> Tensors:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from convert.kinds import describe
 from convert.tensors import Tensors
 from qvd_jax.errors import InputError
 
@@ -15,7 +16,10 @@ def require(tensors: Tensors, name: str, problem: str) -> tuple[int, ...]:
       InputError: `problem` and the name, if it is missing or neither.
     """
     if name not in tensors:
-        raise InputError(f"{problem}: the tensor {name} is missing")
+        kind = describe(tensors)
+        raise InputError(
+            f"{problem}: the tensor {name} is missing" + (f"; it is {kind}" if kind else "")
+        )
     shape = tuple(tensors[name].shape)
     if len(shape) < 2:
         raise InputError(f"{problem}: the tensor {name} has the shape {shape}")
@@ -33,25 +37,19 @@ def count(tensors: Tensors, pattern: str) -> int:
 
 
 def unet_fields(
-    tensors: Tensors, unet_json: Mapping[str, Any], where: str, resnet: str = ""
+    tensors: Tensors, values: Mapping[str, Any], where: str, resnet: str = ""
 ) -> dict[str, Any]:
     """Fields of a `UNet3DConfig` that are read in the same way in every family.
 
     Args:
       tensors: the UNet's, by diffusers' names.
-      unet_json: its `config.json`.
+      values: of its `config.json`.
       where: how messages name the checkpoint.
       resnet: prefix of the convolutions within a resnet.
 
     Raises:
-      InputError: tensors are missing, or a config value changes what they compute.
+      InputError: tensors are missing, or a config value cannot be.
     """
-    for key, supported in _ONLY.items():
-        if unet_json.get(key, supported[0]) not in supported:
-            raise InputError(
-                f"{where}: {key} = {unet_json[key]!r} is not supported; it must be "
-                f"{' or '.join(map(repr, supported))}"
-            )
 
     def conv(name: str) -> tuple[int, ...]:
         if name not in tensors or len(tensors[name].shape) != 4:
@@ -69,7 +67,7 @@ def unet_fields(
     )
     if context is None or not levels:
         raise InputError(f"{where}: there is no attention to a text")
-    epsilon = _positive(unet_json.get("norm_eps", 1e-5), f"{where}: norm_eps")
+    epsilon = _positive(values.get("norm_eps", 1e-5), f"{where}: norm_eps")
     return {
         "in_channels": conv("conv_in.weight")[1],
         "out_channels": conv("conv_out.weight")[0],
@@ -81,10 +79,33 @@ def unet_fields(
             count(tensors, rf"down_blocks\.{i}\.attentions\.(\d+)\.") > 0 for i in range(levels)
         ],
         "context_dim": context,
-        "norm_groups": unet_json.get("norm_num_groups", 32),
+        "norm_groups": values.get("norm_num_groups", 32),
         "down_eps": [epsilon] * levels,
         "mid_eps": epsilon,
         "up_eps": [epsilon] * levels,
+        "out_eps": epsilon,
+    }
+
+
+def unet_facts(fields: Mapping[str, Any], tensors: Tensors, suffix: str) -> dict[str, Any]:
+    """What `unet_fields` tells, by the keys of a `config.json`.
+
+    Args:
+      fields: from `unet_fields`.
+      tensors: the UNet's.
+      suffix: of the names of block types, such as "2D".
+    """
+    attention = fields["attention_levels"]
+    blocks = [("CrossAttn" if has else "", suffix) for has in attention]
+    return {
+        "in_channels": fields["in_channels"],
+        "out_channels": fields["out_channels"],
+        "block_out_channels": fields["block_channels"],
+        "layers_per_block": fields["layers_per_block"],
+        "cross_attention_dim": fields["context_dim"],
+        "down_block_types": [f"{kind}DownBlock{end}" for kind, end in blocks],
+        "up_block_types": [f"{kind}UpBlock{end}" for kind, end in reversed(blocks)],
+        "time_embedding_dim": require(tensors, "time_embedding.linear_1.weight", "UNet")[0],
     }
 
 
@@ -99,18 +120,6 @@ def per_level(value: Any, levels: int, where: str) -> tuple[int, ...]:
     if not good or len(values) != levels:
         raise InputError(f"{where}: one positive integer, or {levels}, are needed, got {value!r}")
     return tuple(values)
-
-
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"),
-    "center_input_sample": (False,),
-    "class_embed_type": (None,),
-    "downsample_padding": (1,),
-    "mid_block_scale_factor": (1,),
-    "resnet_time_scale_shift": ("default",),
-    "time_cond_proj_dim": (None,),
-}
-"""Options of a UNet's `config.json` that change its result but not its tensors' names."""
 
 
 def _positive(value: Any, where: str) -> float:

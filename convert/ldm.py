@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from convert import keys
+from convert.companions import identity
 from convert.tensors import LazyTensor, Tensors
 
 _OUTSIDE = {
@@ -171,11 +172,7 @@ def rename_vae(tensors: Tensors) -> Tensors:
     renamed = {rename(name): tensor for name, tensor in tensors.items()}
     moments = renamed.get("encoder.conv_out.weight")
     if moments is not None and "quant_conv.weight" not in renamed:
-        width = moments.shape[0]
-        renamed["quant_conv.weight"] = LazyTensor(
-            (width, width), lambda: np.eye(width, dtype=np.float32)
-        )
-        renamed["quant_conv.bias"] = LazyTensor((width,), lambda: np.zeros(width, dtype=np.float32))
+        renamed |= identity("quant_conv", moments.shape[0])
     return renamed
 
 

@@ -86,7 +86,7 @@ def _open(
     if not tensors:
         raise InputError(f"{path} holds no tensors")
     try:
-        header = lora_header.open_header(path)
+        header = lora_header.open_header(path, tensors.header)
         found = _assigned(tensors, layers, components, lora_header.hint(header))
         alphas = {
             place: _scalar("alpha", parts["alpha"])

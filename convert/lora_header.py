@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from convert import adapters
 from convert.lora_names import Place
-from convert.tensors import LazyTensor, read_header, read_json
+from convert.tensors import LazyTensor, read_json
 from qvd_jax.errors import InputError
 
 _METADATA = "lora_adapter_metadata"
@@ -82,13 +82,16 @@ class Header(NamedTuple):
         return self.peft.get(component, self.peft.get(""))
 
 
-def open_header(path: Path) -> Header:
+def open_header(path: Path, entries: Mapping[str, str]) -> Header:
     """Reads what a LoRA file says beside its tensors.
+
+    Args:
+      path: the file, beside which peft's config may lie.
+      entries: of its header.
 
     Raises:
       InputError: it cannot be read, or asks for what is not supported.
     """
-    entries = read_header(path)
     beside = path.parent / _CONFIG
     peft: dict[str, Mapping[str, Any]] = {}
     place = f"its header's {_METADATA}"

@@ -3,16 +3,25 @@
 from dataclasses import replace
 from pathlib import Path
 
-from convert.tensors import Tensors, open_model
+from convert import config_classes as classes
+from convert import configs
+from convert.tensors import Tensors, open_model, read_json
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
 
 
-def open_appearance_encoder(folder: Path) -> Tensors:
+def open_appearance_encoder(folder: Path, unet: UNet3DConfig) -> tuple[Tensors, tuple[str, ...]]:
     """Opens the folder `appearance_encoder` of MagicAnimate.
 
+    Args:
+      folder: the folder.
+      unet: of the UNet it stands beside, which it is like.
+
+    Returns:
+      Its tensors, and notes.
+
     Raises:
-      InputError: it is missing, damaged, or something else.
+      InputError: it is missing, damaged, something else, or unlike the UNet.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; --appearance-encoder names MagicAnimate's")
@@ -21,7 +30,18 @@ def open_appearance_encoder(folder: Path) -> Tensors:
         raise InputError(
             f"{folder} is no appearance encoder, which is a UNet of images without its last layers"
         )
-    return tensors
+    json = folder / "config.json"
+    if not json.is_file():
+        return tensors, tensors.notes
+    read = configs.read(read_json(json), classes.UNET_2D, str(folder))
+    heads = read.values["num_attention_heads"] or read.values["attention_head_dim"]
+    shared = {
+        "attention_head_dim": unet.num_heads,
+        "norm_num_groups": unet.norm_groups,
+        "norm_eps": (*unet.down_eps, unet.mid_eps),
+    }
+    configs.check_like({**read.values, "attention_head_dim": heads}, shared, str(folder))
+    return tensors, (*tensors.notes, *read.notes)
 
 
 def unet_config(config: UNet3DConfig, where: str) -> UNet3DConfig:

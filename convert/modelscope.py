@@ -1,9 +1,8 @@
 """ModelScope's and ZeroScope's UNet: its config read from the keys."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from convert import keys
+from convert import config_classes as classes
+from convert import configs, keys
+from convert.configs import Json
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
@@ -18,7 +17,9 @@ def is_modelscope(tensors: Tensors) -> bool:
     return any(".temp_convs." in name for name in tensors)
 
 
-def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> UNet3DConfig:
+def unet_config(
+    tensors: Tensors, unet_json: Json, where: str
+) -> tuple[UNet3DConfig, tuple[str, ...]]:
     """Reads the UNet's shape from its tensors; only the width of a head is the config's.
 
     Args:
@@ -26,20 +27,22 @@ def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> U
       unet_json: the UNet's `config.json`.
       where: how messages name the checkpoint.
 
+    Returns:
+      The config, and notes.
+
     Raises:
       InputError: tensors are missing, or a config value is missing or odd.
     """
-    fields = keys.unet_fields(tensors, unet_json, where)
+    read = configs.read(unet_json, classes.UNET_3D, where)
+    fields = keys.unet_fields(tensors, read.values, where)
     widths = fields["block_channels"]
     # Other than in Stable Diffusion 1.5 this is a head's width, not the number of heads.
-    head = keys.per_level(
-        unet_json.get("attention_head_dim", 64), 1, f"{where}: attention_head_dim"
-    )[0]
+    head = keys.per_level(read.values["attention_head_dim"], 1, f"{where}: attention_head_dim")[0]
     if any(width % head for width in widths):
         raise InputError(f"{where}: attention_head_dim = {head} does not divide {widths} channels")
     heads = [width // head for width in widths]
     inner = keys.require(tensors, "transformer_in.proj_in.weight", where)[0]
-    return from_dict(
+    config = from_dict(
         UNet3DConfig,
         {
             **fields,
@@ -51,3 +54,5 @@ def unet_config(tensors: Tensors, unet_json: Mapping[str, Any], where: str) -> U
         },
         where,
     )
+    facts = keys.unet_facts(fields, tensors, "3D")
+    return config, (*read.notes, *configs.contradictions(unet_json, facts, where))

@@ -30,6 +30,8 @@ _LEAVES = {
     "bias": "bias",
     "mix_factor": "mix_factor",
     "class_embedding": "class_embedding",
+    "positions_0": "positions.0",
+    "positions_1": "positions.1",
 }
 
 _UNET: Rules = (

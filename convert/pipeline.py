@@ -1,9 +1,9 @@
 """Conversion of a whole pipeline folder, component by component and tensor by tensor."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.typing import DTypeLike
@@ -15,15 +15,18 @@ from convert import (
     magicanimate,
     modelscope,
     names,
+    positions,
     scheduler,
     svd,
 )
-from convert.controlnet import begin_controlnet, open_controlnet
-from convert.embeddings import add_embeddings, open_embedding
+from convert import config_classes as classes
+from convert.configs import Json
+from convert.controlnet import begin_controlnet, check_config, open_controlnet
+from convert.embeddings import TABLE, add_embeddings, open_embedding
 from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
-from convert.tensors import PICKLES, Tensors, open_model, read_json
+from convert.tensors import Tensors, Weights, open_model, read_json
 from qvd_jax import checkpoint, memory
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
@@ -32,6 +35,8 @@ from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.loading import check_vocabulary, load_tokenizer, make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,26 +103,28 @@ def open_source(
     unet: Path | None = None,
     vae: Path | None = None,
     appearance_encoder: Path | None = None,
+    config: Path | None = None,
 ) -> Source:
     """Opens a diffusers folder of any family, or Stable Diffusion 1.5 and motion modules.
 
     Args:
-      source: the folder, or an original file of Stable Video Diffusion.
+      source: the folder, or one file of Stable Diffusion 1.5 or Stable Video Diffusion.
       motion: an adapter folder or an original `mm_*.ckpt`, for a source without motion modules.
       loras: files and scales of LoRAs of any kind, merged in this order.
       embeddings: files of textual inversions, and other names for their tokens.
       controlnet: a folder of diffusers or an original file, of a ControlNet or SparseCtrl.
       preset: of `animatediff.PRESETS`, for AnimateDiff with distilled motion modules.
       unet: an original UNet of ModelScope or ZeroScope in place of the folder's.
-      vae: the folder of a VAE in place of the source's.
+      vae: a VAE in place of the source's, a folder or a file.
       appearance_encoder: MagicAnimate's, a folder.
+      config: the folder of diffusers that has the configs and the tokenizer of a file.
 
     Raises:
       InputError: something is missing, damaged, or of another family.
     """
-    parts = open_parts(source, unet, vae)
+    parts = open_parts(source, unet, vae, config)
     opened = _open_unet(source, parts, motion)
-    tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*opened.notes]
+    tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*parts.notes, *opened.notes]
     additions = {
         "--controlnet": controlnet,
         "--appearance-encoder": appearance_encoder,
@@ -138,11 +145,15 @@ def open_source(
         stride = 2 ** max(levels - 1, 0)
         begun = begin_controlnet(opened.tensors, opened.config, stride)
         found = open_controlnet(controlnet, begun)
+        notes += check_config(found, opened.config, str(controlnet))
         tensors["unet"] |= {f"controlnet.{name}": t for name, t in found.tensors.items()}
         opened = opened._replace(config=replace(opened.config, controlnet=found.config))
         notes += [*found.notes, f"added {controlnet.name}"]
     if appearance_encoder is not None:
-        encoder = magicanimate.open_appearance_encoder(appearance_encoder)
+        encoder, encoder_notes = magicanimate.open_appearance_encoder(
+            appearance_encoder, opened.config
+        )
+        notes += encoder_notes
         tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in encoder.items()}
         opened = opened._replace(
             family="magicanimate",
@@ -150,9 +161,9 @@ def open_source(
             description=_TITLES["magicanimate"],
         )
 
-    tokenizer = None
-    if parts.encoder == "text_encoder":
-        tokenizer = load_tokenizer(source / "tokenizer")
+    tokenizer = None if parts.tokenizer is None else load_tokenizer(parts.tokenizer)
+    configs, config_notes = _component_configs(parts, opened.config)
+    notes += config_notes
     if embeddings:
         if tokenizer is None or opened.family == "magicanimate":
             raise InputError(f"{source} is {_TITLES[opened.family]}, which reads no prompts")
@@ -161,7 +172,9 @@ def open_source(
             tensors["text_encoder"], tokenizer, added
         )
         notes += added_notes
-    configs = _component_configs(parts._replace(tensors=tensors), opened.config)
+        assert configs.text_encoder is not None
+        words = tensors["text_encoder"][TABLE].shape[0]
+        configs = replace(configs, text_encoder=replace(configs.text_encoder, vocab_size=words))
     if tokenizer is not None and configs.text_encoder is not None:
         check_vocabulary(tokenizer, configs.text_encoder, str(source))
     if controlnet is not None:
@@ -253,16 +266,21 @@ class _UNet(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _component_configs(parts: Parts, unet: UNet3DConfig) -> ComponentConfigs:
-    def read(name: str, config: Callable[[Tensors, Mapping[str, Any], str], Any]) -> Any:
-        return config(parts.tensors[name], parts.configs[name], str(parts.places[name]))
+def _component_configs(
+    parts: Parts, unet: UNet3DConfig
+) -> tuple[ComponentConfigs, tuple[str, ...]]:
+    def read(name: str, config: Callable[[Tensors, Json, str], companions.Read[T]]) -> T:
+        found, more = config(parts.tensors[name], parts.configs[name], str(parts.places[name]))
+        notes.extend(more)
+        return found
 
+    notes: list[str] = []
     vae = read("vae", companions.vae_config)
     if parts.encoder == "text_encoder":
         text_encoder = read("text_encoder", companions.text_config)
-        return ComponentConfigs(unet, vae, text_encoder=text_encoder)
+        return ComponentConfigs(unet, vae, text_encoder=text_encoder), tuple(notes)
     image_encoder = read("image_encoder", companions.vision_config)
-    return ComponentConfigs(unet, vae, image_encoder=image_encoder)
+    return ComponentConfigs(unet, vae, image_encoder=image_encoder), tuple(notes)
 
 
 def _open_unet(source: Path, parts: Parts, motion: Path | None) -> _UNet:
@@ -276,85 +294,87 @@ def _open_unet(source: Path, parts: Parts, motion: Path | None) -> _UNet:
             f"{place} is {_TITLES[family]}, beside which {needed} is needed, not {parts.encoder}"
         )
     if family is None:
-        return _open_animatediff(source, tensors, unet_json, motion)
+        return _open_animatediff(source, parts, motion)
     if motion is not None:
         raise InputError(f"{place} is {_TITLES[family]}, which has no use for --motion")
     if family == "svd":
         original = parts.has_original_unet
+        config, notes = svd.unet_config(tensors, unet_json, original, str(place))
+        if original:
+            notes += ("14 frames by default; a model trained on 25 says so in its name (xt)",)
         return _UNet(
             family,
             tensors,
-            svd.unet_config(tensors, unet_json, original, str(place)),
+            config,
             schedules.STABLE_VIDEO_DIFFUSION,
             True,
             svd.defaults(unet_json, str(place)),
             _TITLES[family],
-            ("14 frames by default; a model trained on 25 says so in its name (xt)",) * original,
+            notes,
         )
+    config, notes = modelscope.unet_config(tensors, unet_json, str(place))
     return _UNet(
         family,
         tensors,
-        modelscope.unet_config(tensors, unet_json, str(place)),
+        config,
         schedules.MODELSCOPE,
         True,
         modelscope.DEFAULTS,
         _TITLES[family],
+        notes,
     )
 
 
-def _open_animatediff(
-    source: Path, tensors: Tensors, unet_json: dict[str, Any], motion: Path | None
-) -> _UNet:
-    folder = source / "unet"
-    where = str(folder)
+def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> _UNet:
+    place = parts.places["unet"]
+    tensors, where = parts.tensors["unet"], str(place)
     animatediff.check_family(tensors, where)
     has_motion = any(".motion_modules." in name for name in tensors)
     if has_motion and motion is not None:
-        raise InputError(f"{folder} has motion modules of its own; leave --motion out")
+        raise InputError(f"{place} has motion modules of its own; leave --motion out")
     original = False
-    motion_json = unet_json
+    motion_json = None
+    notes: tuple[str, ...] = ()
     if not has_motion:
         if motion is not None and not motion.exists():
             raise InputError(f"{motion} does not exist; --motion names an adapter or a checkpoint")
         adapter_folder = motion or source / "motion_adapter"
         if not adapter_folder.exists():
             raise InputError(
-                f"{folder} has no motion modules; name a motion adapter folder or an original "
+                f"{place} has no motion modules; name a motion adapter folder or an original "
                 f"mm_*.ckpt with --motion"
             )
         adapter, motion_json = _open_motion(adapter_folder)
+        notes = adapter.notes
         original = animatediff.is_original(adapter)
         tensors = {**tensors, **animatediff.motion_tensors(adapter, str(adapter_folder))}
-        where = f"{folder} with {adapter_folder}"
-    config = animatediff.unet_config(
-        tensors, unet_json, motion_json, original_norms=original, where=where
+        where = f"{place} with {adapter_folder}"
+    config, more = animatediff.unet_config(
+        tensors, parts.configs["unet"], motion_json, original_norms=original, where=where
     )
-    notes = []
     version = animatediff.version(tensors)
-    claimed = motion_json.get("use_motion_mid_block")
-    if claimed is not None and claimed != config.temporal_mid_block:
-        notes.append(
-            f"config.json says use_motion_mid_block = {claimed}, but the weights "
-            f"{'have' if config.temporal_mid_block else 'lack'} a mid-block motion module; the "
-            f"weights decide: {version}"
-        )
+    tensors, tables = positions.take(tensors)
     norms = "original" if original else "diffusers"
     return _UNet(
         "animatediff",
-        animatediff.without_positions(tensors),
-        config,
+        tensors,
+        replace(config, positions=tables),
         schedules.ANIMATEDIFF,
         motion is None,
         VideoDefaults(),
         f"AnimateDiff {version}, GroupNorm scopes of {norms} AnimateDiff",
-        tuple(notes),
+        (*notes, *more),
     )
 
 
-def _open_motion(motion: Path) -> tuple[Tensors, dict[str, Any]]:
-    if not motion.is_dir() and motion.suffix not in (*PICKLES, ".safetensors"):
-        raise InputError(f"{motion}: a motion adapter folder or an original mm_*.ckpt is expected")
-    return open_model(motion), read_json(motion / "config.json") if motion.is_dir() else {}
+def _open_motion(motion: Path) -> tuple[Weights, Json]:
+    beside = (motion if motion.is_dir() else motion.parent) / "config.json"
+    if motion.is_dir():
+        return open_model(motion), read_json(beside)
+    # A file of an adapter's folder has its config beside it, an original file has none.
+    config = read_json(beside) if beside.is_file() else {}
+    is_adapter = config.get("_class_name") == classes.MOTION_ADAPTER.name
+    return open_model(motion), config if is_adapter else {}
 
 
 def _open_scheduler(
@@ -382,7 +402,7 @@ def _open_scheduler(
     return config, (*found.notes, note)
 
 
-def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: dict[str, Any]) -> VideoDefaults:
+def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: Json) -> VideoDefaults:
     if unet.family == "svd":
         # Its sample_size is neither the height nor the width it was trained at.
         return unet.defaults

@@ -1,10 +1,10 @@
 """Stable Video Diffusion's UNet: its config read from the keys."""
 
 import re
-from collections.abc import Mapping
-from typing import Any
 
-from convert import keys
+from convert import config_classes as classes
+from convert import configs, keys
+from convert.configs import Json
 from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
@@ -12,6 +12,7 @@ from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION, UNet3DConfig
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 
 _HEAD_WIDTH = 64
+_ID_WIDTH = 256
 
 # The attention to one token is one whatever these hold.
 _DEAD = re.compile(r"transformer_blocks\.0\.(attn2\.to_[qk]|norm2)\.")
@@ -28,8 +29,8 @@ def without_dead(tensors: Tensors) -> Tensors:
 
 
 def unet_config(
-    tensors: Tensors, unet_json: Mapping[str, Any], original_norms: bool, where: str
-) -> UNet3DConfig:
+    tensors: Tensors, unet_json: Json, original_norms: bool, where: str
+) -> tuple[UNet3DConfig, tuple[str, ...]]:
     """Reads the UNet's shape from its tensors; only the heads are the config's.
 
     Args:
@@ -38,28 +39,30 @@ def unet_config(
       original_norms: whether the resnets' epsilons are the original code's, not diffusers'.
       where: how messages name the checkpoint.
 
+    Returns:
+      The config, and notes.
+
     Raises:
       InputError: tensors are missing, or a config value is missing or odd.
     """
-    fields = keys.unet_fields(tensors, unet_json, where, resnet="spatial_res_block.")
+    read = configs.read(unet_json, classes.UNET_SPATIO_TEMPORAL, where)
+    fields = keys.unet_fields(tensors, {}, where, resnet="spatial_res_block.")
     attention = fields["attention_levels"]
     heads = keys.per_level(
-        unet_json.get("num_attention_heads", [w // _HEAD_WIDTH for w in fields["block_channels"]]),
+        read.values["num_attention_heads"] if unet_json else _heads(fields["block_channels"]),
         len(attention),
         f"{where}: num_attention_heads",
     )
-    width = unet_json.get("addition_time_embed_dim", 256)
     taken = keys.require(tensors, "add_embedding.linear_1.weight", where)[1]
-    if width != 256 or taken % width:
+    if taken % _ID_WIDTH:
         raise InputError(
-            f"{where}: addition_time_embed_dim = {width!r} and {taken} inputs of add_embedding: "
-            f"256 for each number is supported"
+            f"{where}: add_embedding takes {taken} inputs; {_ID_WIDTH} for each number is supported"
         )
     if not original_norms:
         # diffusers' blocks have their epsilons built in.
         fields["down_eps"] = [1e-6 if has_attention else 1e-5 for has_attention in attention]
         fields["up_eps"] = [1e-6] * len(attention)
-    return from_dict(
+    config = from_dict(
         UNet3DConfig,
         {
             **fields,
@@ -68,13 +71,24 @@ def unet_config(
             "temporal_heads": heads,
             "temporal_op": STABLE_VIDEO_DIFFUSION.temporal_op,
             "max_frames": STABLE_VIDEO_DIFFUSION.max_frames,
-            "added_ids": taken // width,
+            "added_ids": taken // _ID_WIDTH,
         },
         where,
     )
+    facts = {
+        **keys.unet_facts(fields, tensors, "SpatioTemporal"),
+        "projection_class_embeddings_input_dim": taken,
+    }
+    return config, (*read.notes, *configs.contradictions(unet_json, facts, where))
 
 
-def defaults(unet_json: Mapping[str, Any], where: str) -> ImageToVideoDefaults:
-    """Of the videos: 14 frames, or 25 of the model that was trained on these."""
-    frames = keys.per_level(unet_json.get("num_frames", 14), 1, f"{where}: num_frames")[0]
-    return ImageToVideoDefaults(frames=frames)
+def _heads(widths: list[int]) -> list[int]:
+    """Those of the original code, whose heads have one width."""
+    return [width // _HEAD_WIDTH for width in widths]
+
+
+def defaults(unet_json: Json, where: str) -> ImageToVideoDefaults:
+    """Of the videos: the frames the config says, or 14 of an original file, which has none."""
+    frames = configs.read(unet_json, classes.UNET_SPATIO_TEMPORAL, where).values["num_frames"]
+    number = keys.per_level(frames if unet_json else 14, 1, f"{where}: num_frames")[0]
+    return ImageToVideoDefaults(frames=number)

@@ -115,22 +115,6 @@ def open_file(path: Path) -> Weights:
     raise InputError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)}")
 
 
-def read_header(path: Path) -> dict[str, str]:
-    """What the header of a .safetensors file says beside its tensors; nothing of other files.
-
-    Raises:
-      InputError: the file is missing, truncated, or of another kind.
-    """
-    check_file(path)
-    if path.suffix != ".safetensors":
-        return {}
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return dict(file.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{path} is truncated or no safetensors file: {error}") from error
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 

@@ -1,7 +1,10 @@
 """Shared fixtures: tiny random checkpoints, saved by diffusers and converted once per session."""
 
 import functools
-from collections.abc import Iterator
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +13,7 @@ import pytest
 import random_animatediff
 import torch
 from diffusers import AnimateDiffPipeline
+from refusals import Outcome
 
 from convert.__main__ import main as convert
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -66,3 +70,42 @@ def relative_error(found: object, expected: object) -> float:
     )
     assert found.shape == expected.shape
     return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture
+def source(tiny: tuple[Path, AnimateDiffPipeline], tmp_path: Path) -> Path:
+    """A copy of the v2 pipeline folder, to be spoiled."""
+    return shutil.copytree(tiny[0], tmp_path / "source")
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """The folder that holds the output, and nothing else."""
+    (tmp_path / "parent").mkdir()
+    return tmp_path / "parent"
+
+
+@pytest.fixture
+def run(parent: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Runs a command that is to fail; nothing in the output's folder may have changed."""
+
+    def snapshot() -> dict[str, int]:
+        return {
+            str(path.relative_to(parent)): zlib.crc32(path.read_bytes()) if path.is_file() else 0
+            for path in parent.rglob("*")
+        }
+
+    def run(source: object, *arguments: object, out: Path | None = None) -> Outcome:
+        before = snapshot()
+        code = convert([str(source), "--out", str(out or parent / "out"), *map(str, arguments)])
+        assert snapshot() == before
+        printed, stderr = capsys.readouterr()
+        assert "Traceback" not in stderr
+        # A progress bar may have been drawn on the lines before.
+        start = re.search(r"^(error: |interrupted; )", stderr, re.MULTILINE).start()
+        message = stderr[start:]
+        assert message.endswith("\n")
+        assert not re.search(r"^(error: |interrupted; )", message[1:], re.MULTILINE)
+        return Outcome(code, message.removesuffix("\n"), printed)
+
+    return run

@@ -272,6 +272,16 @@ def svd_vae(tensors: Weights, levels: int) -> Weights:
     return {rename(name): t for name, t in tensors.items() if not name.startswith("quant_conv.")}
 
 
+def ldm_vae(tensors: Weights, levels: int) -> Weights:
+    """The VAE of Stable Diffusion by the original code's names; its attention is convolutions."""
+    renamed = svd_vae(tensors, levels)
+    renamed |= {name: t for name, t in tensors.items() if name.startswith("quant_conv.")}
+    return {
+        name: tensor[:, :, None, None] if ".attn_1." in name and tensor.ndim == 2 else tensor
+        for name, tensor in renamed.items()
+    }
+
+
 def open_clip_visual(tensors: Weights) -> Weights:
     """CLIP's image tower by open_clip's names below `visual.`."""
     renamed: Weights = {}

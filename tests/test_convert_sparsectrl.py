@@ -23,7 +23,7 @@ from random_families import (
 
 import qvd_jax
 from convert import animatediff as source
-from convert import names
+from convert import names, positions
 from convert.__main__ import main as convert
 from convert.controlnet import open_controlnet
 from qvd_jax import calibrate, sample
@@ -116,8 +116,8 @@ def test_frames_beyond_the_positions_keep_their_conditions(converted):
 
 @pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
 def test_an_original_file_is_its_folder(folders, kind):
-    by_folder, config, _ = open_controlnet(folders / kind, {})
-    original, same, _ = open_controlnet(folders / f"{kind}.ckpt", {})
+    by_folder, config = open_controlnet(folders / kind, {})[:2]
+    original, same = open_controlnet(folders / f"{kind}.ckpt", {})[:2]
     channels, widths = (5, ()) if kind == RGB else (4, (16, 32))
     # The original code normalizes every frame alone, diffusers all jointly.
     assert config == ControlNetConfig(channels, widths, 1, "joint", ignores_latents=True)
@@ -178,7 +178,10 @@ def test_motion_modules_are_no_controlnet(tiny, tmp_path, capsys):
     make_adapter("v2").save_pretrained(tmp_path / "motion")
     options = ["--controlnet", str(tmp_path / "motion"), "--out", str(tmp_path / "out")]
     assert convert([str(tiny[0]), *options]) == 2
-    assert "is no ControlNet: it has no controlnet_down_blocks" in capsys.readouterr().err
+    assert (
+        "is motion modules of AnimateDiff, which --motion takes: it has no controlnet_down_blocks"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
@@ -192,8 +195,8 @@ def test_names_are_those_of_the_real_model(kind):
     weights = module.state_dict()
     renamed = {source.rename_original(to_original(name)): None for name in weights}
     assert len(renamed) == len(weights)
-    own = source.without_positions(weights).keys()
-    assert source.without_positions(renamed).keys() == own
+    own = positions.without(weights).keys()
+    assert positions.without(renamed).keys() == own
     config = replace(
         animatediff("v3"),
         controlnet=ControlNetConfig(

@@ -25,6 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import qvd_jax
 from convert import companions, ldm, names, svd
 from convert.__main__ import main as convert
+from convert.single_file import SVD_VISION
 from convert.tensors import LazyTensor
 from qvd_jax import calibrate, memory, sample
 from qvd_jax.memory import tree_bytes
@@ -186,7 +187,7 @@ def test_names_of_the_real_image_encoder():
     assert {name: tensor.shape for name, tensor in renamed.items()} == {
         name: tuple(tensor.shape) for name, tensor in weights.items()
     }
-    config = companions.vision_config(renamed, {}, "image_encoder")
+    config, _ = companions.vision_config(renamed, SVD_VISION, "image_encoder")
     configs = ComponentConfigs(
         STABLE_VIDEO_DIFFUSION, VAEConfig(temporal_decoder=True), image_encoder=config
     )

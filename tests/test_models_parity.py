@@ -38,8 +38,8 @@ from transformers import CLIPTextConfig as TorchCLIPConfig
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 from transformers import CLIPVisionConfig as TorchCLIPVisionConfig
 
-from convert import names, svd
-from convert.animatediff import unet_config, without_positions
+from convert import names, positions, svd
+from convert.animatediff import unet_config
 from convert.companions import rename_text, text_config, vae_config, vision_config
 from convert.controlnet import open_controlnet
 from convert.tensors import LazyTensor, Tensors
@@ -77,7 +77,7 @@ def transfer(torch_module: torch.nn.Module, module: nn.Module, *inputs: Any) -> 
         return tuple(name.removeprefix("x.") for name in names.UNET(f"x/{path}"))
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    tensors = without_positions(tensors_of(torch_module))
+    tensors = positions.without(tensors_of(torch_module))
     if svd.is_svd(tensors) or isinstance(torch_module, TransformerSpatioTemporalModel):
         tensors = svd.without_dead(tensors)
     names.check_names(shapes, block_names, tensors, "block")
@@ -346,8 +346,8 @@ def test_unet_whole(version, original):
     # Of 10, 5, 3, 2 and 20, 10, 5, 3 positions, as 640x320 pixels have in the published models.
     frames, height, width = 5, 10, 20
     unet = make_unet(version)
-    config = unet_config(
-        tensors_of(unet), unet.config, unet.config, original_norms=original, where="unet"
+    config, _ = unet_config(
+        tensors_of(unet), unet.config, None, original_norms=original, where="unet"
     )
     published = animatediff(version, "original" if original else "diffusers")
     for field in (
@@ -470,7 +470,7 @@ def test_controlnet_whole(kind, original, tmp_path):
     published = make_controlnet().eval() if kind == "image" else make_sparsectrl_module(kind)
     randomize(published)
     published.save_pretrained(tmp_path)
-    _, config, _ = open_controlnet(tmp_path, {})
+    config = open_controlnet(tmp_path, {}).config
     if original:
         config = replace(config, temporal_norm_scope="frame")
     unet = UNet3DConfig(
@@ -534,7 +534,7 @@ def test_vae_encodes_and_decodes(size):
     )
     randomize(vae)
     tensors = tensors_of(vae)
-    module = AutoencoderKL(vae_config(tensors, vae.config, "vae"))
+    module = AutoencoderKL(vae_config(tensors, vae.config, "vae")[0])
     pixels = video(BATCH, FRAMES, *size, 3)
     shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
     names.check_names(shapes, names.VAE, tensors, "vae")
@@ -560,7 +560,7 @@ def test_temporal_vae_decodes():
     ).eval()
     randomize(vae)
     tensors = tensors_of(vae)
-    module = AutoencoderKL(vae_config(tensors, vae.config, "vae"))
+    module = AutoencoderKL(vae_config(tensors, vae.config, "vae")[0])
     pixels, latents = video(1, 1, 8, 12, 3), video(BATCH, FRAMES, 4, 6, 4)
     shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
     names.check_names(shapes, names.VAE, tensors, "vae")
@@ -588,7 +588,7 @@ def test_clip_vision():
     ).eval()
     randomize(tower)
     tensors = tensors_of(tower)
-    module = CLIPVisionEncoder(vision_config(tensors, tower.config.to_dict(), "tower"))
+    module = CLIPVisionEncoder(vision_config(tensors, tower.config.to_dict(), "tower")[0])
     pixels = video(BATCH, 28, 28, 3)
     shapes = jax.eval_shape(module.init, jax.random.key(0), pixels)["params"]
     names.check_names(shapes, names.CLIP_VISION, tensors, "tower")
@@ -615,7 +615,7 @@ def test_clip_text(published):
     ).eval()
     randomize(text)
     tensors = rename_text(tensors_of(text))
-    config = text_config(tensors, text.config.to_dict(), "text_encoder")
+    config, _ = text_config(tensors, text.config.to_dict(), "text_encoder")
     assert (config.num_layers, config.activation) == (published.num_layers, published.activation)
     module = CLIPTextEncoder(config)
     ids = np.random.default_rng(0).integers(0, 100, (3, 77))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.models.layers import Conv
+from qvd_jax.models.layers import Conv, Normalized, value_of
 from qvd_jax.quant.policy import Layer
 
 
@@ -48,8 +48,8 @@ def observe(
     """
     found: dict[str, Statistics] = {}
 
-    def collect(layer: nn.Module, x: Array, _: Array) -> None:
-        path, seen = "/".join(layer.path), _statistics(layer, x, places)
+    def collect(layer: nn.Module, x: Array | Normalized, _: Array) -> None:
+        path, seen = "/".join(layer.path), _statistics(layer, value_of(x), places)
         # A layer may be called again for a reference.
         found[path] = join([found[path], seen]) if path in found else seen
 
@@ -58,7 +58,9 @@ def observe(
     return result, found
 
 
-def _watching(see: Callable[[nn.Module, Array, Array], None]) -> AbstractContextManager[Any]:
+def _watching(
+    see: Callable[[nn.Module, Array | Normalized, Array], None],
+) -> AbstractContextManager[Any]:
     """Shows `see` every Dense and conv layer that is called, with its input and result."""
 
     def intercept(call: Any, arguments: Any, options: Any, context: Any) -> Any:
@@ -126,9 +128,9 @@ def list_layers(
     """
     found: dict[str, Layer] = {}
     # By identity, and kept, so that no other gets it.
-    sources: list[Array] = []
+    sources: list[Array | Normalized] = []
 
-    def note(layer: nn.Module, x: Array, result: Array) -> None:
+    def note(layer: nn.Module, x: Array | Normalized, result: Array) -> None:
         path = "/".join(layer.path)
         if path in found:
             return
@@ -138,7 +140,7 @@ def list_layers(
         source = same[0] if same else len(sources) - 1
         kernel = (*taps, x.shape[-1], layer.features)
         upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
-        # A Dense layer's result may come in parts.
+        # Of a gated layer the result is half of the outputs.
         shape = result.shape if taps else (*x.shape[:-1], layer.features)
         found[path] = Layer(path, kernel, x.shape, shape, source, upsampled)
 

@@ -7,13 +7,14 @@ loop counts once. Where their products or their bytes take longer at the chip's 
 CUDA's compiler estimates no time at all.
 """
 
+import contextlib
 import functools
 import math
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,10 @@ def prepare(case: Case, chip: Chip, programs: Sequence[Program], dump: Path) -> 
         function, arguments = _function(case, program)
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
         _check_fits(case, chip, program, footprint.peak_bytes(jaxpr, chip.platform), arguments)
-        if chip.clock is not None:
-            for kernel in roof.kernels(jaxpr, chip.platform):
-                if kernel.key not in bundles:
+        found = roof.kernels(jaxpr, chip.platform) if chip.clock is not None else ()
+        for kernel in found:
+            if kernel.key not in bundles:
+                with _refusals(case, chip, program, arguments):
                     bundles[kernel.key] = compilers.bundles(chip, kernel.call, dump)
     return bundles
 
@@ -120,15 +122,25 @@ def compile_program(case: Case, chip: Chip, program: Program, bundles: Bundles) 
     """Compiles one part in one variant; see `measure` and `describe`."""
     name, variant = program
     function, arguments = _function(case, program)
-    try:
+    with _refusals(case, chip, program, arguments):
         found = describe(chip, function, arguments, bundles)
+    _check_fits(case, chip, program, found["peak_memory_bytes"], arguments)
+    return {"part": name, "mode": variant.mode, "dtype": variant.dtype, **found}
+
+
+@contextlib.contextmanager
+def _refusals(
+    case: Case, chip: Chip, program: Program, arguments: tuple[Any, ...]
+) -> Iterator[None]:
+    """Says in one line what the compiler has against a program."""
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if temporaries := _OUT_OF_MEMORY.search(str(error)):
             peak = tree_bytes(arguments) + int(float(temporaries[1]) * 2**30)
             _check_fits(case, chip, program, peak, arguments)
+        name, variant = program
         raise InputError(f"{name} {variant.mode} for a {chip.name}: {first_line(error)}") from error
-    _check_fits(case, chip, program, found["peak_memory_bytes"], arguments)
-    return {"part": name, "mode": variant.mode, "dtype": variant.dtype, **found}
 
 
 def _function(case: Case, program: Program) -> tuple[Callable[..., Any], tuple[Any, ...]]:

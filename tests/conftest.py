@@ -1,6 +1,7 @@
 """Shared fixtures: tiny random checkpoints, saved by diffusers and converted once per session."""
 
 import functools
+import os
 import re
 import shutil
 import zlib
@@ -24,8 +25,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The tests sample few shapes many times, from several processes."""
-    place = tmp_path_factory.getbasetemp() / "xla"
-    jax.config.update("jax_compilation_cache_dir", str(place))
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # that of all workers of this run
+    jax.config.update("jax_compilation_cache_dir", str(place / "xla"))
+    # A limit, though none that is met: with one, jax locks the folder while it reads and writes.
+    jax.config.update("jax_compilation_cache_max_size", 2**34)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

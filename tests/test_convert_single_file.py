@@ -127,7 +127,7 @@ def test_one_file_is_its_folder(form, whole, place, reference, values):
     assert source.configs == reference.configs
     assert source.scheduler == reference.scheduler
     assert source.defaults == reference.defaults
-    assert source.tokenizer == place / "sd15" / "tokenizer"
+    assert source.tokenizer.name_or_path == str(place / "sd15" / "tokenizer")
     found = arrays(source)
     assert found.keys() == values.keys()
     for key, value in values.items():
@@ -155,11 +155,11 @@ def test_configs_are_named_by_an_option_or_refused(whole, place):
     ):
         opened(file, place)
     source = opened(file, place, config=place.parent / "elsewhere")
-    assert source.tokenizer == place.parent / "elsewhere" / "tokenizer"
+    assert source.tokenizer.name_or_path == str(place.parent / "elsewhere" / "tokenizer")
     # Two folders fit and differ.
     for name in ("a", "b"):
         shutil.copytree(place.parent / "elsewhere", place / name)
-    assert opened(file, place).tokenizer == place / "a" / "tokenizer"
+    assert opened(file, place).tokenizer.name_or_path == str(place / "a" / "tokenizer")
     edit_json(place / "b" / "unet" / "config.json", norm_num_groups=4)
     with pytest.raises(InputError, match=r"--config DIR names .*, one of .*/a, .*/b$"):
         opened(file, place)

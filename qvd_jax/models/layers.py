@@ -328,7 +328,6 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
-        axes = (1, 2, 3) if self.norm_scope == "joint" else (2, 3)
         given, x = x, x.astype(jnp.float32)
 
         # By a product, for XLA would fuse `repeat` into what follows, a division for each element.
@@ -336,15 +335,16 @@ class GroupNorm(nn.Module):
         members = np.repeat(eye, channels // self.groups, axis=1)
 
         def group_mean(means: Array) -> Array:
-            # Channels are averaged after positions: XLA vectorizes that order on the CPU.
+            if self.norm_scope == "joint":
+                means = means.mean(1, keepdims=True)
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
             return jnp.matmul(grouped.mean(-1), members, precision="highest")
 
-        # Both moments in one pass: about a value of each channel, whatever it is, they do not
-        # cancel as those about zero would.
-        about = x[:, : 1 if self.norm_scope == "joint" else None, :1, :1]
-        first = (x - about).mean(axes, keepdims=True)
-        second = jnp.square(x - about).mean(axes, keepdims=True)
+        # Both moments of a frame's channel in one pass: about a value of it, whichever it is, they
+        # do not cancel as those about zero would.
+        about = x[:, :, :1, :1]
+        first = (x - about).mean((2, 3), keepdims=True)
+        second = jnp.square(x - about).mean((2, 3), keepdims=True)
         mean = group_mean(about + first)
         within = second - jnp.square(first)
         variance = group_mean(within + jnp.square(about + first - mean))

@@ -204,7 +204,9 @@ def to_original(name: str) -> str:
     """The original code's name of a tensor of diffusers' SparseCtrl."""
     if ".motion_modules." in name:
         name = name.replace(".attn1.", ".attention_blocks.0.").replace(".norm1.", ".norms.0.")
-        name = name.replace(".norm3.", ".ff_norm.").replace(".pos_embed.", ".pos_encoder.")
+        name = name.replace(".norm3.", ".ff_norm.").replace(
+            ".pos_embed.", ".attention_blocks.0.pos_encoder."
+        )
         head, _, tail = name.partition(".motion_modules.")
         number, _, rest = tail.partition(".")
         name = f"{head}.motion_modules.{number}.temporal_transformer.{rest}"

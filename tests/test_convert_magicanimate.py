@@ -348,8 +348,8 @@ def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message)
         ("--controlnet", {}, "is MagicAnimate, which needs --controlnet"),
         ("", {"--appearance-encoder": "{root}/none"}, "none is no folder; --appearance-encoder"),
         ("", {"--appearance-encoder": "{root}/sd15/unet"}, "is no appearance encoder"),
-        ("", {"--controlnet": "{root}/vae"}, "vae is no ControlNet"),
-        ("", {"--vae": "{root}/sd15/unet"}, "is no AutoencoderKL"),
+        ("", {"--controlnet": "{root}/vae"}, "vae is a VAE: it has no controlnet_down_blocks"),
+        ("", {"--vae": "{root}/sd15/unet"}, "AutoencoderKL is expected"),
     ],
 )
 def test_bad_parts_end_with_one_message(models, tmp_path, capsys, left_out, changed, message):

@@ -83,7 +83,8 @@ def test_nearly_dead_channels_cost_the_others_nothing(seed, dead, exponent):
     constant = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
     x[:, :, :dead] = np.float32(10**exponent) * np.linspace(-1, 1, len(x))[:, None, None]
     found = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
-    assert found < 1.15 * constant
+    # Their steps make the grid coarser for all, which costs less than 1 dB.
+    assert found < 1.25 * constant
 
 
 def test_the_search_is_no_worse_than_any_of_its_candidates():

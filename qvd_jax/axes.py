@@ -27,3 +27,6 @@ NormScope = Literal["frame", "joint"]
 
 Positions = Literal["sinusoidal", "stored"]
 """Whether positional tables are sinusoids (Vaswani et al., arXiv 1706.03762) or parameters."""
+
+Transposes = Literal["input", "output"] | None
+"""Which of a layer's input and output lies in memory with the tokens last, as attention has it."""

@@ -9,7 +9,7 @@ XLA's passes take 1.8.
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
-from qvd_jax.axes import Array
+from qvd_jax.axes import Array, Transposes
 from qvd_jax.kernels.activations import gelu
 from qvd_jax.kernels.int8 import SCOPE
 
@@ -74,10 +74,6 @@ class Output(NamedTuple):
     dtype: DTypeLike
     gated: bool = False
     residual: Array | None = None
-
-
-Transposes = Literal["input", "output"] | None
-"""Which of a layer's input and output lies in memory as `[N, C, L]`."""
 
 
 def can_use(shape: tuple[int, ...]) -> bool:

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jax.typing import DTypeLike
 
-from qvd_jax.axes import Array, NormScope
+from qvd_jax.axes import Array, NormScope, Transposes
 from qvd_jax.kernels import floating
 from qvd_jax.kernels.activations import gelu
 
@@ -73,10 +73,6 @@ class Normalized:
 def value_of(x: Array | Normalized) -> Array:
     """An array as it is, or what a norm makes of its input."""
     return x.value() if isinstance(x, Normalized) else x
-
-
-Transposes = Literal["input", "output"] | None
-"""Which of a layer's input and output attention has with the tokens last in memory."""
 
 
 class Dense(nn.Dense):

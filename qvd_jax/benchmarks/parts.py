@@ -208,7 +208,8 @@ def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str
     """What the kinds of parts are called with, by name."""
     config, level = case.config, stage.level
     channels, heads = config.block_channels[level], config.num_heads[level]
-    height, width = case.height >> level, case.width >> level
+    # Halves of odd sides are rounded up.
+    height, width = -(-case.height >> level), -(-case.width >> level)
     positions = height * width
     keys = (case.batch, TEXT_LENGTH, heads, channels // heads)
 

@@ -89,7 +89,7 @@ def test_dense_equals_its_definition_in_float64(shape, outputs, images, options,
 def test_quantize_equals_its_definition_in_float64(length):
     x, scale, offset = normal(4, length, 48), 1 + normal(2, 48) / 4, normal(4, 48)
     steps = 20 + 5 * normal(48), normal(48)
-    found = int8_tpu.quantize(int8_tpu.Input(x, scale, offset, 127, None, steps), interpret=True)
+    found = int8_tpu.quantize_activated(x, (scale, offset), steps, 127, interpret=True)
     assert found.dtype == jnp.int8
     expected = exact_codes(x, scale, offset, 127, steps=steps)
     assert np.abs(np.float64(found) - expected).max() <= 1
@@ -156,7 +156,7 @@ def test_kernels_make_of_a_block_what_passes_make_of_it(module, monkeypatch):
     """Norms, positions, gates and residuals go into the kernels with the same result."""
     net, variables, x = quantized(module)
     expected = jax.jit(net.apply)(variables, x)
-    for name in ("dense", "quantize"):
+    for name in ("dense", "quantize_activated"):
         kernel = functools.partial(getattr(int8_tpu, name), interpret=True)
         monkeypatch.setattr(int8_tpu, name, kernel)
     calls = []

@@ -20,15 +20,14 @@ from jax.experimental import pallas as pl
 
 from qvd_jax.axes import Array
 from qvd_jax.kernels import attention_cuda
+from qvd_jax.kernels.blocks import largest_divisor
+from qvd_jax.kernels.tpu import LANES, on_tpu
 
 SCOPE = "attention"
 """In the names of all operations made here."""
 
 _TPU_LOGITS_BYTES = 2**26
 """Logits of one block on a TPU: half of the on-chip memory of a v5e or v6e, all of a v5p's."""
-
-_LANES = 128
-"""Of a TPU's vector unit: what the last axis is padded to, and positions of a kernel's block."""
 
 _CPU_LOGITS_BYTES = 2**25
 """Logits of more bytes than this are computed in blocks on the CPU, unless a head's are small."""
@@ -100,18 +99,8 @@ def attention_over_frames(qkv: Array, heads: int) -> Array:
         out = dot_product_attention(*(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)))
         return jnp.swapaxes(out.reshape(*q.shape[:3], -1), 1, 2)
 
-    # Derivatives are those of products: a kernel has none.
-    @jax.custom_jvp
-    def attend(qkv: Array) -> Array:
-        kernel = functools.partial(positions_in_lanes, heads=heads)
-        return lax.platform_dependent(qkv, tpu=kernel, default=by_positions)
-
-    @attend.defjvp
-    def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        return jax.jvp(by_positions, primals, tangents)
-
     with jax.named_scope(SCOPE):
-        return attend(qkv)
+        return on_tpu(functools.partial(positions_in_lanes, heads=heads), by_positions, qkv)
 
 
 def split_heads(x: Array, parts: int, heads: int) -> tuple[Array, ...]:
@@ -130,11 +119,11 @@ def attention_on_chip(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array
     batch, length, heads, width = q.shape
     q, k, v = (jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], width) for x in (q, k, v))
     v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    row_bytes = 4 * _LANES * math.ceil(k.shape[1] / _LANES)
+    row_bytes = 4 * LANES * math.ceil(k.shape[1] / LANES)
     block = length
     if length * row_bytes > _TPU_LOGITS_BYTES:
-        block = _largest_divisor(length, _TPU_LOGITS_BYTES // row_bytes)
-    group = _largest_divisor(batch * heads, _TPU_LOGITS_BYTES // (row_bytes * block))
+        block = largest_divisor(length, _TPU_LOGITS_BYTES // row_bytes)
+    group = largest_divisor(batch * heads, _TPU_LOGITS_BYTES // (row_bytes * block))
 
     def attend_head(head: tuple[Array, Array, Array]) -> Array:
         q, k, v = head
@@ -186,13 +175,13 @@ def positions_in_lanes(qkv: Array, heads: int, *, interpret: bool = False) -> Ar
     def block(part: int) -> pl.BlockSpec:
         # Batch and head are chosen, a block of positions of all frames and of a head's width.
         return pl.BlockSpec(
-            (None, frames, None, width, _LANES), lambda b, h, p: (b, 0, part * heads + h, 0, p)
+            (None, frames, None, width, LANES), lambda b, h, p: (b, 0, part * heads + h, 0, p)
         )
 
     rows = jnp.swapaxes(qkv, 2, 3).reshape(batch, frames, 3 * heads, width, positions)
     out = pl.pallas_call(
         kernel,
-        grid=(batch, heads, pl.cdiv(positions, _LANES)),
+        grid=(batch, heads, pl.cdiv(positions, LANES)),
         in_specs=[block(0), block(1), block(2)],
         out_specs=block(0),
         out_shape=jax.ShapeDtypeStruct((batch, frames, heads, width, positions), qkv.dtype),
@@ -256,11 +245,6 @@ def _attend_in_blocks(q: Array, k: Array, v: Array) -> Array:
 def _power_of_two_in(number: int, size: float) -> int:
     """The power of two next to `size`, or the largest one that divides `number`."""
     return math.gcd(number, 2 ** max(round(math.log2(size)), 0))
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor that is at most `most`, or 1."""
-    return next((size for size in range(min(number, most), 1, -1) if number % size == 0), 1)
 
 
 def _exponentials(q: Array, k: Array, first: Array | int | None = None) -> Array:

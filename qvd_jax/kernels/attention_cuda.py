@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qvd_jax.axes import Array
+from qvd_jax.kernels.blocks import largest_divisor
 
 _BLOCK_BYTES = 2**28
 """Logits of one block. A quarter of that takes four times as many rounds, and moves 6% more where
@@ -87,9 +88,9 @@ def attention_in_blocks(q: Array, k: Array, v: Array, *, is_causal: bool = False
         return lax.map(
             lambda sequence: jax.nn.dot_product_attention(*sequence, is_causal=is_causal),
             (q, k, v),
-            batch_size=_largest_divisor(batch, _BLOCK_BYTES // sequence_bytes),
+            batch_size=largest_divisor(batch, _BLOCK_BYTES // sequence_bytes),
         )
-    block = _largest_divisor(length, _BLOCK_BYTES // query_bytes)
+    block = largest_divisor(length, _BLOCK_BYTES // query_bytes)
 
     def attend(sequence: tuple[Array, Array, Array]) -> Array:
         q, k, v = sequence
@@ -107,8 +108,3 @@ def attention_in_blocks(q: Array, k: Array, v: Array, *, is_causal: bool = False
 
 def _cudnn(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
     return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation="cudnn")
-
-
-def _largest_divisor(number: int, most: int) -> int:
-    """The largest divisor that is at most `most`, or 1."""
-    return next((size for size in range(most, 1, -1) if number % size == 0), 1)

@@ -1,7 +1,6 @@
 """Float products: float32 accumulation, and on the CPU convolutions as matrix products.
 
-Both functions have the signature flax injects through `nn.Dense(dot_general=...)` and
-`nn.Conv(conv_general_dilated=...)`, so that the layers stay flax's own.
+Both functions have the signatures of those of `jax.lax`.
 """
 
 import math

@@ -39,6 +39,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array
 from qvd_jax.kernels import floating, int8, int8_tpu
 from qvd_jax.kernels.patches import output_sizes
+from qvd_jax.kernels.tpu import on_tpu
 from qvd_jax.models.layers import (
     Configured,
     Conv,
@@ -173,9 +174,10 @@ class QuantDense(StoredParams, Dense):
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         operands = x, quantizer, (kernel, scale, bias, sums), residual
-        if not int8_tpu.can_use(x.shape):
+        activated = isinstance(x, Normalized) and x.activated
+        if activated or not int8_tpu.can_use(x.shape):
             return in_passes(*operands)
-        return _fused_on_tpu(fused, in_passes, *operands)
+        return on_tpu(fused, in_passes, *operands)
 
     def _finish(
         self,
@@ -252,12 +254,15 @@ class QuantConv(StoredParams, Conv):
                 return _straight_through(multiply, differentiate, steps, kernel, sums)
 
             def fused(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
-                codes = int8_tpu.quantize(_as_input(x, quantizer, limit))
+                norm = _by_image(x.scale, x), _by_image(x.offset, x)
+                codes = int8_tpu.quantize_activated(_as_images(x.x), norm, quantizer, limit)
                 return int8_conv(as_batch(codes), kernel, sums).astype(jnp.float32)
 
             operands = x, _quantizer(self, channels, gain), kernel, sums
-            if isinstance(x, Normalized) and int8_tpu.can_use(x.shape):
-                product = _fused_on_tpu(fused, in_passes, *operands)
+            # The kernel is for what comes out of a GroupNorm and a SiLU, every position once.
+            activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
+            if activated and not doubled and int8_tpu.can_use(x.shape):
+                product = on_tpu(fused, in_passes, *operands)
             else:
                 product = in_passes(*operands)
             y = _to_output(product, scale * gain, bias)
@@ -345,47 +350,26 @@ def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array
 def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Input:
     """The kernel's input, into whose scale and offset goes what a norm multiplies and adds."""
     scale, offset = quantizer
-    steps = None
-    if isinstance(x, Normalized) and x.activated:
-        steps, scale, offset = quantizer, jnp.ones_like(scale), jnp.zeros_like(offset)
     if not isinstance(x, Normalized):
         return int8_tpu.Input(_as_images(x), scale[None], offset[None], limit)
-
-    def by_image(values: Array) -> Array:
-        if len(values) > 1:
-            # Of videos; images of a video follow each other.
-            values = jnp.broadcast_to(values, (*x.shape[:2], *values.shape[2:]))
-        return _as_images(values)[:, 0]
-
     along = (1,) * (len(x.shape) - 1) + (-1,)
     scale, offset = scale.reshape(along), offset.reshape(along)
-    scale, offset = by_image(x.scale * scale), by_image(x.offset * scale + offset)
-    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon, steps)
+    scale, offset = _by_image(x.scale * scale, x), _by_image(x.offset * scale + offset, x)
+    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon)
+
+
+def _by_image(values: Array, x: Normalized) -> Array:
+    """What a norm multiplies or adds, `[M, C]` as in `int8_tpu.Input`."""
+    if len(values) > 1:
+        # Of videos; images of a video follow each other.
+        values = jnp.broadcast_to(values, (*x.shape[:2], *values.shape[2:]))
+    return _as_images(values)[:, 0]
 
 
 def _as_images(x: Array) -> Array:
     """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
     images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
     return x.reshape(math.prod(images), -1, x.shape[-1])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _fused_on_tpu(
-    fused: Callable[..., Array], in_passes: Callable[..., Array], *operands: Any
-) -> Array:
-    """What kernels of ours do on TPUs, and in XLA's passes wherever derivatives are asked."""
-    return lax.platform_dependent(*operands, tpu=fused, default=in_passes)
-
-
-@_fused_on_tpu.defjvp
-def _fused_on_tpu_jvp(
-    fused: Callable[..., Array],
-    in_passes: Callable[..., Array],
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
-) -> tuple[Array, Array]:
-    del fused
-    return jax.jvp(in_passes, primals, tangents)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -136,8 +136,8 @@ def test_operations_are_known_by_what_is_fused_in_them():
     assert [name for name, one in found.items() if one.target] == ["kernel.1"]
     # Two arrays of float32 [8, 2], of which it is given one twice; the weights are on the chip.
     assert found["kernel.1"].bytes == 2 * 4 * 16
-    assert hlo.shapes(*found["kernel.1"].operands) == ((8, 2), (4, 2), (8, 2))
-    assert hlo.shapes(found["prefetch"].result) == ((8, 2), (8, 2), ())
+    assert hlo.types(*found["kernel.1"].operands) == ("f32[8,2]", "f32[4,2]", "f32[8,2]")
+    assert hlo.types(found["prefetch"].result) == ("f32[8,2]", "f32[8,2]", "u32[]")
 
 
 GPU_PROGRAM = """

@@ -11,13 +11,14 @@ import torch
 from conftest import relative_error
 from jax import lax
 
-from qvd_jax.kernels import attention
+from qvd_jax.kernels import attention, attention_tpu
 from qvd_jax.kernels.attention import (
     attention_on_chip,
     attention_over_frames,
+    attention_over_positions,
     dot_product_attention,
-    positions_in_lanes,
 )
+from qvd_jax.kernels.attention_tpu import positions_in_lanes, queries_in_lanes
 
 TOLERANCE = 1e-4
 ROW = 4 * 128
@@ -95,6 +96,46 @@ def test_all_frames_attend_to_the_same_keys(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("images", "sharing", "length", "keys", "heads", "width"),
+    [
+        pytest.param(2, 1, 256, 256, 2, 40, id="its own tokens, two blocks"),
+        pytest.param(1, 1, 128, 128, 1, 8, id="one block"),
+        pytest.param(6, 3, 128, 77, 2, 16, id="a text for three images"),
+        pytest.param(2, 2, 384, 1, 1, 24, id="one key"),
+        pytest.param(2, 1, 128, 200, 3, 8, id="more keys than queries"),
+    ],
+)
+def test_queries_in_lanes_is_softmax_attention(
+    images, sharing, length, keys, heads, width, monkeypatch
+):
+    # One block of queries holds all the lanes of 200 keys.
+    monkeypatch.setattr(attention_tpu, "_LOGITS_BYTES", 128 * 256 * 4)
+    q = 3 * tokens(images, length, heads, width, seed=0)
+    k, v = (tokens(images // sharing, keys, heads, width, seed=seed) for seed in (1, 2))
+    columns = (x.reshape(*x.shape[:2], -1).swapaxes(1, 2) for x in (q, k, v))
+    found = queries_in_lanes(*columns, (0, 0, 0), heads, interpret=True)
+    expected = torch_attention(q, *(np.repeat(x, sharing, axis=0) for x in (k, v)))
+    assert relative_error(found.swapaxes(1, 2).reshape(q.shape), expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("length", "dtype"), [(256, "float32"), (256, "bfloat16"), (9, "float32")])
+def test_positions_of_an_image_attend_to_each_other(length, dtype):
+    """By the kernel and without it; a length that does not fill the lanes has none."""
+    qkv = tokens(2, length, 3 * 24, seed=0)
+    q, k, v = (part.reshape(2, length, 3, 8) for part in np.split(qkv, 3, axis=-1))
+    expected = torch_attention(q, k, v).reshape(2, length, 24)
+    given = jnp.asarray(qkv, dtype)
+    tolerance = TOLERANCE if dtype == "float32" else 2**-6
+    found = attention_over_positions(given, 3)
+    assert found.dtype == given.dtype
+    assert relative_error(found.astype(jnp.float32), expected) <= tolerance
+    if length % 128 == 0:
+        columns = given.swapaxes(1, 2)
+        found = queries_in_lanes(columns, columns, columns, (0, 1, 2), 3, interpret=True)
+        assert relative_error(found.swapaxes(1, 2).astype(jnp.float32), expected) <= tolerance
+
+
+@pytest.mark.parametrize(
     ("shape", "heads"),
     [((2, 16, 6, 3 * 24), 3), ((1, 1, 5, 3 * 8), 2), ((1, 7, 131, 3 * 20), 4)],
     ids=["sixteen frames", "one frame", "odd positions of two blocks"],
@@ -126,12 +167,16 @@ def test_gradients_are_those_of_softmax_attention(monkeypatch):
             assert relative_error(one, other) <= 1e-5
 
 
-def test_frames_pass_gradients_whatever_the_platform():
-    """A kernel has no derivative: `attention_over_frames` takes that of products."""
-    qkv = tokens(1, 4, 3, 24, seed=0)
+@pytest.mark.parametrize(
+    ("attend", "shape"),
+    [(attention_over_frames, (1, 4, 3, 24)), (attention_over_positions, (1, 128, 24))],
+)
+def test_kernels_pass_gradients_whatever_the_platform(attend, shape):
+    """A kernel has no derivative: that of XLA's operations is taken."""
+    qkv = tokens(*shape, seed=0)
 
     def loss(qkv):
-        return jnp.sin(attention_over_frames(qkv, 2)).sum()
+        return jnp.sin(attend(qkv, 2)).sum()
 
     exact = jax.jit(jax.grad(loss)).trace(qkv).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" not in exact.as_text()
@@ -142,7 +187,16 @@ def test_frames_pass_gradients_whatever_the_platform():
 
 
 @pytest.mark.parametrize(("platform", "kernels"), [("cpu", 0), ("cuda", 0), ("tpu", 1)])
-def test_frames_have_a_kernel_on_tpus_alone(platform, kernels):
-    attend = jax.jit(functools.partial(attention_over_frames, heads=2))
-    text = attend.trace(tokens(1, 4, 5, 24, seed=0)).lower(lowering_platforms=(platform,)).as_text()
+@pytest.mark.parametrize(
+    ("attend", "shape"),
+    [
+        (attention_over_frames, (1, 4, 5, 24)),
+        (attention_over_positions, (1, 128, 24)),
+        (lambda x, heads: dot_product_attention(x, x[:, 0], x[:, 1]), (2, 3, 128, 2, 8)),
+    ],
+    ids=["frames", "positions", "to the same keys"],
+)
+def test_kernels_are_for_tpus_alone(attend, shape, platform, kernels):
+    attend = jax.jit(functools.partial(attend, heads=2))
+    text = attend.trace(tokens(*shape, seed=0)).lower(lowering_platforms=(platform,)).as_text()
     assert text.count("tpu_custom_call") == kernels

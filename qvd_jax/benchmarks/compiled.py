@@ -316,11 +316,12 @@ def _handwritten(
     bundles: Bundles,
 ) -> dict[str, Any]:
     """One run of a kernel written by hand, by the largest of what bounds it from below."""
-    shapes = hlo.shapes(*operation.operands), hlo.shapes(operation.result)
+    types = hlo.types(*operation.operands), hlo.types(operation.result)
     same = (
         kernel
         for kernel in kernels
-        if (kernel.operands, kernel.results) == shapes and (kernel.name or "") in operation.op_name
+        if (kernel.operands, kernel.results) == types
+        and operation.op_name.endswith(f"/{kernel.name}/pallas_call")
     )
     kernel = next(same, None)
     bounds = {"bytes at the memory's peak": operation.bytes / chip.bandwidth}

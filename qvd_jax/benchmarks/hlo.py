@@ -191,9 +191,11 @@ def _walk(computations: _Computations, name: str, runs: int) -> Iterator[Operati
                 yield _operation(computations, name, instruction, runs)
 
 
-def shapes(*types: str) -> tuple[tuple[int, ...], ...]:
-    """Of the arrays of types."""
-    return tuple(_sizes(sizes) for shaped in types for _, sizes, _ in _ARRAY.findall(shaped))
+def types(*shaped: str) -> tuple[str, ...]:
+    """The types of arrays, without their layouts, such as `bf16[8,128]`."""
+    return tuple(
+        f"{element}[{sizes}]" for text in shaped for element, sizes, _ in _ARRAY.findall(text)
+    )
 
 
 def arrays(shaped: str) -> Iterator[tuple[str, tuple[int, ...], int]]:

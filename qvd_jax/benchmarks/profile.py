@@ -15,7 +15,7 @@ from jax.profiler import ProfileData
 from qvd_jax import markdown
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.kernels import attention, int8
+from qvd_jax.kernels import attention, floating, int8
 from qvd_jax.quant.layers import QUANTIZING
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
@@ -26,7 +26,7 @@ KINDS = {
     # With the choice by platform inside it: modules bear the same name.
     "attention": rf"/{attention.SCOPE}/cond/",
     "int8 products": rf"/{int8.SCOPE}/.*(dot|dot_general|conv_general_dilated|pallas_call)$",
-    "float products": r"/(dot_general|conv_general_dilated)$",
+    "float products": (rf"/(dot_general|conv_general_dilated)$|/{floating.SCOPE}/.*pallas_call$"),
     PATCHES: r"/(slice|pad|concatenate)$",
     # The shift to unsigned codes, for products of the CPU, is part of them.
     "quantizing": rf"/{QUANTIZING}/|/xor$",

@@ -10,31 +10,33 @@ from jax.extend import core
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.memory import tree_bytes
 
-Shapes = tuple[tuple[int, ...], ...]
-Key = tuple[str | None, Shapes, Shapes]
-"""What the calls of one kernel share: its name, and the shapes of its operands and results."""
+Types = tuple[str, ...]
+"""Of arrays, as the compiler writes them: `bf16[8,128]`."""
+
+Key = tuple[str, Types, Types]
+"""What the calls of one kernel share: its name, and the types of its operands and results."""
 
 
-# What XLA calls types.
-_TYPES = {"int8": "s8", "int4": "s4", "bfloat16": "bf16", "float32": "f32"}
+_TYPES = {"int8": "s8", "int4": "s4", "int32": "s32", "bfloat16": "bf16", "float32": "f32"}
+"""What XLA calls types."""
 
 
 class Kernel(NamedTuple):
     """A kernel written by hand, in Pallas.
 
     Attributes:
-      name: its name, if it has one.
-      operands: the shapes of what it is given.
-      results: the shapes of what it gives.
+      name: its name; those of other bodies have other names.
+      operands: the types of what it is given.
+      results: the types of what it gives.
       steps: of its grid.
       operations: of its products in one run, as in `operations`.
       products: how many there are, by their operands' types as the compiler writes them.
       call: of the traced function.
     """
 
-    name: str | None
-    operands: Shapes
-    results: Shapes
+    name: str
+    operands: Types
+    results: Types
     steps: int
     operations: Counter[str]
     products: Counter[str]
@@ -88,8 +90,8 @@ def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
             one_step = operations(equation.params["jaxpr"], platform)
             yield Kernel(
                 equation.params["name"],
-                tuple(_aval(var).shape for var in equation.invars),
-                tuple(_aval(var).shape for var in equation.outvars),
+                tuple(map(_typed, equation.invars)),
+                tuple(map(_typed, equation.outvars)),
                 steps,
                 Counter({kind: steps * count for kind, count in one_step.items()}),
                 Counter(_products(equation.params["jaxpr"], platform)),
@@ -103,8 +105,7 @@ def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
 def _products(jaxpr: core.Jaxpr, platform: str) -> Iterator[str]:
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
-            names = (str(_aval(var).dtype) for var in equation.invars[:2])
-            yield " x ".join(_TYPES.get(name, name) for name in names)
+            yield " x ".join(map(_element, equation.invars[:2]))
         else:
             for inner in alternatives(equation, platform):
                 yield from _products(inner, platform)
@@ -146,6 +147,15 @@ def _times(equation: core.JaxprEqn) -> int:
     if name == "scan":
         return int(params["length"])
     return math.prod(params["grid_mapping"].grid) if name == "pallas_call" else 1
+
+
+def _element(var: core.Var | core.Literal) -> str:
+    name = str(_aval(var).dtype)
+    return _TYPES.get(name, name)
+
+
+def _typed(var: core.Var | core.Literal) -> str:
+    return f"{_element(var)}[{','.join(map(str, _aval(var).shape))}]"
 
 
 def _type(equation: core.JaxprEqn) -> str:

@@ -1,8 +1,9 @@
 """Softmax attention, its formulation chosen per backend and shape.
 
     CPU     heads first; whole where the logits are few, else in blocks of heads or of queries
-    TPU     a block at a time whose logits stay in the on-chip memory; over frames a kernel of the
-            vector unit with the positions in its lanes
+    TPU     blocks whose logits stay in the on-chip memory, by a kernel with the queries in its
+            lanes where they fill them, else by a loop; over frames a kernel of the vector unit with
+            the positions in its lanes
     CUDA    cuDNN's flash attention where it can be had, else blocks of bounded memory
     others  blocks of bounded memory
 
@@ -16,10 +17,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from qvd_jax.axes import Array
-from qvd_jax.kernels import attention_cuda
+from qvd_jax.kernels import attention_cuda, attention_tpu
 from qvd_jax.kernels.blocks import largest_divisor
 from qvd_jax.kernels.tpu import LANES, on_tpu
 
@@ -56,31 +56,42 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
       The shape and dtype of `q`.
     """
 
-    def frame_by_frame(q: Array, k: Array, v: Array) -> Array:
-        frames = 1 if q.ndim == 4 else q.shape[1]
-        k, v = (jnp.repeat(x, frames, axis=0) for x in (k, v))
-        out = attention_on_chip(q.reshape(-1, *q.shape[-3:]), k, v, is_causal=is_causal)
-        return out.reshape(q.shape)
+    def in_kernel(q: Array, k: Array, v: Array) -> Array:
+        columns = tuple(_columns(x.reshape(-1, *x.shape[-3:])) for x in (q, k, v))
+        out = attention_tpu.queries_in_lanes(*columns, (0, 0, 0), q.shape[-2])
+        return _rows(out, q.shape[-2]).reshape(q.shape)
 
-    def all_frames(
-        attend: Callable[..., Array],
-    ) -> Callable[[Array, Array, Array], Array]:
-        def attend_all(q: Array, k: Array, v: Array) -> Array:
-            out = attend(q.reshape(len(q), -1, *q.shape[-2:]), k, v, is_causal=is_causal)
-            return out.reshape(q.shape)
+    without_kernel = functools.partial(_without_kernel, is_causal=is_causal)
+    with jax.named_scope(SCOPE):
+        if is_causal or not attention_tpu.fills_lanes(q.shape[-3], k.shape[1]):
+            return without_kernel(q, k, v)
+        return on_tpu(in_kernel, without_kernel, q, k, v)
 
-        return attend_all
+
+def attention_over_positions(qkv: Array, heads: int) -> Array:
+    """Softmax attention of the positions of each image to each other, as `dot_product_attention`.
+
+    Args:
+      qkv: queries, keys and values, `[N, L, 3C]`.
+      heads: their number; divides C.
+
+    Returns:
+      `[N, L, C]`.
+    """
+
+    def without_kernel(qkv: Array) -> Array:
+        out = _without_kernel(*split_heads(qkv, 3, heads), is_causal=False)
+        return out.reshape(*qkv.shape[:-1], -1)
+
+    def in_kernel(qkv: Array) -> Array:
+        columns = jnp.swapaxes(qkv, 1, 2)
+        out = attention_tpu.queries_in_lanes(columns, columns, columns, (0, 1, 2), heads)
+        return jnp.swapaxes(out, 1, 2)
 
     with jax.named_scope(SCOPE):
-        return lax.platform_dependent(
-            q,
-            k,
-            v,
-            cpu=all_frames(_cpu),
-            tpu=frame_by_frame,
-            cuda=all_frames(attention_cuda.attention),
-            default=all_frames(attention_cuda.attention_in_blocks),
-        )
+        if not attention_tpu.fills_lanes(qkv.shape[1], qkv.shape[1]):
+            return without_kernel(qkv)
+        return on_tpu(in_kernel, without_kernel, qkv)
 
 
 def attention_over_frames(qkv: Array, heads: int) -> Array:
@@ -100,7 +111,9 @@ def attention_over_frames(qkv: Array, heads: int) -> Array:
         return jnp.swapaxes(out.reshape(*q.shape[:3], -1), 1, 2)
 
     with jax.named_scope(SCOPE):
-        return on_tpu(functools.partial(positions_in_lanes, heads=heads), by_positions, qkv)
+        return on_tpu(
+            functools.partial(attention_tpu.positions_in_lanes, heads=heads), by_positions, qkv
+        )
 
 
 def split_heads(x: Array, parts: int, heads: int) -> tuple[Array, ...]:
@@ -145,50 +158,44 @@ def attention_on_chip(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array
     return jnp.swapaxes(out.reshape(batch, heads, length, width), 1, 2)
 
 
-def positions_in_lanes(qkv: Array, heads: int, *, interpret: bool = False) -> Array:
-    """`attention_over_frames` as a Pallas kernel for the TPU.
+def _without_kernel(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:
+    """`dot_product_attention` by XLA's operations."""
 
-    Few frames make products that leave most of the matrix unit idle. Here every position is a
-    lane of the vector unit, which multiplies and adds: modelled for a v5e, 16 frames of 2 x 4096
-    positions, 8 heads of 40, 1.0 ms, where products take 19 with the relayout they need.
+    def frame_by_frame(q: Array, k: Array, v: Array) -> Array:
+        frames = 1 if q.ndim == 4 else q.shape[1]
+        k, v = (jnp.repeat(x, frames, axis=0) for x in (k, v))
+        out = attention_on_chip(q.reshape(-1, *q.shape[-3:]), k, v, is_causal=is_causal)
+        return out.reshape(q.shape)
 
-    Args:
-      qkv: as in `attention_over_frames`.
-      heads: as there.
-      interpret: whether to run the kernel's operations one by one, on any backend.
+    def all_frames(
+        attend: Callable[..., Array],
+    ) -> Callable[[Array, Array, Array], Array]:
+        def attend_all(q: Array, k: Array, v: Array) -> Array:
+            out = attend(q.reshape(len(q), -1, *q.shape[-2:]), k, v, is_causal=is_causal)
+            return out.reshape(q.shape)
 
-    Returns:
-      As there.
-    """
-    batch, frames, positions, channels = qkv.shape
-    width = channels // (3 * heads)
-    scale = 1 / math.sqrt(width)
+        return attend_all
 
-    def kernel(q_ref: Array, k_ref: Array, v_ref: Array, out_ref: Array) -> None:
-        k, v = k_ref[...].astype(jnp.float32), v_ref[...].astype(jnp.float32)
-        for frame in range(frames):
-            logits = (q_ref[frame].astype(jnp.float32)[None] * k).sum(1) * scale
-            weights = jnp.exp(logits - logits.max(0, keepdims=True))
-            out = (weights[:, None] * v).sum(0) / weights.sum(0, keepdims=True)
-            out_ref[frame] = out.astype(out_ref.dtype)
+    return lax.platform_dependent(
+        q,
+        k,
+        v,
+        cpu=all_frames(_cpu),
+        tpu=frame_by_frame,
+        cuda=all_frames(attention_cuda.attention),
+        default=all_frames(attention_cuda.attention_in_blocks),
+    )
 
-    def block(part: int) -> pl.BlockSpec:
-        # Batch and head are chosen, a block of positions of all frames and of a head's width.
-        return pl.BlockSpec(
-            (None, frames, None, width, LANES), lambda b, h, p: (b, 0, part * heads + h, 0, p)
-        )
 
-    rows = jnp.swapaxes(qkv, 2, 3).reshape(batch, frames, 3 * heads, width, positions)
-    out = pl.pallas_call(
-        kernel,
-        grid=(batch, heads, pl.cdiv(positions, LANES)),
-        in_specs=[block(0), block(1), block(2)],
-        out_specs=block(0),
-        out_shape=jax.ShapeDtypeStruct((batch, frames, heads, width, positions), qkv.dtype),
-        interpret=interpret,
-        name="attention_over_frames",
-    )(rows, rows, rows)
-    return jnp.swapaxes(out.reshape(batch, frames, channels // 3, positions), 2, 3)
+def _columns(x: Array) -> Array:
+    """`[N, L, heads, D]` with a token in each column, `[N, heads * D, L]`."""
+    return jnp.swapaxes(x.reshape(*x.shape[:2], -1), 1, 2)
+
+
+def _rows(x: Array, heads: int) -> Array:
+    """The opposite of `_columns`."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(*x.shape[:2], heads, -1)
 
 
 def _cpu(q: Array, k: Array, v: Array, *, is_causal: bool) -> Array:

@@ -14,6 +14,9 @@ from jax import lax
 from qvd_jax.axes import Array
 from qvd_jax.kernels.patches import Padding, output_sizes, taps
 
+SCOPE = "float_product"
+"""In the names of the operations of kernels that multiply so."""
+
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None) -> Array:
     """`lax.dot_general` that accumulates in float32 and returns the operands' dtype.

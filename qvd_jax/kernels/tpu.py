@@ -12,6 +12,12 @@ from qvd_jax.axes import Array
 LANES = 128
 """Of the vector unit: what the last axis is padded to."""
 
+SUBLANES = 8
+"""Of the vector unit: what the axis before it is padded to, in float32."""
+
+VMEM_BYTES = 64 * 2**20
+"""What a kernel may use of the on-chip memory: half of a v5e's or v6e's, all of a v5p's."""
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def on_tpu(kernel: Callable[..., Array], otherwise: Callable[..., Array], *operands: Any) -> Array:

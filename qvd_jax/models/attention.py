@@ -6,7 +6,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope, Positions
-from qvd_jax.kernels.attention import attention_over_frames, dot_product_attention, split_heads
+from qvd_jax.kernels.attention import (
+    attention_over_frames,
+    attention_over_positions,
+    dot_product_attention,
+    split_heads,
+)
 from qvd_jax.models.layers import (
     AlphaBlender,
     FeedForward,
@@ -72,9 +77,13 @@ class SelfAttention(nn.Module):
         """
         if self.over_frames:
             return self.to_out(attention_over_frames(self.to_qkv(x), self.heads), residual)
+        if reference is None and not self.is_causal:
+            qkv = self.to_qkv(x)
+            out = attention_over_positions(qkv.reshape(-1, *qkv.shape[-2:]), self.heads)
+            return self.to_out(out.reshape(x.shape), residual)
         q, k, v = self._project(x)
         if reference is None:
-            out = dot_product_attention(q, k, v, is_causal=self.is_causal)
+            out = dot_product_attention(q, k, v, is_causal=True)
         else:
             frames, alone = x.shape[1], (x.shape[0] - reference.shape[0]) * x.shape[1]
             _, *more = (jnp.repeat(t, frames, axis=0) for t in self._project(reference))

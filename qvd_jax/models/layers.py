@@ -16,8 +16,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, NormScope, Transposes
-from qvd_jax.kernels import floating
+from qvd_jax.kernels import floating, layers_tpu
 from qvd_jax.kernels.activations import gelu
+from qvd_jax.kernels.tpu import on_tpu
 
 
 @functools.partial(
@@ -69,6 +70,19 @@ class Normalized:
         x = x * scale + self.offset
         return nn.silu(x) if self.activated else x
 
+    def by_image(self, values: Array) -> Array:
+        """Of its scale or offset what belongs to each image, `[M, C]` as in `layers_tpu.Input`."""
+        if len(values) > 1:
+            # Of videos; images of a video follow each other.
+            values = jnp.broadcast_to(values, (*self.shape[:2], *values.shape[2:]))
+        return as_images(values)[:, 0]
+
+
+def as_images(x: Array) -> Array:
+    """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
+    images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
+    return x.reshape(math.prod(images), -1, x.shape[-1])
+
 
 def value_of(x: Array | Normalized) -> Array:
     """An array as it is, or what a norm makes of its input."""
@@ -95,19 +109,62 @@ class Dense(nn.Dense):
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[1:], self.param_dtype)
-        values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
-        by_output = (kernel,) if bias is None else (kernel, bias)
 
-        def product(x: Array, kernel: Array, *bias: Array) -> Array:
-            contracted = (((x.ndim - 1,), (0,)), ((), ()))
-            y = floating.dot_general(x, kernel, contracted)
-            return _plus_bias(y, *bias)
+        def in_passes(
+            x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
+        ) -> Array:
+            values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+            by_output = (kernel,) if bias is None else (kernel, bias)
 
-        if self.gated:
-            y = gated_product(product, values, by_output, axis=-1).astype(values.dtype)
-        else:
-            y = product(values, *by_output)
-        return y if residual is None else residual + y
+            def product(x: Array, kernel: Array, *bias: Array) -> Array:
+                contracted = (((x.ndim - 1,), (0,)), ((), ()))
+                y = floating.dot_general(x, kernel, contracted)
+                return _plus_bias(y, *bias)
+
+            if self.gated:
+                y = gated_product(product, values, by_output, axis=-1).astype(values.dtype)
+            else:
+                y = product(values, *by_output)
+            return y if residual is None else residual + y
+
+        def fused(
+            x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
+        ) -> Array:
+            ones, zeros = np.ones(shape[0], np.float32), np.zeros(shape[0], np.float32)
+            bias = jnp.zeros(self.features) if bias is None else bias.astype(jnp.float32)
+            added = None if residual is None else as_images(residual)
+            output = layers_tpu.Output(
+                np.ones(self.features, np.float32), bias, self.dtype, self.gated, added
+            )
+            weights = kernel.astype(self.dtype).T
+            y = layers_tpu.dense(tpu_input(x, ones, zeros), weights, output, self.transposes)
+            return y.reshape(*x.shape[:-1], y.shape[-1])
+
+        operands = x, kernel, bias, residual
+        activated = isinstance(x, Normalized) and x.activated
+        # In float32 the kernel's product would round its operands.
+        if self.dtype != jnp.bfloat16 or activated or not layers_tpu.can_use(x.shape):
+            return in_passes(*operands)
+        return on_tpu(fused, in_passes, *operands)
+
+
+def tpu_input(
+    x: Array | Normalized, scale: Array, offset: Array, limit: int | None = None
+) -> layers_tpu.Input:
+    """A kernel's input, into whose scale and offset goes what a norm multiplies and adds.
+
+    Args:
+      x: `[..., L, C]` or `[B, F, H, W, C]`.
+      scale: of the value of `x`, `[C]`, float32.
+      offset: behind it, `[C]`, float32.
+      limit: as in `layers_tpu.Input`.
+    """
+    if not isinstance(x, Normalized):
+        return layers_tpu.Input(as_images(x), scale[None], offset[None], limit)
+    along = (1,) * (len(x.shape) - 1) + (-1,)
+    scale, offset = scale.reshape(along), offset.reshape(along)
+    scale, offset = x.by_image(x.scale * scale), x.by_image(x.offset * scale + offset)
+    return layers_tpu.Input(as_images(x.x), scale, offset, limit, x.epsilon)
 
 
 def _plus_bias(y: Array, bias: Array | None = None) -> Array:

@@ -37,7 +37,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
-from qvd_jax.kernels import floating, int8, int8_tpu
+from qvd_jax.kernels import floating, int8, layers_tpu
 from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.kernels.tpu import on_tpu
 from qvd_jax.models.layers import (
@@ -46,7 +46,9 @@ from qvd_jax.models.layers import (
     Dense,
     LayerSet,
     Normalized,
+    as_images,
     gated_product,
+    tpu_input,
     value_of,
 )
 from qvd_jax.quant.policy import LayerSpec
@@ -166,16 +168,16 @@ class QuantDense(StoredParams, Dense):
             x: Array | Normalized, quantizer: Any, by_output: Any, residual: Array | None
         ) -> Array:
             kernel, scale, bias, _ = by_output
-            added = None if residual is None else _as_images(residual)
-            output = int8_tpu.Output(scale, bias, self.dtype, self.gated, added)
-            y = int8_tpu.dense(
-                _as_input(x, quantizer, limit), kernel.astype(jnp.int8), output, self.transposes
+            added = None if residual is None else as_images(residual)
+            output = layers_tpu.Output(scale, bias, self.dtype, self.gated, added)
+            y = layers_tpu.dense(
+                tpu_input(x, *quantizer, limit), kernel.astype(jnp.int8), output, self.transposes
             )
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         operands = x, quantizer, (kernel, scale, bias, sums), residual
         activated = isinstance(x, Normalized) and x.activated
-        if activated or not int8_tpu.can_use(x.shape):
+        if activated or not layers_tpu.can_use(x.shape):
             return in_passes(*operands)
         return on_tpu(fused, in_passes, *operands)
 
@@ -254,14 +256,14 @@ class QuantConv(StoredParams, Conv):
                 return _straight_through(multiply, differentiate, steps, kernel, sums)
 
             def fused(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
-                norm = _by_image(x.scale, x), _by_image(x.offset, x)
-                codes = int8_tpu.quantize_activated(_as_images(x.x), norm, quantizer, limit)
+                norm = x.by_image(x.scale), x.by_image(x.offset)
+                codes = layers_tpu.quantize_activated(as_images(x.x), norm, quantizer, limit)
                 return int8_conv(as_batch(codes), kernel, sums).astype(jnp.float32)
 
             operands = x, _quantizer(self, channels, gain), kernel, sums
             # The kernel is for what comes out of a GroupNorm and a SiLU, every position once.
             activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
-            if activated and not doubled and int8_tpu.can_use(x.shape):
+            if activated and not doubled and layers_tpu.can_use(x.shape):
                 product = on_tpu(fused, in_passes, *operands)
             else:
                 product = in_passes(*operands)
@@ -345,31 +347,6 @@ def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array
         steps = x.astype(jnp.float32) * scale + offset
         lowest = jnp.where(ratio == 0, -half, 0)
         return jnp.clip(steps, lowest, jnp.maximum(ratio, 1) * (half - 1)), ratio
-
-
-def _as_input(x: Array | Normalized, quantizer: Any, limit: int) -> int8_tpu.Input:
-    """The kernel's input, into whose scale and offset goes what a norm multiplies and adds."""
-    scale, offset = quantizer
-    if not isinstance(x, Normalized):
-        return int8_tpu.Input(_as_images(x), scale[None], offset[None], limit)
-    along = (1,) * (len(x.shape) - 1) + (-1,)
-    scale, offset = scale.reshape(along), offset.reshape(along)
-    scale, offset = _by_image(x.scale * scale, x), _by_image(x.offset * scale + offset, x)
-    return int8_tpu.Input(_as_images(x.x), scale, offset, limit, x.epsilon)
-
-
-def _by_image(values: Array, x: Normalized) -> Array:
-    """What a norm multiplies or adds, `[M, C]` as in `int8_tpu.Input`."""
-    if len(values) > 1:
-        # Of videos; images of a video follow each other.
-        values = jnp.broadcast_to(values, (*x.shape[:2], *values.shape[2:]))
-    return _as_images(values)[:, 0]
-
-
-def _as_images(x: Array) -> Array:
-    """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
-    images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
-    return x.reshape(math.prod(images), -1, x.shape[-1])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -1,6 +1,7 @@
 """The TPU's kernels, interpreted, beside float64 and beside the layers they stand for."""
 
 import functools
+from dataclasses import replace
 
 import flax.linen as nn
 import jax
@@ -11,9 +12,10 @@ from conftest import relative_error
 from jax import lax
 from scipy import special
 
-from qvd_jax.kernels import int8_tpu
+from qvd_jax.kernels import layers_tpu
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.blocks import ResnetBlock
+from qvd_jax.models.layers import FLOAT
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec
 
@@ -24,18 +26,20 @@ def normal(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape, dtype=np.float32)
 
 
-def exact_codes(x, scale, offset, limit, epsilon=None, steps=None):
+def exact_input(x, scale, offset, epsilon=None):
     x = np.float64(x)
     if epsilon is not None:
         x = x - x.mean(-1, keepdims=True)
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + epsilon)
     images = np.arange(len(x))
-    x = x * scale[images % len(scale)][:, None] + offset[images % len(offset)][:, None]
-    if steps is not None:
-        x = x * special.expit(x) * steps[0] + steps[1]
+    return x * scale[images % len(scale)][:, None] + offset[images % len(offset)][:, None]
+
+
+def exact_codes(x, limit):
     return np.clip(np.round(x), -limit, limit)
 
 
+@pytest.mark.parametrize("weights_dtype", [np.int8, np.float32])
 @pytest.mark.parametrize(
     ("shape", "outputs", "images", "options"),
     [
@@ -55,33 +59,39 @@ def exact_codes(x, scale, offset, limit, epsilon=None, steps=None):
         ),
     ],
 )
-def test_dense_equals_its_definition_in_float64(shape, outputs, images, options, monkeypatch):
+def test_dense_equals_its_definition_in_float64(
+    shape, outputs, images, options, weights_dtype, monkeypatch
+):
     # Few weights a block, so that outputs come in several.
-    monkeypatch.setattr(int8_tpu, "_WEIGHT_BYTES", 2**15)
-    gated, limit = options.get("gated", False), options.get("limit", 127)
-    x, weights = 3 * normal(*shape) + 1, RNG.integers(-127, 128, (outputs, shape[-1]), np.int8)
+    monkeypatch.setattr(layers_tpu, "_WEIGHT_BYTES", 2**15 * np.dtype(weights_dtype).itemsize)
+    is_int8 = weights_dtype == np.int8
+    gated, limit = options.get("gated", False), options.get("limit", 127) if is_int8 else None
+    x = 3 * normal(*shape) + 1
+    weights = RNG.integers(-127, 128, (outputs, shape[-1])).astype(weights_dtype)
     scale, offset = 20 + 5 * normal(images[0], shape[-1]), 5 * normal(images[1], shape[-1])
     out_scale, bias = np.float32(1e-3) * normal(outputs), normal(outputs)
     residual = None
     if options.get("residual"):
         residual = normal(*shape[:-1], outputs)
-    found = int8_tpu.dense(
-        int8_tpu.Input(x, scale, offset, limit, options.get("epsilon")),
+    found = layers_tpu.dense(
+        layers_tpu.Input(x, scale, offset, limit, options.get("epsilon")),
         weights,
-        int8_tpu.Output(out_scale, bias, jnp.float32, gated, residual),
+        layers_tpu.Output(out_scale, bias, jnp.float32, gated, residual),
         options.get("transposes"),
         interpret=True,
     )
-    codes = exact_codes(x, scale, offset, limit, options.get("epsilon"))
-    expected = codes @ np.float64(weights).T * out_scale + bias
+    multiplied = exact_input(x, scale, offset, options.get("epsilon"))
+    if is_int8:
+        multiplied = exact_codes(multiplied, limit)
+    expected = multiplied @ np.float64(weights).T * out_scale + bias
     if gated:
         value, gate = np.split(expected, 2, axis=-1)
         expected = value * gate * special.ndtr(gate)
     if residual is not None:
         expected = expected + residual
     errors = np.abs(np.float64(found) - expected) / np.abs(expected).max()
-    # A value next to the middle of a step, which float32 rounds to the other code.
-    assert (errors > 1e-5).mean() <= 5e-3
+    # A value next to the middle of a step is rounded to the other code by float32.
+    assert (errors > 1e-5).mean() <= (5e-3 if is_int8 else 0)
     assert errors.max() <= 5e-3
 
 
@@ -89,9 +99,10 @@ def test_dense_equals_its_definition_in_float64(shape, outputs, images, options,
 def test_quantize_equals_its_definition_in_float64(length):
     x, scale, offset = normal(4, length, 48), 1 + normal(2, 48) / 4, normal(4, 48)
     steps = 20 + 5 * normal(48), normal(48)
-    found = int8_tpu.quantize_activated(x, (scale, offset), steps, 127, interpret=True)
+    found = layers_tpu.quantize_activated(x, (scale, offset), steps, 127, interpret=True)
     assert found.dtype == jnp.int8
-    expected = exact_codes(x, scale, offset, 127, steps=steps)
+    expected = exact_input(x, scale, offset)
+    expected = exact_codes(expected * special.expit(expected) * steps[0] + steps[1], 127)
     assert np.abs(np.float64(found) - expected).max() <= 1
     assert (found != expected).mean() <= 1e-4
 
@@ -151,28 +162,50 @@ def quantized(module):
     return net, summed(jax.tree_util.tree_map_with_path(random, shapes)), x
 
 
-@pytest.mark.parametrize("module", [Resnet, Motion])
-def test_kernels_make_of_a_block_what_passes_make_of_it(module, monkeypatch):
-    """Norms, positions, gates and residuals go into the kernels with the same result."""
-    net, variables, x = quantized(module)
-    expected = jax.jit(net.apply)(variables, x)
+@pytest.fixture
+def kernels(monkeypatch):
+    """Has modules call the TPU's kernels, interpreted; lists whether each choice was of one."""
     for name in ("dense", "quantize_activated"):
-        kernel = functools.partial(getattr(int8_tpu, name), interpret=True)
-        monkeypatch.setattr(int8_tpu, name, kernel)
-    calls = []
+        kernel = functools.partial(getattr(layers_tpu, name), interpret=True)
+        monkeypatch.setattr(layers_tpu, name, kernel)
+    called = []
 
     def on_tpu(*operands, cpu=None, tpu=None, default=None, **others):
         named = "fused" in getattr(tpu, "__qualname__", "")
-        calls.append(named)
+        called.append(named)
         return (tpu if named else cpu or default)(*operands)
 
-    monkeypatch.setattr(lax, "platform_dependent", on_tpu)
+    def use():
+        monkeypatch.setattr(lax, "platform_dependent", on_tpu)
+        return called
+
+    return use
+
+
+@pytest.mark.parametrize("module", [Resnet, Motion])
+def test_kernels_make_of_a_block_what_passes_make_of_it(module, kernels):
+    """Norms, positions, gates and residuals go into the kernels with the same result."""
+    net, variables, x = quantized(module)
+    expected = jax.jit(net.apply)(variables, x)
+    called = kernels()
     found = net.apply(variables, x)
-    assert sum(calls) == {Resnet: 3, Motion: 8}[module]
+    assert sum(called) == {Resnet: 3, Motion: 8}[module]
     # A code next to the middle of a step may be the other one.
     assert relative_error(found, expected) <= 2e-2
     errors = np.abs(np.float64(found) - np.float64(expected)) / np.abs(expected).max()
     assert np.median(errors) <= 1e-5
+
+
+def test_kernels_make_of_a_bfloat16_block_what_passes_make_of_it(kernels):
+    exact, x = Motion(FLOAT), jnp.asarray(normal(2, 4, 16, 16, 32))
+    net = Motion(replace(FLOAT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    variables = exact.init(jax.random.key(0), x)
+    expected = jax.jit(exact.apply)(variables, x)
+    x, rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, variables))
+    passes = relative_error(jax.jit(net.apply)(rounded, x), expected)
+    called = kernels()
+    assert relative_error(net.apply(rounded, x), expected) <= 1.5 * passes
+    assert sum(called) == 8
 
 
 def test_gradients_are_those_of_the_passes():

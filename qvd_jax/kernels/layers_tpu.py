@@ -1,10 +1,10 @@
-"""A Dense layer of int8 codes as one Pallas kernel for the TPU.
+"""Layers with what stands before and behind them as Pallas kernels for the TPU.
 
-XLA makes three passes of it: one that normalizes and quantizes, a product whose epilogue it issues
-slowly, and often another for what is done with the result. Here a block of tokens is normalized,
-quantized, multiplied, dequantized, gated or added to the residual without leaving the chip.
-Modelled for a v5e, 131,072 tokens, from 320 to 960 channels behind a LayerNorm: 0.4 ms, where
-XLA's passes take 1.8.
+XLA makes three passes of a Dense layer: one that normalizes (and quantizes), a product whose
+epilogue it issues slowly, and often another for what is done with the result. Here a block of
+tokens is normalized, quantized where the weights are codes, multiplied, scaled, gated or added to
+the residual without leaving the chip. Modelled for a v5e, 131,072 tokens, from 320 to 960 channels
+behind a LayerNorm: in int8 0.4 ms, where XLA's passes take 1.8.
 """
 
 import functools
@@ -19,10 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Transposes
+from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.activations import gelu
 from qvd_jax.kernels.blocks import largest_divisor
-from qvd_jax.kernels.int8 import SCOPE
-from qvd_jax.kernels.tpu import LANES
+from qvd_jax.kernels.tpu import LANES, VMEM_BYTES
 
 _TOKENS = 512
 """Of a block."""
@@ -33,30 +33,27 @@ _LEAST_TOKENS = 1024
 _WEIGHT_BYTES = 3 * 2**20
 """Weights of a block: a layer with less has all of them on the chip from the first block on."""
 
-_VMEM_BYTES = 64 * 2**20
-"""What the kernel may use of the on-chip memory: half of a v5e's or v6e's, all of a v5p's."""
-
 
 class Input(NamedTuple):
-    """A layer's input and what makes its codes, clip(round(x scale + offset)).
+    """A layer's input and what is multiplied: x scale + offset, or its codes.
 
     Attributes:
       x: `[N, L, C]`.
       scale: `[M, C]`, float32; N is a multiple of M, and x[n] has scale[n mod M].
       offset: `[M, C]`, float32, with an M of its own.
-      limit: the largest code.
+      limit: the largest code, of clip(round(x scale + offset)); None where the weights are float.
       epsilon: of the LayerNorm, without scale and bias, of `x` in front of it; None without one.
     """
 
     x: Array
     scale: Array
     offset: Array
-    limit: int
+    limit: int | None = None
     epsilon: float | None = None
 
 
 class Output(NamedTuple):
-    """What is done with a product of codes: product scale + bias.
+    """What is done with a product: product scale + bias.
 
     Attributes:
       scale: `[O]`, float32.
@@ -87,11 +84,11 @@ def dense(
     *,
     interpret: bool = False,
 ) -> Array:
-    """Quantizes an input, multiplies it with weights and dequantizes the product.
+    """Multiplies an input with weights: int8 codes, or bfloat16.
 
     Args:
       given: the input.
-      weights: int8 `[O, C]`.
+      weights: `[O, C]`.
       wanted: the output.
       transposes: as which side lies in memory; nothing but the time depends on it.
       interpret: whether to run the kernel's operations one by one, on any backend.
@@ -99,7 +96,7 @@ def dense(
     Returns:
       `[N, L, O]`, with gates `[N, L, O/2]`.
     """
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(floating.SCOPE if given.limit is None else int8.SCOPE):
         return _dense(
             given.x,
             given.scale,
@@ -131,7 +128,7 @@ def _dense(
     bias: Array,
     residual: Array | None,
     *,
-    limit: int,
+    limit: int | None,
     epsilon: float | None,
     dtype: DTypeLike,
     gated: bool,
@@ -148,7 +145,7 @@ def _dense(
     weights, scale, bias = (y.reshape(parts, -1, *y.shape[1:]) for y in (weights, scale, bias))
     outputs = scale.shape[-1]
     rows = min(_TOKENS, tokens)
-    width = _block_of_outputs(outputs, parts * channels)
+    width = _block_of_outputs(outputs, parts * channels * weights.dtype.itemsize)
     read, written = transposes == "input", transposes == "output"
 
     def by_output(*others: int) -> pl.BlockSpec:
@@ -183,26 +180,27 @@ def _dense(
         specs.append(block(width, transposed=written, whole=False))
 
     def kernel(x_ref: Any, in_scale_ref: Any, in_offset_ref: Any, *refs: Any) -> None:
-        weights_ref, scale_ref, bias_ref, *residual_ref, out_ref, codes_ref = refs
+        weights_ref, scale_ref, bias_ref, *residual_ref, out_ref, operand_ref = refs
 
         @pl.when(pl.program_id(2) == 0)
-        def _quantize() -> None:
+        def _prepare() -> None:
             x = x_ref[...].astype(jnp.float32)
             if epsilon is not None:
                 axis = 0 if read else 1
                 x = x - x.mean(axis, keepdims=True)
                 x = x * lax.rsqrt(jnp.square(x).mean(axis, keepdims=True) + epsilon)
-            codes_ref[...] = _round(x * in_scale_ref[...] + in_offset_ref[...], limit)
+            x = x * in_scale_ref[...] + in_offset_ref[...]
+            operand_ref[...] = x.astype(weights.dtype) if limit is None else _round(x, limit)
 
         def product(part: int) -> Array:
-            sides = (codes_ref[...], weights_ref[part])
+            sides = (operand_ref[...], weights_ref[part])
             axes = (0 if read else 1, 1)
             if written:
                 sides, axes = sides[::-1], axes[::-1]
             total = lax.dot_general(
                 *sides,
                 (((axes[0],), (axes[1],)), ((), ())),
-                preferred_element_type=jnp.int32,
+                preferred_element_type=jnp.float32 if limit is None else jnp.int32,
             )
             return total.astype(jnp.float32) * scale_ref[part] + bias_ref[part]
 
@@ -218,13 +216,13 @@ def _dense(
         in_specs=specs,
         out_specs=block(width, transposed=written, whole=False),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_shapes=[pltpu.VMEM((channels, rows) if read else (rows, channels), jnp.int8)],
+        scratch_shapes=[pltpu.VMEM((channels, rows) if read else (rows, channels), weights.dtype)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=interpret,
-        name="int8_dense",
+        name="dense" if epsilon is None else "layer_norm_dense",
     )(*operands)
     out = jnp.swapaxes(out, 1, 2) if written else out
     return out.reshape(images, length, outputs)
@@ -253,7 +251,7 @@ def quantize_activated(
     Returns:
       int8 `[N, L, C]`.
     """
-    with jax.named_scope(SCOPE):
+    with jax.named_scope(int8.SCOPE):
         return _quantize_activated(x, *norm, *steps, limit=limit, interpret=interpret)
 
 

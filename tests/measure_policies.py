@@ -27,7 +27,7 @@ from rescaling import rescale_channels
 import qvd_jax
 from qvd_jax import checkpoint, evaluate, markdown
 from qvd_jax.benchmarks.environment import environment
-from qvd_jax.cli import enable_compilation_cache, read_prompts, with_solver
+from qvd_jax.cli import enable_compilation_cache, read_prompts
 from qvd_jax.files import read_arrays, replace_when_whole, write_text
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.quantization import collect, list_layers, quantize_observed
@@ -104,7 +104,7 @@ def measure(
     names = [MODEL, *([] if model == MODEL else [model]), *candidates]
     reference = qvd_jax.load(MODEL)
     solver, guidance = reference.scheduler.solver, reference.defaults.guidance_scale
-    models = {place: with_solver(qvd_jax.load(place), solver) for place in names}
+    models = {place: qvd_jax.load(place).with_scheduler(solver=solver) for place in names}
     cases = evaluate.held_out_cases(videos, 0)
     size = {part: getattr(reference.defaults, part) for part in SIZE}
     evaluate.check_comparable(models, size, cases.shapes)

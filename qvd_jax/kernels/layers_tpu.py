@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Transposes
 from qvd_jax.kernels import floating, int8
-from qvd_jax.kernels.activations import gelu
+from qvd_jax.kernels.activations import gelu_by_tanh
 from qvd_jax.kernels.blocks import largest_divisor
 from qvd_jax.kernels.tpu import LANES, VMEM_BYTES
 
@@ -136,7 +136,8 @@ def _dense(
     interpret: bool,
 ) -> Array:
     images, length, channels = x.shape
-    if transposes is None and len(in_scale) == len(in_offset) == 1:
+    shares = length < _TOKENS and len(in_scale) == len(in_offset) == 1
+    if transposes is None and shares:
         # Small images share a block.
         x = x.reshape(1, -1, channels)
         residual = None if residual is None else residual.reshape(1, -1, residual.shape[-1])
@@ -204,7 +205,7 @@ def _dense(
             )
             return total.astype(jnp.float32) * scale_ref[part] + bias_ref[part]
 
-        out = product(0) * gelu(product(1)) if gated else product(0)
+        out = product(0) * gelu_by_tanh(product(1)) if gated else product(0)
         for ref in residual_ref:
             out = out + ref[...].astype(jnp.float32)
         out_ref[...] = out.astype(out_ref.dtype)
@@ -287,6 +288,59 @@ def _quantize_activated(
         interpret=interpret,
         name="quantize_activated",
     )(x, *vectors)
+
+
+def moments(x: Array, *, interpret: bool = False) -> tuple[Array, Array]:
+    """Means of x - x[:, 0] over the positions, and of its squares.
+
+    XLA writes the float32 values anew before it adds them up: modelled for a v5e, 131,072 positions
+    of 320 channels, 0.8 ms, where reading them takes 0.1.
+
+    Args:
+      x: `[N, L, C]`.
+      interpret: as in `dense`.
+
+    Returns:
+      Two `[N, C]`, float32.
+    """
+    return _moments(x, interpret=interpret)
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def _moments(x: Array, *, interpret: bool) -> tuple[Array, Array]:
+    images, length, channels = x.shape
+    rows = min(_TOKENS, length)
+
+    def kernel(x_ref: Any, first_ref: Any, second_ref: Any, about_ref: Any) -> None:
+        block = pl.program_id(1)
+        x = x_ref[...].astype(jnp.float32)
+
+        @pl.when(block == 0)
+        def _start() -> None:
+            about_ref[...] = x[:1]
+            first_ref[...] = second_ref[...] = jnp.zeros((1, channels), jnp.float32)
+
+        x = x - about_ref[...]
+        if length % rows:
+            place = block * rows + lax.broadcasted_iota(jnp.int32, x.shape, 0)
+            x = jnp.where(place < length, x, 0)
+        first_ref[...] += x.sum(0, keepdims=True) / length
+        second_ref[...] += jnp.square(x).sum(0, keepdims=True) / length
+
+    of_image = pl.BlockSpec((None, 1, channels), lambda n, t: (n, 0, 0))
+    shape = jax.ShapeDtypeStruct((images, 1, channels), jnp.float32)
+    first, second = pl.pallas_call(
+        kernel,
+        grid=(images, pl.cdiv(length, rows)),
+        in_specs=[pl.BlockSpec((None, rows, channels), lambda n, t: (n, t, 0))],
+        out_specs=[of_image, of_image],
+        out_shape=[shape, shape],
+        scratch_shapes=[pltpu.VMEM((1, channels), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        interpret=interpret,
+        name="moments",
+    )(x)
+    return first[:, 0], second[:, 0]
 
 
 def _by_image(values: Array) -> pl.BlockSpec:

@@ -381,7 +381,6 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
-        given, x = x, x.astype(jnp.float32)
 
         # By a product, for XLA would fuse `repeat` into what follows, a division for each element.
         eye = np.eye(self.groups, dtype=np.float32)
@@ -393,18 +392,29 @@ class GroupNorm(nn.Module):
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
             return jnp.matmul(grouped.mean(-1), members, precision="highest")
 
+        def in_passes(x: Array) -> tuple[Array, Array]:
+            from_first = x.astype(jnp.float32) - x[:, :, :1, :1].astype(jnp.float32)
+            squares = jnp.square(from_first)
+            return tuple(y.mean((2, 3), keepdims=True) for y in (from_first, squares))
+
+        def fused(x: Array) -> tuple[Array, Array]:
+            found = layers_tpu.moments(as_images(x))
+            return tuple(y.reshape(*x.shape[:2], 1, 1, channels) for y in found)
+
         # Both moments of a frame's channel in one pass: about a value of it, whichever it is, they
         # do not cancel as those about zero would.
-        about = x[:, :, :1, :1]
-        first = (x - about).mean((2, 3), keepdims=True)
-        second = jnp.square(x - about).mean((2, 3), keepdims=True)
+        about = x[:, :, :1, :1].astype(jnp.float32)
+        if layers_tpu.can_use(as_images(x).shape):
+            first, second = on_tpu(fused, in_passes, x)
+        else:
+            first, second = in_passes(x)
         mean = group_mean(about + first)
         within = second - jnp.square(first)
         variance = group_mean(within + jnp.square(about + first - mean))
         scale, bias = (p.astype(jnp.float32).reshape(1, 1, 1, 1, channels) for p in (scale, bias))
         factor = jax.lax.rsqrt(variance + self.epsilon) * scale
         shift = bias - mean * factor
-        return Normalized(given, factor, shift)
+        return Normalized(x, factor, shift)
 
 
 def sinusoidal_embedding(timesteps: Array, width: int) -> Array:

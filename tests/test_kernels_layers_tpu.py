@@ -13,6 +13,7 @@ from jax import lax
 from scipy import special
 
 from qvd_jax.kernels import layers_tpu
+from qvd_jax.kernels.activations import gelu_by_tanh
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.blocks import ResnetBlock
 from qvd_jax.models.layers import FLOAT
@@ -107,6 +108,22 @@ def test_quantize_equals_its_definition_in_float64(length):
     assert (found != expected).mean() <= 1e-4
 
 
+@pytest.mark.parametrize("length", [9, 512, 1100])
+def test_moments_equal_their_definition_in_float64(length):
+    """Of values far from zero, in blocks of which the last may be partly filled."""
+    x = 1000 + normal(3, length, 40)
+    found = layers_tpu.moments(x, interpret=True)
+    from_first = np.float64(x) - np.float64(x[:, :1])
+    for one, expected in zip(found, (from_first, np.square(from_first)), strict=True):
+        np.testing.assert_allclose(one, expected.mean(1), rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_by_tanh_is_near_gelu():
+    x = np.linspace(-30, 30, 100_001, dtype=np.float32)
+    expected = np.float64(x) * special.ndtr(np.float64(x))
+    assert np.abs(gelu_by_tanh(x) - expected).max() <= 1e-6
+
+
 class Resnet(nn.Module):
     """A resnet called like the other module of the test."""
 
@@ -165,7 +182,7 @@ def quantized(module):
 @pytest.fixture
 def kernels(monkeypatch):
     """Has modules call the TPU's kernels, interpreted; lists whether each choice was of one."""
-    for name in ("dense", "quantize_activated"):
+    for name in ("dense", "moments", "quantize_activated"):
         kernel = functools.partial(getattr(layers_tpu, name), interpret=True)
         monkeypatch.setattr(layers_tpu, name, kernel)
     called = []
@@ -189,7 +206,7 @@ def test_kernels_make_of_a_block_what_passes_make_of_it(module, kernels):
     expected = jax.jit(net.apply)(variables, x)
     called = kernels()
     found = net.apply(variables, x)
-    assert sum(called) == {Resnet: 3, Motion: 8}[module]
+    assert sum(called) == {Resnet: 5, Motion: 9}[module]
     # A code next to the middle of a step may be the other one.
     assert relative_error(found, expected) <= 2e-2
     errors = np.abs(np.float64(found) - np.float64(expected)) / np.abs(expected).max()
@@ -205,7 +222,7 @@ def test_kernels_make_of_a_bfloat16_block_what_passes_make_of_it(kernels):
     passes = relative_error(jax.jit(net.apply)(rounded, x), expected)
     called = kernels()
     assert relative_error(net.apply(rounded, x), expected) <= 1.5 * passes
-    assert sum(called) == 8
+    assert sum(called) == 9
 
 
 def test_gradients_are_those_of_the_passes():

@@ -20,6 +20,7 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import Quantization
+from qvd_jax.quant.record import layouts, replace_layers
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -108,13 +109,16 @@ class ComponentConfigs:
         # Without the zeros themselves: a damaged config may ask for any number of them.
         inputs = jax.eval_shape(self.example_inputs)
         shapes = {}
-        for name, module in self.modules(dtype, quantization).items():
+        for name, module in self.modules(dtype).items():
             variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
             shapes[name] = variables["params"]
-            if "quant" in variables and quantization is not None:
-                steps = len(quantization.timesteps or ())
-                shapes[GAINS] = jax.tree.map(
-                    lambda leaf, steps=steps: jax.ShapeDtypeStruct((steps,), leaf.dtype),
-                    variables["quant"],
-                )
+        if quantization is None:
+            return shapes
+        records = layouts(shapes["unet"], quantization.specs)
+        shapes["unet"], gains = replace_layers(shapes["unet"], records)
+        if gains:
+            steps = len(quantization.timesteps or ())
+            shapes[GAINS] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), gains
+            )
         return shapes

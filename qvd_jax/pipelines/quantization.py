@@ -29,6 +29,7 @@ from qvd_jax.quant.calibration import (
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import Layer, LayerSpec, Policy, Quantization, match, named_policy
+from qvd_jax.quant.record import QuantizedParams, replace_layers
 from qvd_jax.quant.scri import ActivationQuantizer
 
 Progress = Callable[[str, int, int], None]
@@ -128,7 +129,7 @@ def _solve(
     splits = shortcut_splits(pipe.unet.config)
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
-    gains: dict[str, Any] = {}
+    records: dict[str, QuantizedParams] = {}
     shared: dict[Any, ActivationQuantizer] = {}
     for done, (path, spec) in enumerate(specs.items()):
         progress("layers", done, len(specs))
@@ -142,22 +143,22 @@ def _solve(
             ]
             kernels = [flat[f"{other}/kernel"] for other in readers]
             shared[reader] = find_quantizer(observed.joined[path], kernels, spec, splits.get(path))
-        names = [name for name in flat if name.rpartition("/")[0] == path]
-        layer = {name.rpartition("/")[2]: flat.pop(name) for name in names}
-        quantized, report = quantize_layer(
+        names = ("kernel", "bias")
+        layer = {name: flat[f"{path}/{name}"] for name in names if f"{path}/{name}" in flat}
+        record, report = quantize_layer(
             path, layer, observed.joined[path], spec, shared.get(reader)
         )
         if spec.step_aware:
-            ends = observed.by_step[path]
-            gains[f"{path}/gain"] = step_gains(*ends, quantized, spec.activation_bits)
-        flat |= {f"{path}/{name}": leaf for name, leaf in quantized.items()}
+            gain = step_gains(*observed.by_step[path], record, spec.activation_bits)
+            record = record._replace(gain=gain)
+        records[path] = record
         reports.append(report)
     progress("layers", len(specs), len(specs))
     unet = UNet3D(pipe.unet.config, layer_set(specs, pipe.unet.layers.dtype))
-    params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
+    quantized, gains = replace_layers(pipe.params["unet"], records)
+    params = {**pipe.params, "unet": quantized}
     if gains:
-        arrays = jax.tree.map(jnp.asarray, gains)
-        params[GAINS] = flax.traverse_util.unflatten_dict(arrays, sep="/")
+        params[GAINS] = gains
     defaults, timesteps = pipe.defaults, None
     if gains:
         steps = config.steps or defaults.steps

@@ -22,7 +22,7 @@ from qvd_jax.cli import (
     note_unknown_words,
     passed,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -30,7 +30,7 @@ from qvd_jax.cli import (
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_folder, write_folder
-from qvd_jax.pipelines.loading import load, save
+from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
 from qvd_jax.quant.policy import Policy, Quantization, match, match_table, named_policy
 
@@ -49,15 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = checkpoint.find(args.checkpoint)
     if args.out.resolve() == source.resolve():
         raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
-    if checkpoint.read_manifest(source).quantization is not None:
+    if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    inputs, conditions = read_inputs(args, source), read_conditions(args, source)
+    inputs, control = read_inputs(args, source), read_control(args, source)
     check_scheduler(args.checkpoint, **asked_scheduler(args))
     enable_compilation_cache()
     with restoring(argv):
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
-    options = {**passed(args, "frames", "height", "width"), **conditions}
+    options = {**passed(args, "frames", "height", "width"), **control}
     layers = list_layers(pipe, options)
     specs = match(policy, layers)
     print(match_table(policy, layers))

@@ -36,7 +36,7 @@ from qvd_jax.cli import (
     naming,
     note_unknown_words,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -49,7 +49,7 @@ from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.intervals import jackknife
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
-from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports
+from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.calibration import LayerReport, sqnr
 
@@ -161,8 +161,8 @@ def read_cases(args: argparse.Namespace) -> Cases:
         given does not fit it.
     """
     path = checkpoint.find(args.reference)
-    options = read_conditions(args, path)
-    prompts = checkpoint.read_manifest(path).example_prompts
+    options = read_control(args, path)
+    prompts = read_configs(path).defaults.prompts
     plain = {moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")}
     if args.prompts_file or args.image or not prompts or not plain.issuperset(prompts):
         given = read_inputs(args, path)

@@ -28,7 +28,7 @@ from qvd_jax.cli import (
     note_unknown_words,
     passed,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
     inputs = read_inputs(args, checkpoint.find(args.checkpoint))
-    conditions = read_conditions(args, checkpoint.find(args.checkpoint))
+    control = read_control(args, checkpoint.find(args.checkpoint))
     outputs = plan_outputs(
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []
     note_unknown_words(own, [*inputs.values, *negatives])
-    options = {**call_options(own, args), **conditions, **inputs.options}
+    options = {**call_options(own, args), **control, **inputs.options}
     fps = args.fps or followed or own.defaults.fps
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []

@@ -16,6 +16,7 @@ from jax import export
 
 import convert.__main__ as convert
 import qvd_jax
+from convert.converters import CONVERTERS
 from qvd_jax import calibrate, evaluate, sample
 from qvd_jax.axes import Params
 from qvd_jax.calibrate import read_policy
@@ -26,6 +27,7 @@ from qvd_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines import families
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
@@ -135,6 +137,13 @@ FAMILIES = {
         options={"motion_video": pictures(3)},
     ),
 }
+
+
+def test_every_family_has_a_converter_whose_options_there_are():
+    assert CONVERTERS.keys() == families.FAMILIES.keys()
+    options = {name for action in convert._parser()._actions for name in action.option_strings}
+    for converter in CONVERTERS.values():
+        assert set(converter.options) <= options
 
 
 def random_params(shapes: Params) -> Params:

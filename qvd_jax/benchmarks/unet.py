@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax import checkpoint, memory
+from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.memory import tree_bytes
@@ -24,8 +24,7 @@ from qvd_jax.quant.policy import match, named_policy
 
 
 def _shapes() -> UNet3DConfig:
-    path = checkpoint.find("shapes")
-    return read_configs(path, checkpoint.read_manifest(path)).components.unet
+    return read_configs("shapes").components.unet
 
 
 def _tiny() -> UNet3DConfig:

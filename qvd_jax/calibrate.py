@@ -31,8 +31,9 @@ from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_folder, write_folder
 from qvd_jax.pipelines.loading import load, read_configs, save
-from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
-from qvd_jax.quant.policy import Policy, Quantization, match, match_table, named_policy
+from qvd_jax.pipelines.observation import CalibrationConfig, collect
+from qvd_jax.pipelines.quantization import make_plan, solve_plan
+from qvd_jax.quant.policy import Policy, Quantization, match_table, named_policy
 
 
 @command
@@ -58,24 +59,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **control}
-    layers = list_layers(pipe, options)
-    specs = match(policy, layers)
-    print(match_table(policy, layers))
-    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, Quantization(policy.name, specs))
+    config = CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware)
+    plan = make_plan(pipe, policy, config, options)
+    print(match_table(policy, list(plan.layers.values())))
+    planned = Quantization(policy.name, plan.specs)
+    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
     checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
     with _Progress() as progress:
-        quantized, reports = quantize(
-            pipe,
-            policy,
-            inputs.values,
-            CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware),
-            options,
-            progress,
-        )
+        observed = collect(pipe, plan.layers, inputs.values, config, options, progress)
+        quantized, reports = solve_plan(pipe, plan, observed, config, progress)
     assert quantized.quantization is not None
-    if unseen := specs.keys() - quantized.quantization.specs.keys():
+    if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
         print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")
     with contextlib.ExitStack() as both:
         if args.report:

@@ -28,7 +28,7 @@ from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
 from qvd_jax.pipelines.text import as_embeds
 from qvd_jax.pipelines.text_to_video import (
     TextToVideoPipeline,
-    check_conditions,
+    check_control_images,
     check_control_video,
     check_scale,
 )
@@ -262,7 +262,7 @@ def read_control(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
         images.append(video_io.read_image(Path(name)))
         indices.append(int(frame))
-    check_conditions(images, indices, want)
+    check_control_images(images, indices, want)
     return {"conditioning_frames": images, "controlnet_frame_indices": indices, **scale}
 
 
@@ -292,7 +292,7 @@ def _first_frames(video: np.ndarray, want: VideoDefaults, name: str) -> np.ndarr
     return video[: want.frames]
 
 
-def condition_fps(args: argparse.Namespace) -> float | None:
+def control_fps(args: argparse.Namespace) -> float | None:
     """Frames per second of the video that is followed; None without one."""
     shown = [args.motion_video] if args.motion_video else args.condition
     if len(shown) != 1 or not Path(shown[0]).is_file():

@@ -51,7 +51,7 @@ from qvd_jax.metrics.intervals import jackknife
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.quant.calibration import LayerReport, sqnr
+from qvd_jax.quant.solve import LayerReport, sqnr
 
 _SIZE = ("steps", "frames", "height", "width")
 _SHEET_VIDEOS = 12

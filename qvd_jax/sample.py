@@ -22,7 +22,7 @@ from qvd_jax.cli import (
     check_same_inputs,
     check_scheduler,
     command,
-    condition_fps,
+    control_fps,
     enable_compilation_cache,
     naming,
     note_unknown_words,
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in names:
         with naming(name):
             check_scheduler(name, **asked_scheduler(args))
-    followed = None if args.fps else condition_fps(args)
+    followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
     print(f"compilation cache: {enable_compilation_cache()}")

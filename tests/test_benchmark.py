@@ -18,7 +18,7 @@ from qvd_jax.errors import InputError
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.families import FAMILIES
-from qvd_jax.quant.observers import list_layers
+from qvd_jax.quant.statistics import trace_layers
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
     assert benchmark.main(["products", *sizes, "--out", str(out)]) == 0
     results = json.loads(out.read_text())["results"]
-    layers = list_layers(UNet3D(SIZES["tiny"]()), *Case("tiny", 1, 2, 2, 2).shapes())
+    layers = trace_layers(UNet3D(SIZES["tiny"]()), *Case("tiny", 1, 2, 2, 2).shapes())
     assert sum(r["count"] for r in results) == len(layers)
     keys = ("inputs", "kernel", "strides")
     timed = [(products.Product(*(tuple(r[key]) for key in keys)), r["count"]) for r in results]

@@ -13,11 +13,12 @@ from flax.errors import ScopeParamShapeError
 
 from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Configured
-from qvd_jax.quant import htdq, observers
-from qvd_jax.quant.calibration import find_quantizer, needs_quantizer, quantize_layer
+from qvd_jax.quant import htdq
 from qvd_jax.quant.layers import QuantDense, SpecTable, layer_set
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import layouts, replace_layers
+from qvd_jax.quant.solve import find_quantizer, needs_quantizer, solve_layer
+from qvd_jax.quant.statistics import draw_places, observe
 
 CONVS = {
     "3x3": ((3, 3), (1, 1), ((1, 1), (1, 1)), (2, 3, 6, 5)),
@@ -71,13 +72,13 @@ def case(conv, seed=0):
 
 def quantized(net, params, x, spec):
     """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
-    places = observers.draw_places(jax.random.key(0), 64)
-    _, found = observers.observe(net, params, x, method="__call__", places=places)
+    places = draw_places(jax.random.key(0), 64)
+    _, found = observe(net, params, x, method="__call__", places=places)
     assert list(found) == ["layer"]
     quantizer, rows = None, found["layer"].rows
     if needs_quantizer(spec):
         quantizer = find_quantizer(found["layer"], [params["layer"]["kernel"]], spec)
-    record, report = quantize_layer("layer", params["layer"], found["layer"], spec, quantizer)
+    record, report = solve_layer("layer", params["layer"], found["layer"], spec, quantizer)
     return Net(layer_set({"layer": spec}), net.conv), {"layer": record.params()}, report, rows
 
 
@@ -324,9 +325,9 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     net = Net(FLOAT)
     params = net.init(jax.random.key(0), x)["params"]
     spec = LayerSpec("htdq")
-    _, found = observers.observe(net, params, x, method="__call__", places=None)
+    _, found = observe(net, params, x, method="__call__", places=None)
     np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
-    record, report = quantize_layer("layer", params["layer"], found["layer"], spec)
+    record, report = solve_layer("layer", params["layer"], found["layer"], spec)
     layer = record.params()
     assert float(record.coarse) > 1
     assert report.td_score_after >= report.td_score_before
@@ -386,8 +387,8 @@ def test_layers_without_a_spec_are_flax_own():
 
 def test_statistics_of_a_conv_are_patches_inside_the_image():
     net, params, x = case("3x3")
-    places = observers.draw_places(jax.random.key(1), 32)
-    _, found = observers.observe(net, params, x, method="__call__", places=places)
+    places = draw_places(jax.random.key(1), 32)
+    _, found = observe(net, params, x, method="__call__", places=places)
     images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
     patches = {
         images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)

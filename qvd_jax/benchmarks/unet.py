@@ -19,8 +19,8 @@ from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import match, named_policy
+from qvd_jax.quant.statistics import trace_layers
 
 
 def _shapes() -> UNet3DConfig:
@@ -118,7 +118,7 @@ def layers(case: Case, variant: Variant) -> LayerSet:
     dtype = jnp.dtype(variant.dtype)
     if variant.mode == FLOAT_MODE:
         return replace(FLOAT, dtype=dtype, param_dtype=dtype)
-    found = list_layers(UNet3D(case.config), *case.shapes())
+    found = trace_layers(UNet3D(case.config), *case.shapes())
     return layer_set(match(named_policy(variant.mode), found), dtype)
 
 

@@ -22,8 +22,8 @@ from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.families import FAMILIES, Family, Takes
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.text import TextPipeline
-from qvd_jax.quant.calibration import LayerReport, examples
 from qvd_jax.quant.policy import Quantization
+from qvd_jax.quant.solve import LayerReport, examples
 
 
 def load(

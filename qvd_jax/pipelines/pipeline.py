@@ -130,7 +130,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
 
     @abc.abstractmethod
     def conditions(self, inputs: Sequence[Any], want: Defaults, seed: int) -> Conditions:
-        """What the UNet is told of the inputs, with negatives if `want` asks for guidance."""
+        """What the UNet sees of the inputs, with negatives if `want` asks for guidance."""
 
     @property
     @abc.abstractmethod
@@ -273,9 +273,9 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 )
         noise = noise * schedule.initial_scale
         whole = replace(want, frames=shape[0])
-        told = conditions()
-        _check_finite(told)
-        sampled = np.asarray(self._sample(noise, schedule, told, whole, seed, callback))
+        computed = conditions()
+        _check_finite(computed)
+        sampled = np.asarray(self._sample(noise, schedule, computed, whole, seed, callback))
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
 
@@ -301,7 +301,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         state = sampler.initial_state(latents, table)
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
-        conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)
+        prepared = sampler.prepare(unet, params, table.timestep, conditions, gains)
         config = SamplerConfig(
             count=count,
             window=self.window(want.frames),
@@ -319,7 +319,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 params,
                 state,
                 table,
-                conditioning,
+                prepared,
                 jnp.asarray(self.guidance(want)),
                 keys,
                 jnp.int32(start),

@@ -120,7 +120,7 @@ class TextToVideoPipeline(TextPipeline):
                 )
             check_scale(*scale)
             if controlnet.ignores_latents:
-                check_conditions(conditioning_frames, controlnet_frame_indices, want)
+                check_control_images(conditioning_frames, controlnet_frame_indices, want)
             else:
                 check_control_video(conditioning_frames, controlnet_frame_indices, want)
         return self._generate(
@@ -198,7 +198,7 @@ class TextToVideoPipeline(TextPipeline):
         return jnp.zeros(shape).at[0, jnp.asarray(indices)].set(content)
 
 
-def check_conditions(
+def check_control_images(
     images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
 ) -> None:
     """Raises `InputError` if images, or the frames they are about, do not fit a video."""

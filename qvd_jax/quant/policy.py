@@ -170,7 +170,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Layer:
+class TracedLayer:
     """A layer a policy decides about.
 
     Attributes:
@@ -200,7 +200,7 @@ class Layer:
         return 2 * self.parameters * math.prod(self.outputs[:-1])
 
 
-def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+def match(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]:
     """The specifications of the layers that are to be quantized, by path.
 
     Raises:
@@ -223,14 +223,14 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
     return specs
 
 
-def decide(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+def decide(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]:
     """As `match`, of layers that need not be all the policy is about."""
     deciding = {layer.path: policy.rule(layer.path) for layer in layers}
     decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
     return {path: spec for path, spec in decided.items() if spec is not None}
 
 
-def match_table(policy: Policy, layers: Sequence[Layer]) -> str:
+def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
     """Which rule decides about how many layers, parameters and operations, as text."""
     lines = [f"{'rule':32} {'layers':>6} {'parameters':>12} {'GFLOP':>9}  how"]
     parts = [*enumerate(policy.rules), (None, Rule("(no rule)"))]

@@ -25,9 +25,9 @@ from qvd_jax.quant.codec import (
     max_code,
     quantize_weights,
 )
-from qvd_jax.quant.observers import Statistics
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, layout
+from qvd_jax.quant.statistics import Statistics
 
 # Of the layers that pictures show.
 _EXAMPLES = 3
@@ -105,7 +105,7 @@ class _FloatLayer(NamedTuple):
     exact: Array
 
 
-def quantize_layer(
+def solve_layer(
     path: str,
     params: Params,
     statistics: Statistics,

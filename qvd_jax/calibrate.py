@@ -16,7 +16,7 @@ from qvd_jax.cli import (
     add_sampler_arguments,
     add_size_arguments,
     asked_scheduler,
-    check_scheduler,
+    check_videos,
     command,
     enable_compilation_cache,
     note_unknown_words,
@@ -33,7 +33,15 @@ from qvd_jax.files import check_folder, write_folder
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
 from qvd_jax.pipelines.quantization import make_plan, solve_plan
-from qvd_jax.quant.policy import Policy, Quantization, match_table, named_policy
+from qvd_jax.quant.policy import (
+    METHODS,
+    WIDTHS,
+    Policy,
+    Quantization,
+    match_table,
+    named_policy,
+    policy_names,
+)
 
 
 @command
@@ -52,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
     if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
+    check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
-    check_scheduler(args.checkpoint, **asked_scheduler(args))
     enable_compilation_cache()
     with restoring(argv):
         pipe = load(source).with_scheduler(**asked_scheduler(args))
@@ -97,9 +105,10 @@ def read_policy(name: str) -> Policy:
       InputError: the name is unknown, or the file no policy.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        return named_policy(name)
-    return from_dict(Policy, read_yaml(path), name)
+    is_file = path.exists() and not path.is_dir()
+    if path.suffix in (".yaml", ".yml") or (is_file and name not in policy_names()):
+        return from_dict(Policy, read_yaml(path), name)
+    return named_policy(name)
 
 
 class _Progress:
@@ -138,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "--policy",
         default="qvd-w8a8",
         metavar="NAME|FILE.yaml",
-        help="METHOD-WIDTH, such as minmax-w4a8, or rules of your own (%(default)s)",
+        help=f"METHOD-WIDTH, of {', '.join(METHODS)} and {', '.join(WIDTHS)}, such as "
+        f"minmax-w4a8; or rules of your own (%(default)s)",
     )
     add_input_arguments(parser)
     add_sampler_arguments(parser, "the checkpoint's own")

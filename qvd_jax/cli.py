@@ -20,7 +20,7 @@ import numpy as np
 
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, complete, switch
+from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
@@ -136,7 +136,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
       InputError: the file is missing, no UTF-8, or has no prompt.
     """
-    files.check_file(path, "a text file with one prompt a line")
+    files.check_readable(path, "a text file with one prompt a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -162,7 +162,8 @@ class Inputs(NamedTuple):
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts-file, --image, --condition and --motion-video."""
+    """Adds --prompt, --prompts-file, --image, --condition and --motion-video."""
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument(
         "--image",
@@ -295,16 +296,17 @@ def _first_frames(video: np.ndarray, want: VideoDefaults, name: str) -> np.ndarr
 def control_fps(args: argparse.Namespace) -> float | None:
     """Frames per second of the video that is followed; None without one."""
     shown = [args.motion_video] if args.motion_video else args.condition
-    if len(shown) != 1 or not Path(shown[0]).is_file():
-        return None
-    return video_io.read_fps(Path(shown[0]))
+    path = Path(shown[0]) if len(shown) == 1 else None
+    if path is not None and path.is_fifo():
+        print(f"note: {path} is a pipe and read once: its frame rate is not taken; see --fps")
+    return video_io.read_fps(path) if path is not None and path.is_file() else None
 
 
 def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     """What the command line gives to a checkpoint, else the checkpoint's own prompts.
 
     Args:
-      args: with `add_input_arguments`, perhaps with --prompt.
+      args: of `add_input_arguments`.
       path: the checkpoint's folder.
 
     Raises:
@@ -313,7 +315,7 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     """
     configs = read_configs(path)
     embeds = _read_embeds(args, path, configs)
-    prompts = list(getattr(args, "prompt", []))
+    prompts = list(args.prompt)
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file)
     if configs.takes.inputs == "images":
@@ -336,8 +338,8 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     prompts = prompts or list(configs.defaults.prompts)
     if not prompts:
         raise InputError(
-            f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"
-            + (" or --prompt TEXT" if hasattr(args, "prompt") else "")
+            f"there are no prompts, and {path} has none of its own; pass --prompt TEXT or "
+            f"--prompts-file FILE"
         )
     return Inputs(prompts, prompts, embeds)
 
@@ -431,17 +433,24 @@ def asked_scheduler(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_scheduler(name: str, **asked: Any) -> None:
-    """Checks what is asked of a checkpoint's scheduler before its arrays are loaded.
+def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any) -> None:
+    """Checks sizes, steps and schedulers before the arrays of any checkpoint are loaded.
 
     Args:
-      name: of the checkpoint.
+      names: of the checkpoints.
+      args: of `add_size_arguments` and `add_sampler_arguments`.
+      like: the checkpoint whose defaults stand for what the command line does not say.
       **asked: of `asked_scheduler`.
 
     Raises:
-      InputError: the folder is no checkpoint, or what is asked for is not supported.
+      InputError: a folder is no checkpoint, or what is asked for does not fit.
     """
-    complete(switch(read_configs(name).scheduler, **asked))
+    defaults = read_configs(like).defaults
+    want = replace(defaults, **passed(args, "frames", "height", "width", "steps"))
+    for name in names:
+        with naming(name):
+            configs = read_configs(name)
+            configs.check(want, switch(configs.scheduler, **asked))
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

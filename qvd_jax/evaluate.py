@@ -29,7 +29,7 @@ from qvd_jax.cli import (
     add_size_arguments,
     asked_scheduler,
     check_same_inputs,
-    check_scheduler,
+    check_videos,
     command,
     command_line,
     enable_compilation_cache,
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     check_folder(args.out, report.PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
-    for name in names:
-        check_scheduler(name, **asked_scheduler(args))
+    solver = args.scheduler or read_configs(args.reference).scheduler.solver
+    asked = asked_scheduler(args) | {"solver": solver}
+    check_videos(names, args, args.reference, **asked)
     cases = read_cases(args)
     # A distance needs two videos, an interval one more, which is left out.
     needed = 2 if cases.shapes is None else 3
@@ -84,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {name: load(name, sharding=sharding) for name in names}
     reference = models[names[0]]
     note_unknown_words(reference, cases.inputs.names)
-    solver = args.scheduler or reference.scheduler.solver
-    asked = asked_scheduler(args) | {"solver": solver}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     spacing = [args.timestep_spacing] if args.timestep_spacing else []
     defaults = to_dict(reference.defaults)
@@ -164,7 +163,8 @@ def read_cases(args: argparse.Namespace) -> Cases:
     options = read_control(args, path)
     prompts = read_configs(path).defaults.prompts
     plain = {moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")}
-    if args.prompts_file or args.image or not prompts or not plain.issuperset(prompts):
+    asked = args.prompt or args.prompts_file or args.image
+    if asked or not prompts or not plain.issuperset(prompts):
         given = read_inputs(args, path)
         if len(given.values) > args.videos:
             print(f"the first {args.videos} of {len(given.values)}; --videos N takes more")

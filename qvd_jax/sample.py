@@ -20,7 +20,7 @@ from qvd_jax.cli import (
     add_size_arguments,
     asked_scheduler,
     check_same_inputs,
-    check_scheduler,
+    check_videos,
     command,
     control_fps,
     enable_compilation_cache,
@@ -59,16 +59,14 @@ _OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
+    names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
+    check_same_inputs(names)
+    check_videos(names, args, args.checkpoint, **asked_scheduler(args))
     inputs = read_inputs(args, checkpoint.find(args.checkpoint))
     control = read_control(args, checkpoint.find(args.checkpoint))
     outputs = plan_outputs(
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
-    names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
-    check_same_inputs(names)
-    for name in names:
-        with naming(name):
-            check_scheduler(name, **asked_scheduler(args))
     followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
@@ -276,7 +274,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|NAME",
         help="another checkpoint to sample from the same noise, shown above or left of this one",
     )
-    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     add_input_arguments(parser)
     parser.add_argument(
         "--prompt-embeds",

@@ -325,14 +325,13 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
 
 def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
     (tmp_path / "own.yaml").write_text(
         "name: own\nrules:\n- {pattern: '*/ff/*', spec: {method: scri}}\n"
         "- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"
     )
     arguments = [
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
-        "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
+        "--prompt", "a red circle", "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "10",
         "--report", str(tmp_path / "report"), "--scheduler", "euler", "--karras",
     ]  # fmt: skip
@@ -373,7 +372,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--policy", "{tmp}/bad.yaml"], "weight_bits = 1: 2 to 8 are possible"),
         (["--policy", "{tmp}/idle.yaml"], "no layer has such a path"),
         (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
-        ([], "has none of its own; pass --prompts-file"),
+        ([], "has none of its own; pass --prompt TEXT or --prompts-file FILE"),
         (["--checkpoint", "{tmp}/nothing"], "nothing does not exist; the folder of a checkpoint"),
         (["--checkpoint", "shape"], "is expected; did you mean 'shapes'?"),
         (["--report", "{tmp}/int8"], "int8: name folders apart"),

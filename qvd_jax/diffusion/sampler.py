@@ -45,6 +45,11 @@ def video_keys(seed: int, videos: int) -> Array:
     return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))
 
 
+def window_overlap(window: int) -> int:
+    """How many frames neighboring windows of a length share; windows of one frame none."""
+    return min(max(1, window // 4), window - 1)
+
+
 def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarray:
     """Frames of the windows that cover a video, `[N, window]`.
 
@@ -54,7 +59,7 @@ def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarr
     """
     if frames <= window:
         return np.arange(frames)[None]
-    stride = max(1, window - max(1, window // 4))
+    stride = window - window_overlap(window)
     starts = (
         range(0, frames, stride)
         if closed

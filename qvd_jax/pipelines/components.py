@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Params
+from qvd_jax.errors import InputError
 from qvd_jax.models.clip import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -79,6 +80,24 @@ class ComponentConfigs:
             size = self.image_encoder.image_size
             inputs["image_encoder"] = (jnp.zeros((1, size, size, 3)),)
         return inputs
+
+    def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape `[F, h, w, C]` of the latents of one video.
+
+        Raises:
+          InputError: there are no frames, or a side is no multiple of the VAE's stride.
+        """
+        if frames < 1:
+            raise InputError(f"frames = {frames}: at least one is needed")
+        pixels = self.vae.stride
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % pixels:
+                below = max(size // pixels, 1) * pixels
+                raise InputError(
+                    f"{name} = {size}: it must be a positive multiple of {pixels}, the VAE's "
+                    f"pixels per latent position, such as {below} or {below + pixels}"
+                )
+        return frames, height // pixels, width // pixels, self.vae.latent_channels
 
     def unet_shapes(
         self, frames: int, height: int, width: int, context_length: int

@@ -20,7 +20,7 @@ from qvd_jax.memory import tree_bytes
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.families import FAMILIES, Family, Takes
-from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, schedule_for
 from qvd_jax.pipelines.text import TextPipeline
 from qvd_jax.quant.policy import Quantization
 from qvd_jax.quant.solve import LayerReport, examples
@@ -91,6 +91,19 @@ class CheckpointConfigs(NamedTuple):
     def takes(self) -> Takes:
         """What it makes videos from."""
         return self.family.takes_with(self.components.unet)
+
+    def check(self, want: VideoDefaults, scheduler: SchedulerConfig) -> None:
+        """Checks what videos are to be like, before any array is loaded.
+
+        Args:
+          want: frames, size and steps.
+          scheduler: this one, or what is asked for in its place.
+
+        Raises:
+          InputError: a number does not fit, or the scheduler asks for what is not supported.
+        """
+        self.components.latents_shape(want.frames, want.height, want.width)
+        schedule_for(scheduler, want.steps, self.quantization)
 
 
 def read_configs(path: str | os.PathLike[str]) -> CheckpointConfigs:

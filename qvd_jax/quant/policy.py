@@ -34,7 +34,7 @@ _KEPT_FLOAT_BESIDE = (
 # range of the next one's, so the input stays float.
 _IMAGE_TOKEN = "*/token_attn/*"
 
-# The methods of ordinary layers and of temporal features.
+# The kinds of ordinary layers and of temporal features.
 _NAMED: dict[str, tuple[Method, Method]] = {
     "qvd": ("scri", "htdq"),
     "qvd-scri": ("scri", "minmax"),
@@ -44,6 +44,15 @@ _NAMED: dict[str, tuple[Method, Method]] = {
     "smoothquant": ("smoothquant", "smoothquant"),
     "qdiffusion": ("qdiffusion", "minmax"),
 }
+
+
+METHODS = tuple(_NAMED)
+"""The methods of named policies."""
+
+
+def policy_names() -> list[str]:
+    """The names of all policies that have one."""
+    return [f"{method}-{width}" for method in METHODS for width in WIDTHS]
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,7 @@ def named_policy(name: str) -> Policy:
     """
     method, _, width = name.rpartition("-")
     if method not in _NAMED or width not in WIDTHS:
-        known = [f"{method}-{width}" for method in _NAMED for width in WIDTHS]
-        raise InputError(f"unknown policy {name!r}{did_you_mean(name, known)}")
+        raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
     weight_bits, activation_bits = WIDTHS[width]
     # With a float input there is nothing to be done about it.
     methods = _NAMED["minmax" if activation_bits == 16 else method]

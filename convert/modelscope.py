@@ -7,9 +7,6 @@ from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import MODELSCOPE, UNet3DConfig
-from qvd_jax.pipelines.pipeline import VideoDefaults
-
-DEFAULTS = VideoDefaults(frames=16, height=256, width=256, steps=50, guidance_scale=9.0)
 
 
 def is_modelscope(tensors: Tensors) -> bool:

@@ -8,31 +8,21 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.typing import DTypeLike
 
-from convert import (
-    animatediff,
-    companions,
-    keys,
-    magicanimate,
-    modelscope,
-    names,
-    positions,
-    scheduler,
-    svd,
-)
-from convert import config_classes as classes
+from convert import animatediff, companions, keys, magicanimate, names, scheduler
 from convert.configs import Json
 from convert.controlnet import begin_controlnet, check_config, open_controlnet
+from convert.converters import CONVERTERS, OpenedUNet, open_unet
 from convert.embeddings import TABLE, add_embeddings, open_embedding
 from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
-from convert.tensors import Tensors, Weights, open_model, read_json
+from convert.tensors import Tensors
 from qvd_jax import checkpoint, memory
-from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.families import FAMILIES, Family
 from qvd_jax.pipelines.loading import check_vocabulary, load_tokenizer, make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
 
@@ -49,7 +39,7 @@ class Source:
       tokenizer: of transformers, with the tokens that were added; None for a model without text.
       scheduler: noise schedule and solver.
       defaults: of a video.
-      family: "animatediff", "modelscope", "svd" or "magicanimate".
+      family: its name in `FAMILIES`.
       description: one line on what it is.
       notes: what the user should know, such as a config that the tensors contradict.
     """
@@ -78,12 +68,6 @@ class BytesRead(NamedTuple):
     total: int
 
 
-_TITLES = {
-    "animatediff": "AnimateDiff",
-    "modelscope": "ModelScope",
-    "svd": "Stable Video Diffusion",
-    "magicanimate": "MagicAnimate",
-}
 _NAMES: dict[str, Names] = {
     "unet": names.UNET,
     "vae": names.VAE,
@@ -123,23 +107,23 @@ def open_source(
       InputError: something is missing, damaged, or of another family.
     """
     parts = open_parts(source, unet, vae, config)
-    opened = _open_unet(source, parts, motion)
-    tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*parts.notes, *opened.notes]
-    additions = {
+    options = {
+        "--motion": motion,
         "--controlnet": controlnet,
         "--appearance-encoder": appearance_encoder,
+        "--preset": preset,
     }
-    for option, given in additions.items():
-        if given and opened.family != "animatediff":
-            raise InputError(f"{source} is {_TITLES[opened.family]}, which has no {option}")
+    given = {name: value for name, value in options.items() if value is not None}
+    family_name, opened = open_unet(source, parts, given)
+    family = FAMILIES[family_name]
+    tensors, notes = {**parts.tensors, "unet": opened.tensors}, [*parts.notes, *opened.notes]
     if loras:
         merged = merge_loras(
             {name: tensors[name] for name in ("unet", "text_encoder") if name in tensors}, loras
         )
         tensors |= merged.tensors
         notes += merged.notes
-    if opened.family == "svd":
-        tensors["unet"] = svd.without_dead(tensors["unet"])
+    tensors["unet"] = CONVERTERS[family_name].without_unused(tensors["unet"])
     if controlnet is not None:
         levels = keys.count(tensors["vae"], r"encoder\.down_blocks\.(\d+)\.")
         stride = 2 ** max(levels - 1, 0)
@@ -155,18 +139,14 @@ def open_source(
         )
         notes += encoder_notes
         tensors["unet"] |= {f"appearance_encoder.{name}": t for name, t in encoder.items()}
-        opened = opened._replace(
-            family="magicanimate",
-            config=magicanimate.unet_config(opened.config, str(source)),
-            description=_TITLES["magicanimate"],
-        )
+        opened = opened._replace(config=magicanimate.unet_config(opened.config, str(source)))
 
     tokenizer = None if parts.tokenizer is None else load_tokenizer(parts.tokenizer)
     configs, config_notes = _component_configs(parts, opened.config)
     notes += config_notes
     if embeddings:
-        if tokenizer is None or opened.family == "magicanimate":
-            raise InputError(f"{source} is {_TITLES[opened.family]}, which reads no prompts")
+        if tokenizer is None or family.takes.inputs != "prompts":
+            raise InputError(f"{source} is {family.title}, which reads no prompts")
         added = [open_embedding(*embedding) for embedding in embeddings]
         tensors["text_encoder"], added_notes = add_embeddings(
             tensors["text_encoder"], tokenizer, added
@@ -180,10 +160,8 @@ def open_source(
     if controlnet is not None:
         _check_condition(configs, controlnet)
     _check_widths(configs, source)
-    if preset is not None and opened.family != "animatediff":
-        raise InputError(f"{source} is {_TITLES[opened.family]}, which has no --preset")
-    own_scheduler, scheduler_notes = _open_scheduler(parts, opened, preset)
-    defaults = _defaults(opened, configs, parts.configs["unet"])
+    own_scheduler, scheduler_notes = _open_scheduler(parts, family, opened, preset)
+    defaults = _defaults(opened, configs)
     if preset is not None:
         defaults = replace(defaults, **animatediff.PRESETS[preset][1])
     return Source(
@@ -192,7 +170,7 @@ def open_source(
         tokenizer=tokenizer,
         scheduler=own_scheduler,
         defaults=defaults,
-        family=opened.family,
+        family=family_name,
         description=opened.description,
         notes=(*notes, *scheduler_notes),
     )
@@ -248,24 +226,6 @@ def write_checkpoint(
         checkpoint.write_manifest(folder, manifest)
 
 
-class _UNet(NamedTuple):
-    """An opened UNet, and what its family brings along; fields as in `Source`.
-
-    Attributes:
-      scheduler: the one it was trained for.
-      has_own_scheduler: whether the folder's scheduler is the UNet's.
-    """
-
-    family: str
-    tensors: Tensors
-    config: UNet3DConfig
-    scheduler: SchedulerConfig
-    has_own_scheduler: bool
-    defaults: VideoDefaults
-    description: str
-    notes: tuple[str, ...] = ()
-
-
 def _component_configs(
     parts: Parts, unet: UNet3DConfig
 ) -> tuple[ComponentConfigs, tuple[str, ...]]:
@@ -283,102 +243,8 @@ def _component_configs(
     return ComponentConfigs(unet, vae, image_encoder=image_encoder), tuple(notes)
 
 
-def _open_unet(source: Path, parts: Parts, motion: Path | None) -> _UNet:
-    place = parts.places["unet"]
-    tensors, unet_json = parts.tensors["unet"], parts.configs["unet"]
-    families = {"modelscope": modelscope.is_modelscope, "svd": svd.is_svd}
-    family = next((name for name, is_it in families.items() if is_it(tensors)), None)
-    needed = "image_encoder" if family == "svd" else "text_encoder"
-    if family is not None and parts.encoder != needed:
-        raise InputError(
-            f"{place} is {_TITLES[family]}, beside which {needed} is needed, not {parts.encoder}"
-        )
-    if family is None:
-        return _open_animatediff(source, parts, motion)
-    if motion is not None:
-        raise InputError(f"{place} is {_TITLES[family]}, which has no use for --motion")
-    if family == "svd":
-        original = parts.has_original_unet
-        config, notes = svd.unet_config(tensors, unet_json, original, str(place))
-        if original:
-            notes += ("14 frames by default; a model trained on 25 says so in its name (xt)",)
-        return _UNet(
-            family,
-            tensors,
-            config,
-            schedules.STABLE_VIDEO_DIFFUSION,
-            True,
-            svd.defaults(unet_json, str(place)),
-            _TITLES[family],
-            notes,
-        )
-    config, notes = modelscope.unet_config(tensors, unet_json, str(place))
-    return _UNet(
-        family,
-        tensors,
-        config,
-        schedules.MODELSCOPE,
-        True,
-        modelscope.DEFAULTS,
-        _TITLES[family],
-        notes,
-    )
-
-
-def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> _UNet:
-    place = parts.places["unet"]
-    tensors, where = parts.tensors["unet"], str(place)
-    animatediff.check_family(tensors, where)
-    has_motion = any(".motion_modules." in name for name in tensors)
-    if has_motion and motion is not None:
-        raise InputError(f"{place} has motion modules of its own; leave --motion out")
-    original = False
-    motion_json = None
-    notes: tuple[str, ...] = ()
-    if not has_motion:
-        if motion is not None and not motion.exists():
-            raise InputError(f"{motion} does not exist; --motion names an adapter or a checkpoint")
-        adapter_folder = motion or source / "motion_adapter"
-        if not adapter_folder.exists():
-            raise InputError(
-                f"{place} has no motion modules; name a motion adapter folder or an original "
-                f"mm_*.ckpt with --motion"
-            )
-        adapter, motion_json = _open_motion(adapter_folder)
-        notes = adapter.notes
-        original = animatediff.is_original(adapter)
-        tensors = {**tensors, **animatediff.motion_tensors(adapter, str(adapter_folder))}
-        where = f"{place} with {adapter_folder}"
-    config, more = animatediff.unet_config(
-        tensors, parts.configs["unet"], motion_json, original_norms=original, where=where
-    )
-    version = animatediff.version(tensors)
-    tensors, tables = positions.take(tensors)
-    norms = "original" if original else "diffusers"
-    return _UNet(
-        "animatediff",
-        tensors,
-        replace(config, positions=tables),
-        schedules.ANIMATEDIFF,
-        motion is None,
-        VideoDefaults(),
-        f"AnimateDiff {version}, GroupNorm scopes of {norms} AnimateDiff",
-        (*notes, *more),
-    )
-
-
-def _open_motion(motion: Path) -> tuple[Weights, Json]:
-    beside = (motion if motion.is_dir() else motion.parent) / "config.json"
-    if motion.is_dir():
-        return open_model(motion), read_json(beside)
-    # A file of an adapter's folder has its config beside it, an original file has none.
-    config = read_json(beside) if beside.is_file() else {}
-    is_adapter = config.get("_class_name") == classes.MOTION_ADAPTER.name
-    return open_model(motion), config if is_adapter else {}
-
-
 def _open_scheduler(
-    parts: Parts, unet: _UNet, preset: str | None
+    parts: Parts, family: Family, unet: OpenedUNet, preset: str | None
 ) -> tuple[SchedulerConfig, tuple[str, ...]]:
     """The folder's scheduler, or what takes its place, and what the user should know of that."""
     data = parts.configs["scheduler"]
@@ -389,28 +255,27 @@ def _open_scheduler(
         note = f"scheduler, steps and guidance set to those of {preset}{text}"
         return config, (*found.notes, note)
     if not data:
-        return unet.scheduler, ()
+        return family.scheduler, ()
     if unet.has_own_scheduler and found.problem is None:
         return found.config(), found.notes
     reason, kept = found.problem, None
     if not unet.has_own_scheduler:
         reason = "motion modules were trained with linear betas, Stable Diffusion's are scaled"
         kept = tuple(found.given.keys() - set(scheduler.REPLACED_BY_MOTION))
-    config, text = scheduler.replaced(found, unet.scheduler, kept)
+    config, text = scheduler.replaced(found, family.scheduler, kept)
     name = scheduler.CLASSES[config.solver]
-    note = f"scheduler set to {_TITLES[unet.family]}'s {name}: {reason}{text}"
+    note = f"scheduler set to {family.title}'s {name}: {reason}{text}"
     return config, (*found.notes, note)
 
 
-def _defaults(unet: _UNet, configs: ComponentConfigs, unet_json: Json) -> VideoDefaults:
-    if unet.family == "svd":
-        # Its sample_size is neither the height nor the width it was trained at.
-        return unet.defaults
-    size = unet_json.get("sample_size")
-    size = size if isinstance(size, int) and size > 0 else unet.defaults.height // 8
-    pixels = size * configs.vae.stride
-    frames = min(unet.defaults.frames, configs.unet.max_frames or unet.defaults.frames)
-    return replace(unet.defaults, frames=frames, height=pixels, width=pixels)
+def _defaults(unet: OpenedUNet, configs: ComponentConfigs) -> VideoDefaults:
+    defaults = unet.defaults
+    if unet.latent_size is not None:
+        pixels = unet.latent_size * configs.vae.stride
+        defaults = replace(defaults, height=pixels, width=pixels)
+    return replace(
+        defaults, frames=min(defaults.frames, configs.unet.max_frames or defaults.frames)
+    )
 
 
 def _check_widths(configs: ComponentConfigs, source: Path) -> None:

@@ -15,8 +15,9 @@ from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
 from qvd_jax.pipelines.loading import devices_for, load, save
+from qvd_jax.pipelines.observation import CalibrationConfig
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
-from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
+from qvd_jax.pipelines.quantization import quantize
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qvd_jax import checkpoint
 from qvd_jax.benchmarks import (
     chips,
     compiled,
@@ -170,8 +169,8 @@ def _unet_variants(
 
 
 def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Variant]]:
-    first = checkpoint.find(args.checkpoint[0])
-    components, _, defaults, _ = read_configs(first, checkpoint.read_manifest(first))
+    configs = read_configs(args.checkpoint[0])
+    defaults = configs.defaults
     case = sampling.SampleCase(
         videos=vars(args).get("batch", 1),
         steps=vars(args).get("steps") or defaults.steps,
@@ -179,7 +178,7 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         height=args.height or defaults.height,
         width=args.width or defaults.width,
     )
-    _check_size(case.height, case.width, components.vae.stride)
+    _check_size(case.height, case.width, configs.components.vae.stride)
     variants = itertools.product([unet.OURS], args.checkpoint, args.dtype)
     return case, list(dict.fromkeys(itertools.starmap(Variant, variants)))
 

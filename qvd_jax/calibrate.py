@@ -16,13 +16,13 @@ from qvd_jax.cli import (
     add_sampler_arguments,
     add_size_arguments,
     asked_scheduler,
-    check_scheduler,
+    check_videos,
     command,
     enable_compilation_cache,
     note_unknown_words,
     passed,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -30,9 +30,18 @@ from qvd_jax.cli import (
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_folder, write_folder
-from qvd_jax.pipelines.loading import load, save
-from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
-from qvd_jax.quant.policy import Policy, Quantization, match, match_table, named_policy
+from qvd_jax.pipelines.loading import load, read_configs, save
+from qvd_jax.pipelines.observation import CalibrationConfig, collect
+from qvd_jax.pipelines.quantization import make_plan, solve_plan
+from qvd_jax.quant.policy import (
+    METHODS,
+    WIDTHS,
+    Policy,
+    Quantization,
+    match_table,
+    named_policy,
+    policy_names,
+)
 
 
 @command
@@ -49,33 +58,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = checkpoint.find(args.checkpoint)
     if args.out.resolve() == source.resolve():
         raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
-    if checkpoint.read_manifest(source).quantization is not None:
+    if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    inputs, conditions = read_inputs(args, source), read_conditions(args, source)
-    check_scheduler(args.checkpoint, **asked_scheduler(args))
+    check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
+    inputs, control = read_inputs(args, source), read_control(args, source)
     enable_compilation_cache()
     with restoring(argv):
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
-    options = {**passed(args, "frames", "height", "width"), **conditions}
-    layers = list_layers(pipe, options)
-    specs = match(policy, layers)
-    print(match_table(policy, layers))
-    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, Quantization(policy.name, specs))
+    options = {**passed(args, "frames", "height", "width"), **control}
+    config = CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware)
+    plan = make_plan(pipe, policy, config, options)
+    print(match_table(policy, list(plan.layers.values())))
+    planned = Quantization(policy.name, plan.specs)
+    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
     checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
     with _Progress() as progress:
-        quantized, reports = quantize(
-            pipe,
-            policy,
-            inputs.values,
-            CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware),
-            options,
-            progress,
-        )
+        observed = collect(pipe, plan.layers, inputs.values, config, options, progress)
+        quantized, reports = solve_plan(pipe, plan, observed, config, progress)
     assert quantized.quantization is not None
-    if unseen := specs.keys() - quantized.quantization.specs.keys():
+    if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
         print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")
     with contextlib.ExitStack() as both:
         if args.report:
@@ -101,9 +105,10 @@ def read_policy(name: str) -> Policy:
       InputError: the name is unknown, or the file no policy.
     """
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        return named_policy(name)
-    return from_dict(Policy, read_yaml(path), name)
+    is_file = path.exists() and not path.is_dir()
+    if path.suffix in (".yaml", ".yml") or (is_file and name not in policy_names()):
+        return from_dict(Policy, read_yaml(path), name)
+    return named_policy(name)
 
 
 class _Progress:
@@ -142,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
         "--policy",
         default="qvd-w8a8",
         metavar="NAME|FILE.yaml",
-        help="METHOD-WIDTH, such as minmax-w4a8, or rules of your own (%(default)s)",
+        help=f"METHOD-WIDTH, of {', '.join(METHODS)} and {', '.join(WIDTHS)}, such as "
+        f"minmax-w4a8; or rules of your own (%(default)s)",
     )
     add_input_arguments(parser)
     add_sampler_arguments(parser, "the checkpoint's own")

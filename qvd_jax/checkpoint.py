@@ -66,43 +66,6 @@ class Manifest:
     quantization: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
-    @property
-    def example_prompts(self) -> list[str]:
-        """The prompts the checkpoint brings along."""
-        prompts = self.defaults.get("prompts", [])
-        return [str(prompt) for prompt in prompts] if isinstance(prompts, list) else []
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether it makes videos from images, not from prompts."""
-        return self.components.get("image_encoder") is not None or self.takes_motion_video
-
-    @property
-    def takes_motion_video(self) -> bool:
-        """Whether it animates images as a video moves."""
-        return bool(self._unet.get("appearance_encoder"))
-
-    @property
-    def takes_conditions(self) -> bool:
-        """Whether it is told what some frames are to look like."""
-        return self._has_controlnet and not self.takes_control_video
-
-    @property
-    def takes_control_video(self) -> bool:
-        """Whether it is told of every frame, as an ordinary ControlNet is."""
-        controlnet = self._unet.get("controlnet")
-        ignores = controlnet.get("ignores_latents") if isinstance(controlnet, dict) else None
-        return self._has_controlnet and ignores is False
-
-    @property
-    def _has_controlnet(self) -> bool:
-        return self._unet.get("controlnet") is not None and not self.takes_motion_video
-
-    @property
-    def _unet(self) -> dict[str, Any]:
-        unet = self.components.get("unet")
-        return unet if isinstance(unet, dict) else {}
-
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages a result depends on."""

@@ -18,17 +18,17 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from qvd_jax import checkpoint, files, memory
+from qvd_jax import files, memory
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, complete, switch
+from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.animation import check_motion
-from qvd_jax.pipelines.loading import read_configs
+from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
 from qvd_jax.pipelines.text import as_embeds
 from qvd_jax.pipelines.text_to_video import (
     TextToVideoPipeline,
-    check_conditions,
+    check_control_images,
     check_control_video,
     check_scale,
 )
@@ -136,7 +136,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
       InputError: the file is missing, no UTF-8, or has no prompt.
     """
-    files.check_file(path, "a text file with one prompt a line")
+    files.check_readable(path, "a text file with one prompt a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -162,7 +162,8 @@ class Inputs(NamedTuple):
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts-file, --image, --condition and --motion-video."""
+    """Adds --prompt, --prompts-file, --image, --condition and --motion-video."""
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
     parser.add_argument(
         "--image",
@@ -178,7 +179,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="IMAGE@FRAME|VIDEO",
         help="of a model with SparseCtrl what a frame is to look like (0 is the first); with an "
-        "ordinary ControlNet the video, folder or images it is told for all frames",
+        "ordinary ControlNet the video, folder or images that its frames follow",
     )
     parser.add_argument(
         "--controlnet-conditioning-scale",
@@ -214,7 +215,15 @@ _CONTROL_SCALE = {
 """How a ControlNet is weighed, with the defaults of the pipeline's call."""
 
 
-def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+_CONTROLS = {
+    "images": "has SparseCtrl; pass --condition IMAGE@FRAME",
+    "video": "has a ControlNet; pass --condition VIDEO",
+    "motion": "animates images; pass --motion-video FILE",
+}
+"""What a checkpoint is, by what its videos follow, and how it is given that."""
+
+
+def read_control(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """What --condition and --motion-video say, as arguments of the pipeline's call.
 
     They are checked before the checkpoint is loaded, which may take a minute.
@@ -223,32 +232,25 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
       InputError: the checkpoint takes none, needs some, or one cannot be read or does not fit the
         videos.
     """
-    manifest = checkpoint.read_manifest(path)
-    if manifest.takes_motion_video != (args.motion_video is not None):
-        raise InputError(
-            f"{path} is told no motion; leave --motion-video out"
-            if args.motion_video
-            else f"{path} animates images; pass --motion-video FILE"
-        )
-    if (manifest.takes_conditions or manifest.takes_control_video) != bool(args.condition):
-        if args.condition:
-            raise InputError(f"{path} has no SparseCtrl; leave --condition out")
-        raise InputError(
-            f"{path} has SparseCtrl; pass --condition IMAGE@FRAME"
-            if manifest.takes_conditions
-            else f"{path} has a ControlNet; pass --condition VIDEO"
-        )
+    configs = read_configs(path)
+    control = configs.takes.control
+    if args.motion_video and control != "motion":
+        raise InputError(f"{path} animates no images; leave --motion-video out")
+    if args.condition and control not in ("images", "video"):
+        raise InputError(f"{path} has no ControlNet; leave --condition out")
+    if control is not None and not args.motion_video and not args.condition:
+        raise InputError(f"{path} {_CONTROLS[control]}")
     scale = passed(args, *_CONTROL_SCALE)
     if scale and not args.condition:
         option = next(iter(scale)).replace("_", "-")
-        raise InputError(f"{path} is told no condition; leave --{option} out")
+        raise InputError(f"{path} has no ControlNet to weigh; leave --{option} out")
     check_scale(*({**_CONTROL_SCALE, **scale}.values()))
-    want = _wanted(args, path, manifest)
-    if args.motion_video:
+    want = _wanted(args, configs)
+    if control == "motion":
         motion = video_io.read_video(args.motion_video)
         check_motion(motion, want)
         return {"motion_video": _first_frames(motion, want, str(args.motion_video))}
-    if manifest.takes_control_video:
+    if control == "video":
         shown = _first_frames(_read_control_video(args.condition), want, " ".join(args.condition))
         check_control_video(list(shown), (), want)
         return {"conditioning_frames": shown, **scale}
@@ -261,7 +263,7 @@ def read_conditions(args: argparse.Namespace, path: Path) -> dict[str, Any]:
             raise InputError(f"--condition {text}: IMAGE@FRAME is expected, such as first.png@0")
         images.append(video_io.read_image(Path(name)))
         indices.append(int(frame))
-    check_conditions(images, indices, want)
+    check_control_images(images, indices, want)
     return {"conditioning_frames": images, "controlnet_frame_indices": indices, **scale}
 
 
@@ -272,8 +274,8 @@ def _read_control_video(names: Sequence[str]) -> np.ndarray:
         file, _, frame = path.name.rpartition("@")
         if file and frame.isdecimal() and not path.exists():
             raise InputError(
-                f"--condition {path}: @FRAME is for SparseCtrl; an ordinary ControlNet is told of "
-                f"every frame, by a video, a folder or as many images"
+                f"--condition {path}: @FRAME is for SparseCtrl; an ordinary ControlNet follows "
+                f"every frame of a video, a folder or as many images"
             )
     if len(paths) == 1:
         return video_io.read_video(paths[0])
@@ -291,37 +293,38 @@ def _first_frames(video: np.ndarray, want: VideoDefaults, name: str) -> np.ndarr
     return video[: want.frames]
 
 
-def condition_fps(args: argparse.Namespace) -> float | None:
+def control_fps(args: argparse.Namespace) -> float | None:
     """Frames per second of the video that is followed; None without one."""
     shown = [args.motion_video] if args.motion_video else args.condition
-    if len(shown) != 1 or not Path(shown[0]).is_file():
-        return None
-    return video_io.read_fps(Path(shown[0]))
+    path = Path(shown[0]) if len(shown) == 1 else None
+    if path is not None and path.is_fifo():
+        print(f"note: {path} is a pipe and read once: its frame rate is not taken; see --fps")
+    return video_io.read_fps(path) if path is not None and path.is_file() else None
 
 
 def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
     """What the command line gives to a checkpoint, else the checkpoint's own prompts.
 
     Args:
-      args: with `add_input_arguments`, perhaps with --prompt.
+      args: of `add_input_arguments`.
       path: the checkpoint's folder.
 
     Raises:
       InputError: it is none, needs the other kind of input, there is none, or one cannot be read
         or does not fit the videos.
     """
-    manifest = checkpoint.read_manifest(path)
-    embeds = _read_embeds(args, path, manifest)
-    prompts = list(getattr(args, "prompt", []))
+    configs = read_configs(path)
+    embeds = _read_embeds(args, path, configs)
+    prompts = list(args.prompt)
     if args.prompts_file:
         prompts += read_prompts(args.prompts_file)
-    if manifest.takes_images:
+    if configs.takes.inputs == "images":
         if prompts:
             raise InputError(f"{path} makes videos from images; pass --image FILE, not prompts")
         if not args.image:
             raise InputError(f"there are no images; {path} needs --image FILE")
         images = [video_io.read_image(file) for file in args.image]
-        want = _wanted(args, path, manifest)
+        want = _wanted(args, configs)
         for file, image in zip(args.image, images, strict=True):
             check_image(image, want.height, want.width, str(file))
         return Inputs(images, [file.stem for file in args.image])
@@ -332,17 +335,17 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
             raise InputError("--prompt-embeds stand in the place of prompts; leave these out")
         count = len(embeds["prompt_embeds"])
         return Inputs([], [f"{args.prompt_embeds.stem}-{i}" for i in range(count)], embeds)
-    prompts = prompts or manifest.example_prompts
+    prompts = prompts or list(configs.defaults.prompts)
     if not prompts:
         raise InputError(
-            f"there are no prompts, and {path} has none of its own; pass --prompts-file FILE"
-            + (" or --prompt TEXT" if hasattr(args, "prompt") else "")
+            f"there are no prompts, and {path} has none of its own; pass --prompt TEXT or "
+            f"--prompts-file FILE"
         )
     return Inputs(prompts, prompts, embeds)
 
 
 def _read_embeds(
-    args: argparse.Namespace, path: Path, manifest: checkpoint.Manifest
+    args: argparse.Namespace, path: Path, configs: CheckpointConfigs
 ) -> dict[str, np.ndarray]:
     """Text embeddings `[B, L, C]` of files, by their name in the pipeline's call."""
     found = {}
@@ -350,9 +353,9 @@ def _read_embeds(
         file = getattr(args, name, None)
         if file is not None:
             option = f"--{name.replace('_', '-')}"
-            if manifest.takes_images:
+            if configs.takes.inputs == "images":
                 raise InputError(f"{path} makes videos from images; leave {option} out")
-            width = read_configs(path, manifest).components.unet.context_dim
+            width = configs.components.unet.context_dim
             found[name] = as_embeds(files.read_array(file), f"{option} {file}", width)
     if "negative_prompt_embeds" in found and args.negative_prompts:
         raise InputError("--negative-prompt-embeds stand in the place of --negative-prompt")
@@ -368,11 +371,9 @@ def naming(name: str) -> Iterator[None]:
         raise InputError(f"{name}: {error}") from error
 
 
-def _wanted(args: argparse.Namespace, path: Path, manifest: checkpoint.Manifest) -> VideoDefaults:
+def _wanted(args: argparse.Namespace, configs: CheckpointConfigs) -> VideoDefaults:
     """The checkpoint's defaults with the size that is asked for."""
-    return replace(
-        read_configs(path, manifest).defaults, **passed(args, "frames", "height", "width")
-    )
+    return replace(configs.defaults, **passed(args, "frames", "height", "width"))
 
 
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:
@@ -391,15 +392,11 @@ def check_same_inputs(names: Sequence[str]) -> None:
     Raises:
       InputError: one is no checkpoint, or takes others than the first.
     """
-    manifests = [checkpoint.read_manifest(checkpoint.find(name)) for name in names]
-    kinds = [
-        (m.takes_images, m.takes_motion_video, m.takes_conditions, m.takes_control_video)
-        for m in manifests
-    ]
-    for name, manifest, kind in zip(names, manifests, kinds, strict=True):
-        if kind != kinds[0]:
+    first, *others = (read_configs(name) for name in names)
+    for name, other in zip(names[1:], others, strict=True):
+        if other.takes != first.takes:
             raise InputError(
-                f"{names[0]} ({manifests[0].family}) and {name} ({manifest.family}) take other "
+                f"{names[0]} ({first.family.title}) and {name} ({other.family.title}) take other "
                 f"inputs; they cannot be shown side by side"
             )
 
@@ -436,19 +433,24 @@ def asked_scheduler(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_scheduler(name: str, **asked: Any) -> None:
-    """Checks what is asked of a checkpoint's scheduler before its arrays are loaded.
+def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any) -> None:
+    """Checks sizes, steps and schedulers before the arrays of any checkpoint are loaded.
 
     Args:
-      name: of the checkpoint.
+      names: of the checkpoints.
+      args: of `add_size_arguments` and `add_sampler_arguments`.
+      like: the checkpoint whose defaults stand for what the command line does not say.
       **asked: of `asked_scheduler`.
 
     Raises:
-      InputError: the folder is no checkpoint, or what is asked for is not supported.
+      InputError: a folder is no checkpoint, or what is asked for does not fit.
     """
-    path = checkpoint.find(name)
-    configs = read_configs(path, checkpoint.read_manifest(path))
-    complete(switch(configs.scheduler, **asked))
+    defaults = read_configs(like).defaults
+    want = replace(defaults, **passed(args, "frames", "height", "width", "steps"))
+    for name in names:
+        with naming(name):
+            configs = read_configs(name)
+            configs.check(want, switch(configs.scheduler, **asked))
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from qvd_jax.errors import InputError
-from qvd_jax.files import check_file
+from qvd_jax.files import check_readable
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ def read_yaml(path: Path) -> Any:
     Raises:
       InputError: the file is missing, or no YAML.
     """
-    check_file(path, "a YAML file")
+    check_readable(path, "a YAML file")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

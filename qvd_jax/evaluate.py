@@ -29,14 +29,14 @@ from qvd_jax.cli import (
     add_size_arguments,
     asked_scheduler,
     check_same_inputs,
-    check_scheduler,
+    check_videos,
     command,
     command_line,
     enable_compilation_cache,
     naming,
     note_unknown_words,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -49,9 +49,9 @@ from qvd_jax.metrics import frechet, paired, temporal
 from qvd_jax.metrics.frechet import Classifier
 from qvd_jax.metrics.intervals import jackknife
 from qvd_jax.metrics.prompt_accuracy import paired_difference, prompt_accuracy, prompt_hits
-from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports
+from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.quant.calibration import LayerReport, sqnr
+from qvd_jax.quant.solve import LayerReport, sqnr
 
 _SIZE = ("steps", "frames", "height", "width")
 _SHEET_VIDEOS = 12
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     check_folder(args.out, report.PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
-    for name in names:
-        check_scheduler(name, **asked_scheduler(args))
+    solver = args.scheduler or read_configs(args.reference).scheduler.solver
+    asked = asked_scheduler(args) | {"solver": solver}
+    check_videos(names, args, args.reference, **asked)
     cases = read_cases(args)
     # A distance needs two videos, an interval one more, which is left out.
     needed = 2 if cases.shapes is None else 3
@@ -84,8 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = {name: load(name, sharding=sharding) for name in names}
     reference = models[names[0]]
     note_unknown_words(reference, cases.inputs.names)
-    solver = args.scheduler or reference.scheduler.solver
-    asked = asked_scheduler(args) | {"solver": solver}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     spacing = [args.timestep_spacing] if args.timestep_spacing else []
     defaults = to_dict(reference.defaults)
@@ -161,10 +160,11 @@ def read_cases(args: argparse.Namespace) -> Cases:
         given does not fit it.
     """
     path = checkpoint.find(args.reference)
-    options = read_conditions(args, path)
-    prompts = checkpoint.read_manifest(path).example_prompts
+    options = read_control(args, path)
+    prompts = read_configs(path).defaults.prompts
     plain = {moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")}
-    if args.prompts_file or args.image or not prompts or not plain.issuperset(prompts):
+    asked = args.prompt or args.prompts_file or args.image
+    if asked or not prompts or not plain.issuperset(prompts):
         given = read_inputs(args, path)
         if len(given.values) > args.videos:
             print(f"the first {args.videos} of {len(given.values)}; --videos N takes more")

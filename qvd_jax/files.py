@@ -1,6 +1,7 @@
 """Writing files and folders whole or not at all, and reading arrays that may be damaged."""
 
 import contextlib
+import io
 import os
 import shutil
 import tempfile
@@ -13,12 +14,20 @@ import numpy as np
 
 from qvd_jax.errors import InputError, first_line
 
+_NPY = b"\x93NUMPY"
+
 
 def check_file(path: Path, expected: str = "a file") -> None:
     """Raises `InputError` if there is no file to read at `path`."""
     if not path.is_file():
         found = "is a folder" if path.is_dir() else "does not exist"
         raise InputError(f"{path} {found}; {expected} is expected")
+
+
+def check_readable(path: Path, expected: str) -> None:
+    """Raises `InputError` if nothing can be read at `path`, a file or a pipe."""
+    if path.is_dir() or not path.exists():
+        check_file(path, expected)
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -122,18 +131,20 @@ def read_array(file: Path) -> np.ndarray:
     Raises:
       InputError: it is missing, damaged, of another kind, or holds another number of arrays.
     """
-    check_file(file, "an .npy or .safetensors file")
-    if file.suffix == ".npy":
+    check_readable(file, "an .npy or .safetensors file")
+    # What comes from a pipe has no suffix, and can be read once.
+    data = file.read_bytes()
+    if file.suffix == ".npy" or data.startswith(_NPY):
         try:
-            return np.load(file, allow_pickle=False)
+            return np.load(io.BytesIO(data), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{file} is damaged: {first_line(error)}") from error
-    if file.suffix != ".safetensors":
+    if file.suffix != ".safetensors" and data[8:9] != b"{":
         raise InputError(f"{file}: arrays are read from .npy and .safetensors")
     import safetensors.numpy
 
     try:
-        found = safetensors.numpy.load_file(file)
+        found = safetensors.numpy.load(data)
     except safetensors.SafetensorError as error:
         raise InputError(f"{file} is damaged: {first_line(error)}") from error
     if len(found) != 1:

@@ -14,7 +14,7 @@ import numpy as np
 from qvd_jax import markdown
 from qvd_jax.data.video_io import tile
 from qvd_jax.quant import htdq
-from qvd_jax.quant.calibration import LayerReport, examples
+from qvd_jax.quant.solve import LayerReport, examples
 
 Results = Mapping[str, Any]
 

@@ -20,15 +20,15 @@ from qvd_jax.cli import (
     add_size_arguments,
     asked_scheduler,
     check_same_inputs,
-    check_scheduler,
+    check_videos,
     command,
-    condition_fps,
+    control_fps,
     enable_compilation_cache,
     naming,
     note_unknown_words,
     passed,
     positive_int,
-    read_conditions,
+    read_control,
     read_inputs,
     restoring,
     seed_int,
@@ -59,17 +59,15 @@ _OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
+    names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
+    check_same_inputs(names)
+    check_videos(names, args, args.checkpoint, **asked_scheduler(args))
     inputs = read_inputs(args, checkpoint.find(args.checkpoint))
-    conditions = read_conditions(args, checkpoint.find(args.checkpoint))
+    control = read_control(args, checkpoint.find(args.checkpoint))
     outputs = plan_outputs(
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
-    names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
-    check_same_inputs(names)
-    for name in names:
-        with naming(name):
-            check_scheduler(name, **asked_scheduler(args))
-    followed = None if args.fps else condition_fps(args)
+    followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
     print(f"compilation cache: {enable_compilation_cache()}")
@@ -80,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []
     note_unknown_words(own, [*inputs.values, *negatives])
-    options = {**call_options(own, args), **conditions, **inputs.options}
+    options = {**call_options(own, args), **control, **inputs.options}
     fps = args.fps or followed or own.defaults.fps
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
@@ -276,7 +274,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR|NAME",
         help="another checkpoint to sample from the same noise, shown above or left of this one",
     )
-    parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
     add_input_arguments(parser)
     parser.add_argument(
         "--prompt-embeds",

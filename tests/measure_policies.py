@@ -29,8 +29,9 @@ from qvd_jax import checkpoint, evaluate, markdown
 from qvd_jax.benchmarks.environment import environment
 from qvd_jax.cli import enable_compilation_cache, read_prompts
 from qvd_jax.files import read_arrays, replace_when_whole, write_text
+from qvd_jax.pipelines.observation import collect
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.pipelines.quantization import collect, list_layers, quantize_observed
+from qvd_jax.pipelines.quantization import make_plan, solve_plan, unet_layers
 from qvd_jax.quant.policy import named_policy
 
 TESTS = Path(__file__).parent
@@ -174,11 +175,12 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
     missing = [policy for policy, place in places.items() if not place.exists()]
     if missing:
         pipe = qvd_jax.load(model)
-        paths = [layer.path for layer in list_layers(pipe)]
+        paths = [layer.path for layer in unet_layers(pipe)]
         prompts, config = read_prompts(PROMPTS), qvd_jax.CalibrationConfig()
-        observed = collect(pipe, paths, prompts, config, {}, lambda *_: None)
+        observed = collect(pipe, paths, prompts, config)
         for policy in tqdm.tqdm(missing, desc=f"quantizing {model}", unit="policy"):
-            quantized, reports = quantize_observed(pipe, named_policy(policy), observed, config)
+            plan = make_plan(pipe, named_policy(policy), config)
+            quantized, reports = solve_plan(pipe, plan, observed, config)
             qvd_jax.save(quantized, places[policy], reports=reports)
     return [str(place) for place in places.values()]
 

@@ -14,10 +14,11 @@ import pytest
 from qvd_jax import benchmark, memory
 from qvd_jax.benchmarks import growth, products, profile, rounds, sampling
 from qvd_jax.benchmarks.unet import SIZES, Case
-from qvd_jax.checkpoint import Manifest
 from qvd_jax.errors import InputError
+from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.quant.observers import list_layers
+from qvd_jax.pipelines.families import FAMILIES
+from qvd_jax.quant.statistics import trace_layers
 
 
 @pytest.mark.slow
@@ -46,7 +47,7 @@ def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]
     assert benchmark.main(["products", *sizes, "--out", str(out)]) == 0
     results = json.loads(out.read_text())["results"]
-    layers = list_layers(UNet3D(SIZES["tiny"]()), *Case("tiny", 1, 2, 2, 2).shapes())
+    layers = trace_layers(UNet3D(SIZES["tiny"]()), *Case("tiny", 1, 2, 2, 2).shapes())
     assert sum(r["count"] for r in results) == len(layers)
     keys = ("inputs", "kernel", "strides")
     timed = [(products.Product(*(tuple(r[key]) for key in keys)), r["count"]) for r in results]
@@ -209,27 +210,28 @@ def test_peak_memory_is_what_is_alive_at_once():
 
 
 @pytest.mark.parametrize(
-    ("unet", "encoder", "options"),
+    ("family", "controlnet", "options"),
     [
-        ({}, "text_encoder", []),
-        ({}, "image_encoder", []),
-        ({"controlnet": {}}, "text_encoder", ["conditioning_frames", "controlnet_frame_indices"]),
-        ({"controlnet": {}, "appearance_encoder": True}, "text_encoder", ["motion_video"]),
+        ("animatediff", None, {}),
+        ("svd", None, {}),
+        ("animatediff", ControlNetConfig(4, ignores_latents=True), {"conditioning_frames": 1}),
+        ("animatediff", ControlNetConfig(3, (16,)), {"conditioning_frames": 4}),
+        ("magicanimate", ControlNetConfig(3, (16,)), {"motion_video": 4}),
     ],
-    ids=["text", "image", "SparseCtrl", "MagicAnimate"],
+    ids=["text", "image", "SparseCtrl", "ControlNet", "MagicAnimate"],
 )
-def test_every_pipeline_gets_inputs_of_its_kind_and_size(unet, encoder, options):
-    manifest = Manifest("", {"unet": unet, encoder: {}}, {}, {"prompts": ["a", "b"]}, "", {})
+def test_every_pipeline_gets_inputs_of_its_kind_and_size(family, controlnet, options):
+    takes = FAMILIES[family].takes_with(UNet3DConfig(controlnet=controlnet))
     case = sampling.SampleCase(videos=3, steps=1, frames=4, height=8, width=16)
-    inputs, given = sampling.make_inputs(case, manifest)
-    assert list(given) == options
-    if manifest.takes_images:
+    inputs, given = sampling.make_inputs(case, takes, ["a", "b"])
+    assert given.get("controlnet_frame_indices", [0]) == [0]
+    assert given.keys() - {"controlnet_frame_indices"} == options.keys()
+    if takes.inputs == "images":
         assert [image.shape for image in inputs] == 3 * [(8, 16, 3)]
     else:
         assert inputs == ["a", "b", "a"]
-    frames = {"motion_video": 4, "conditioning_frames": 1}
-    for name in given.keys() & frames.keys():
-        assert given[name].shape == (frames[name], 8, 16, 3)
+    for name, frames in options.items():
+        assert given[name].shape == (frames, 8, 16, 3)
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_original_unet_gives_what_the_folder_gives(tiny: Tiny, converted: Path, 
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--motion", "x.ckpt"], "is ModelScope, which has no use for --motion"),
+        ({}, ["--motion", "x.ckpt"], "is ModelScope, which has no --motion"),
         ({"attention_head_dim": 7}, [], r"attention_head_dim = 7 does not divide"),
         ({"attention_head_dim": [8, 8]}, [], "attention_head_dim: one positive integer"),
         ({"act_fn": "gelu"}, [], "act_fn = 'gelu' is not supported"),

@@ -102,8 +102,8 @@ def test_latents_equal_diffusers_pipeline(converted, tiny, monkeypatch):
     assert relative_error(found, expected) <= 1e-3
 
 
-def test_frames_beyond_the_positions_keep_their_conditions(converted):
-    """In windows, a condition is seen by those windows only that hold its frame."""
+def test_frames_beyond_the_positions_keep_their_conditions(converted, caplog):
+    """In windows, a condition is seen by those windows only that hold its frame, as is said."""
     pipe = qvd_jax.load(converted[1])
     config = replace(pipe.unet.config, max_frames=4)
     pipe = replace(pipe, unet=pipe.unet.clone(config=config))
@@ -112,6 +112,7 @@ def test_frames_beyond_the_positions_keep_their_conditions(converted):
     changed = np.abs(first - other).max((0, 2, 3, 4)) > 1e-6
     assert changed[:4].all()
     assert not changed[4:].any()
+    assert "frames 4 to 6 are in no window with a conditioning frame" in caplog.text
 
 
 @pytest.mark.parametrize("kind", [RGB, SCRIBBLE])
@@ -168,7 +169,7 @@ def test_bad_conditions_are_one_line(converted, tmp_path, capsys, arguments, mes
 def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path, capsys):
     options = ["--prompt", "a", "--condition", "a.png@0", "--out", str(tmp_path / "a.gif")]
     assert sample.main(["--checkpoint", str(tiny_checkpoint), *options]) == 2
-    assert "has no SparseCtrl; leave --condition out" in capsys.readouterr().err
+    assert "has no ControlNet; leave --condition out" in capsys.readouterr().err
     pipe = qvd_jax.load(tiny_checkpoint)
     with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
         pipe("a", conditioning_frames=[picture(0)], controlnet_frame_indices=[0])

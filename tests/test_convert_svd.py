@@ -322,7 +322,7 @@ def test_bad_images_are_one_line(converted, tmp_path, capsys, arguments, message
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no use for --motion"),
+        ({}, ["--motion", "x.ckpt"], "is Stable Video Diffusion, which has no --motion"),
         ({}, ["--controlnet", "x.ckpt"], "is Stable Video Diffusion, which has no --controlnet"),
         ({}, ["--appearance-encoder", "x"], "which has no --appearance-encoder"),
         ({}, ["--preset", "lightning"], "is Stable Video Diffusion, which has no --preset"),

@@ -15,7 +15,7 @@ from test_training import CONFIG, Line
 
 import qvd_jax
 from qvd_jax import CalibrationConfig, VideoPipeline
-from qvd_jax.diffusion.sampler import Conditioning, SamplerConfig, initial_state, sample_steps
+from qvd_jax.diffusion.sampler import Prepared, SamplerConfig, initial_state, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.errors import InputError
 from qvd_jax.metrics.paired import psnr
@@ -116,7 +116,7 @@ def conditioned_steps(mesh: Any) -> Any:
         return jnp.asarray(rng.standard_normal(shape), jnp.float32)
 
     videos = len(PROMPTS)
-    conditioning = Conditioning(
+    prepared = Prepared(
         temporal=normal(STEPS, 1),
         context=normal(2 * videos, 5, 2).at[videos + 2].set(jnp.inf),
         image=normal(2 * videos, 1, 2, 2, 2),
@@ -132,7 +132,7 @@ def conditioned_steps(mesh: Any) -> Any:
         {"gain": jnp.float32(0.5)},
         initial_state(latents, table),
         table,
-        conditioning,
+        prepared,
         jnp.full(3, 2.0),
         jax.vmap(jax.random.key)(jnp.arange(videos)),
         jnp.int32(0),

@@ -17,7 +17,8 @@ from qvd_jax.data import moving_shapes
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.metrics import frechet
 from qvd_jax.pipelines.loading import save
-from qvd_jax.pipelines.quantization import CalibrationConfig, quantize
+from qvd_jax.pipelines.observation import CalibrationConfig
+from qvd_jax.pipelines.quantization import quantize
 from qvd_jax.quant.policy import Quantization
 
 SIZE = ["--frames", "11", "--height", "16", "--width", "16", "--steps", "2"]

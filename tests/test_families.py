@@ -16,6 +16,7 @@ from jax import export
 
 import convert.__main__ as convert
 import qvd_jax
+from convert.converters import CONVERTERS
 from qvd_jax import calibrate, evaluate, sample
 from qvd_jax.axes import Params
 from qvd_jax.calibrate import read_policy
@@ -26,9 +27,11 @@ from qvd_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.vae import VAEConfig
+from qvd_jax.pipelines import families
 from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.observation import CalibrationConfig
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.pipelines.quantization import CalibrationConfig, list_layers, quantize
+from qvd_jax.pipelines.quantization import quantize, unet_layers
 from qvd_jax.quant.policy import match, named_policy
 from qvd_jax.training.tokenizer import make_tokenizer
 
@@ -137,6 +140,13 @@ FAMILIES = {
 }
 
 
+def test_every_family_has_a_converter_whose_options_there_are():
+    assert CONVERTERS.keys() == families.FAMILIES.keys()
+    options = {name for action in convert._parser()._actions for name in action.option_strings}
+    for converter in CONVERTERS.values():
+        assert set(converter.options) <= options
+
+
 def random_params(shapes: Params) -> Params:
     """Kernels as PyTorch's layers draw them; norms and biases not at one and zero."""
     rng = np.random.default_rng(0)
@@ -207,7 +217,7 @@ ALIKE = {"animatelcm": "animatediff", "lightning": "animatediff", "zeroscope": "
 def test_configs_are_the_named_policy_and_their_commands_parse(name, monkeypatch):
     file = CONFIGS / f"{name}.yaml"
     family = FAMILIES[ALIKE.get(name, name)]
-    layers = list_layers(make(family), family.options)
+    layers = unet_layers(make(family), family.options)
     assert match(read_policy(str(file)), layers) == match(named_policy("qvd-w8a8"), layers)
     lines = [line[2:] for line in file.read_text().splitlines() if line.startswith("# python -m ")]
     modules = {"convert": convert, "qvd_jax.calibrate": calibrate, "qvd_jax.sample": sample}
@@ -223,7 +233,7 @@ def test_configs_are_the_named_policy_and_their_commands_parse(name, monkeypatch
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_split_of_a_shortcut_is_of_a_layer(name):
     family = FAMILIES[name]
-    paths = {layer.path for layer in list_layers(make(family), family.options)}
+    paths = {layer.path for layer in unet_layers(make(family), family.options)}
     assert shortcut_splits(family.unet).keys() <= paths
 
 

@@ -120,10 +120,15 @@ def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     assert seen == [2, 2, 2] * 2
 
 
-def test_frames_beyond_the_positions_run_in_windows(pipe):
+def test_frames_beyond_the_positions_run_in_windows(pipe, caplog):
+    """That hardly overlap, which is said, and not of windows that do."""
     short = replace(pipe, unet=replace_config(pipe, max_frames=4))
     video = short("one", frames=7, height=8, width=12, steps=1)
     assert video.shape == (1, 7, 8, 12, 3)
+    assert "7 frames run in windows of 4, of which neighbors share one frame" in caplog.text
+    caplog.clear()
+    pipe._note_windows(pipe.window(100) * 3, replace(pipe.defaults, frames=100))
+    assert not caplog.text
 
 
 def replace_config(pipe, **changes):

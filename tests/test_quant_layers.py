@@ -11,11 +11,14 @@ from conftest import relative_error
 from flax.core import FrozenDict
 from flax.errors import ScopeParamShapeError
 
+from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Configured
-from qvd_jax.quant import htdq, observers
-from qvd_jax.quant.calibration import find_quantizer, needs_quantizer, quantize_layer
+from qvd_jax.quant import htdq
 from qvd_jax.quant.layers import QuantDense, SpecTable, layer_set
 from qvd_jax.quant.policy import LayerSpec
+from qvd_jax.quant.record import layouts, replace_layers
+from qvd_jax.quant.solve import find_quantizer, needs_quantizer, solve_layer
+from qvd_jax.quant.statistics import draw_places, observe
 
 CONVS = {
     "3x3": ((3, 3), (1, 1), ((1, 1), (1, 1)), (2, 3, 6, 5)),
@@ -69,19 +72,14 @@ def case(conv, seed=0):
 
 def quantized(net, params, x, spec):
     """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
-    places = observers.draw_places(jax.random.key(0), 64)
-    _, found = observers.observe(net, params, x, method="__call__", places=places)
+    places = draw_places(jax.random.key(0), 64)
+    _, found = observe(net, params, x, method="__call__", places=places)
     assert list(found) == ["layer"]
-    quantizer = None
+    quantizer, rows = None, found["layer"].rows
     if needs_quantizer(spec):
         quantizer = find_quantizer(found["layer"], [params["layer"]["kernel"]], spec)
-    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec, quantizer)
-    int8_net = Net(layer_set({"layer": spec}), net.conv)
-    shapes = jax.eval_shape(int8_net.init, jax.random.key(0), x)["params"]["layer"]
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), shapes) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), FrozenDict(layer).unfreeze()
-    )
-    return int8_net, {"layer": layer}, report, found["layer"].rows
+    record, report = solve_layer("layer", params["layer"], found["layer"], spec, quantizer)
+    return Net(layer_set({"layer": spec}), net.conv), {"layer": record.params()}, report, rows
 
 
 def dequantized_float64(layer, x, spec):
@@ -97,6 +95,39 @@ def dequantized_float64(layer, x, spec):
 
 
 METHODS = ["minmax", "mse", "smoothquant", "qdiffusion", "scri"]
+
+
+@pytest.mark.parametrize(
+    ("conv", "spec"),
+    [
+        (None, LayerSpec("scri", 4)),
+        (None, LayerSpec("htdq")),
+        (None, LayerSpec("minmax", 8, 16)),
+        ("3x3", LayerSpec("minmax", step_aware=True)),
+        ("1x1", LayerSpec("mse")),
+        ("temporal", LayerSpec("minmax", 4, 16)),
+    ],
+)
+def test_what_calibration_writes_layers_read_and_loading_expects_are_one_record(conv, spec):
+    net, params, x = case(conv)
+    int8_net, solved, *_ = quantized(net, params, x, spec)
+    read = jax.eval_shape(int8_net.init, jax.random.key(0), x)
+    float_shapes = jax.eval_shape(net.init, jax.random.key(0), x)["params"]
+    expected, gains = replace_layers(float_shapes, layouts(float_shapes, {"layer": spec}))
+
+    def described(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    assert described(read["params"]) == described(solved) == described(expected)
+    assert described(read.get("quant", {})) == described(gains)
+    assert bool(gains) is spec.step_aware
+
+
+def test_specs_of_a_layer_that_is_not_there_are_refused():
+    shapes = {"layer": {"kernel": jax.ShapeDtypeStruct((2, 3), jnp.float32)}}
+    message = "quantized layers that the UNet does not have: other/layer"
+    with pytest.raises(InputError, match=message):
+        layouts(shapes, {"layer": LayerSpec("scri"), "other/layer": LayerSpec("scri")})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -294,10 +325,11 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     net = Net(FLOAT)
     params = net.init(jax.random.key(0), x)["params"]
     spec = LayerSpec("htdq")
-    _, found = observers.observe(net, params, x, method="__call__", places=None)
+    _, found = observe(net, params, x, method="__call__", places=None)
     np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
-    layer, report = quantize_layer("layer", params["layer"], found["layer"], spec)
-    assert float(layer["coarse"]) > 1
+    record, report = solve_layer("layer", params["layer"], found["layer"], spec)
+    layer = record.params()
+    assert float(record.coarse) > 1
     assert report.td_score_after >= report.td_score_before
     y = Net(layer_set({"layer": spec})).apply({"params": {"layer": layer}}, x)
     quantizer = htdq.search(np.asarray(x, np.float64), spec.activation_bits)
@@ -355,8 +387,8 @@ def test_layers_without_a_spec_are_flax_own():
 
 def test_statistics_of_a_conv_are_patches_inside_the_image():
     net, params, x = case("3x3")
-    places = observers.draw_places(jax.random.key(1), 32)
-    _, found = observers.observe(net, params, x, method="__call__", places=places)
+    places = draw_places(jax.random.key(1), 32)
+    _, found = observe(net, params, x, method="__call__", places=places)
     images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
     patches = {
         images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)

@@ -14,30 +14,32 @@ from qvd_jax.models.configs import (
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import VAEConfig
 from qvd_jax.pipelines.components import ComponentConfigs
-from qvd_jax.quant import observers
 from qvd_jax.quant.policy import (
-    Layer,
     LayerSpec,
     Policy,
     Rule,
+    TracedLayer,
     match,
     match_table,
     named_policy,
 )
+from qvd_jax.quant.statistics import trace_layers
 
 LAYERS = [
-    Layer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8), 0),
-    Layer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32), 1),
-    Layer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8), 2),
-    Layer("down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8), 3),
-    Layer(
+    TracedLayer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8), 0),
+    TracedLayer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32), 1),
+    TracedLayer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8), 2),
+    TracedLayer(
+        "down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8), 3
+    ),
+    TracedLayer(
         "down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv",
         (8, 24),
         (16, 2, 8),
         (16, 2, 24),
         4,
     ),
-    Layer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4), 5),
+    TracedLayer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4), 5),
 ]
 
 
@@ -66,7 +68,7 @@ def test_htdq_takes_every_temporal_feature_of_the_real_models(
 ):
     """At full size, from shapes alone."""
     shapes = ComponentConfigs(config, VAEConfig()).unet_shapes(2, 8, 8, 1)
-    layers = observers.list_layers(UNet3D(config), *shapes)
+    layers = trace_layers(UNet3D(config), *shapes)
     specs = match(named_policy("qvd-w8a8"), layers)
     taken = [path for path, spec in specs.items() if spec.method == "htdq"]
     ends = [path.rpartition("/")[2] for path in taken]

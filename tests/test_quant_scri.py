@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvd_jax.quant import baselines, clipping, qtensor, scri
+from qvd_jax.quant import baselines, clipping, codec, scri
 
 
 def layer(seed=0, rows=64, channels=24, outputs=16, taps=1):
@@ -130,7 +130,7 @@ def test_weights_are_clipped_where_each_output_errs_least(mean_counts):
 
     def errors(clip):
         scale = d * clip * np.abs(w.astype(np.float64)).max(0) / 7
-        scale = scale.astype(qtensor.SCALE_DTYPE).astype(np.float64) / d
+        scale = scale.astype(codec.SCALE_DTYPE).astype(np.float64) / d
         error = d * rows @ (scale * np.clip(np.rint(w / scale), -7, 7)) - exact
         return np.square(error).mean(0) if mean_counts else error.var(0)
 
@@ -154,20 +154,20 @@ def test_constant_channels_divide_by_nothing(value):
 @pytest.mark.parametrize("bits", [1, 9])
 def test_bits_out_of_range(bits):
     with pytest.raises(ValueError, match=f"{bits} bits: codes have 2 to 8"):
-        qtensor.max_code(bits)
+        codec.max_code(bits)
 
 
 def test_weights_are_symmetric_per_channel_and_empty_channels_defined():
     w = np.array([[1.2, 0.0, -8.0], [-2.0, 0.0, 5.0]], np.float32)
-    codes, scale = qtensor.quantize_weights(w, 4)
+    codes, scale = codec.quantize_weights(w, 4)
     np.testing.assert_array_equal(codes, [[4, 0, -7], [-7, 0, 4]])
-    assert scale.dtype == qtensor.SCALE_DTYPE
+    assert scale.dtype == codec.SCALE_DTYPE
     np.testing.assert_allclose(np.float32(scale), [2 / 7, 1, 8 / 7], rtol=2**-8)
 
 
 def test_weights_are_coded_with_the_scale_that_is_stored():
     """Half a step off at most, though the scale was rounded."""
     w = np.random.default_rng(0).normal(size=(200, 50)).astype(np.float32)
-    codes, scale = qtensor.quantize_weights(w, 8, 0.037)
+    codes, scale = codec.quantize_weights(w, 8, 0.037)
     step = np.asarray(scale, np.float64) / 0.037
     assert (np.abs(np.float64(codes) * step - w) <= 0.5001 * step).all()

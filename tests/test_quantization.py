@@ -23,15 +23,10 @@ from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.pipelines import quantization
+from qvd_jax.pipelines import observation
 from qvd_jax.pipelines.loading import save
-from qvd_jax.pipelines.quantization import (
-    CalibrationConfig,
-    collect,
-    list_layers,
-    quantize,
-    quantize_observed,
-)
+from qvd_jax.pipelines.observation import CalibrationConfig, collect
+from qvd_jax.pipelines.quantization import make_plan, quantize, solve_plan, unet_layers
 from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -57,7 +52,7 @@ def test_int8_latents_are_near_the_float_ones(pipe, quantized):
 
 
 def test_reports_name_every_layer(pipe, quantized):
-    paths = {layer.path for layer in list_layers(pipe, SIZE)} - {"conv_in", "conv_out"}
+    paths = {layer.path for layer in unet_layers(pipe, SIZE)} - {"conv_in", "conv_out"}
     assert {report.path for report in quantized[1]} == paths
     for report in quantized[1]:
         assert report.sqnr > 20, report
@@ -69,7 +64,7 @@ def test_reports_name_every_layer(pipe, quantized):
 
 def test_layers_that_read_one_tensor_share_its_quantizer(pipe, quantized):
     """The text is one tensor, which every cross-attention reads."""
-    sources = {layer.path: layer.source for layer in list_layers(pipe, SIZE)}
+    sources = {layer.path: layer.source for layer in unet_layers(pipe, SIZE)}
     texts = [path for path in sources if path.endswith("attention/block/attn2/to_kv")]
     assert len(texts) > 2
     assert len({sources[path] for path in texts}) == 1
@@ -128,7 +123,7 @@ def test_a_checkpoint_loaded_again_is_not_traced_again(kind, tiny_checkpoint, qu
         context = jnp.zeros((1, 5, pipe.unet.config.context_dim))
         if kind == "observing":
             given = pipe.unet, params, (context,), None
-            return lambda: quantization._observe.trace(*given, method="context_features")
+            return lambda: observation._observe.trace(*given, method="context_features")
         given = pipe.unet, params, jnp.arange(3.0), Conditions(context)
         return lambda: sampler.prepare.trace(*given)
 
@@ -272,11 +267,11 @@ def test_methods_are_refused_where_they_have_no_meaning(pipe, pattern, spec, mes
 
 def test_a_layer_no_data_reached_stays_float(pipe):
     policy = Policy("own", (Rule("*/time_emb_proj", LayerSpec("minmax")),))
-    paths = [layer.path for layer in list_layers(pipe, SIZE)]
-    observed = collect(pipe, paths, PROMPTS[:1], CONFIG, SIZE, lambda *_: None)
+    paths = [layer.path for layer in unet_layers(pipe, SIZE)]
+    observed = collect(pipe, paths, PROMPTS[:1], CONFIG, SIZE)
     unseen = "mid_block/blocks_0/resnet/time_emb_proj"
     del observed.joined[unseen]
-    quantized, reports = quantize_observed(pipe, policy, observed, CONFIG, SIZE)
+    quantized, reports = solve_plan(pipe, make_plan(pipe, policy, CONFIG, SIZE), observed, CONFIG)
     assert quantized.quantization.specs.keys() == {report.path for report in reports}
     assert unseen not in quantized.quantization.specs
     found, exact = (
@@ -289,8 +284,8 @@ def test_a_layer_no_data_reached_stays_float(pipe):
 
 def test_layers_of_long_videos_are_those_of_their_windows(pipe):
     longer = pipe.unet.config.max_frames + 1
-    layers = list_layers(pipe, {**SIZE, "frames": longer})
-    assert {layer.path for layer in layers} == {layer.path for layer in list_layers(pipe, SIZE)}
+    layers = unet_layers(pipe, {**SIZE, "frames": longer})
+    assert {layer.path for layer in layers} == {layer.path for layer in unet_layers(pipe, SIZE)}
 
 
 def test_quantized_pipelines_are_not_quantized_again(quantized):
@@ -330,14 +325,13 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
 
 def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    (tmp_path / "prompts.txt").write_text("a red circle\n")
     (tmp_path / "own.yaml").write_text(
         "name: own\nrules:\n- {pattern: '*/ff/*', spec: {method: scri}}\n"
         "- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"
     )
     arguments = [
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
-        "--prompts-file", str(tmp_path / "prompts.txt"), "--policy", str(tmp_path / "own.yaml"),
+        "--prompt", "a red circle", "--policy", str(tmp_path / "own.yaml"),
         "--steps", "1", "--frames", "2", "--height", "8", "--width", "10",
         "--report", str(tmp_path / "report"), "--scheduler", "euler", "--karras",
     ]  # fmt: skip
@@ -378,7 +372,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--policy", "{tmp}/bad.yaml"], "weight_bits = 1: 2 to 8 are possible"),
         (["--policy", "{tmp}/idle.yaml"], "no layer has such a path"),
         (["--prompts-file", "{tmp}/empty.txt"], "has no prompts"),
-        ([], "has none of its own; pass --prompts-file"),
+        ([], "has none of its own; pass --prompt TEXT or --prompts-file FILE"),
         (["--checkpoint", "{tmp}/nothing"], "nothing does not exist; the folder of a checkpoint"),
         (["--checkpoint", "shape"], "is expected; did you mean 'shapes'?"),
         (["--report", "{tmp}/int8"], "int8: name folders apart"),

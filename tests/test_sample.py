@@ -77,7 +77,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
             ["--prompt", "a", "--against", "{tmp}", "--out", "{tmp}/a.gif"],
             "is no qvd_jax checkpoint",
         ),
-        ([], "has none of its own; pass --prompts-file FILE"),
+        ([], "has none of its own; pass --prompt TEXT or --prompts-file FILE"),
         (["--prompts-file", "{tmp}/none.txt"], "none.txt does not exist"),
         (
             ["--prompts-file", "{tmp}"],
@@ -89,7 +89,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompt", "a", "--out", "{tmp}/a.avi"], "a file ends in .mp4 or .gif"),
         (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
         (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
-        (["--prompt", "a", "--against", "{tmp}/images"], "(images) and"),
+        (["--prompt", "a", "--against", "{tmp}/images"], "(MagicAnimate) and"),
         (["--prompt", "a", "--karras"], "ddim has no Karras noise levels; euler, dpmsolver++, "),
     ],
 )
@@ -101,8 +101,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\xff")
     (tmp_path / "old.gif").write_bytes(b"old")
     manifest = json.loads((tiny_checkpoint / "manifest.json").read_text())
-    manifest = {**manifest, "family": "images"}
-    manifest["components"] = {**manifest["components"], "image_encoder": {}}
+    manifest = {**manifest, "family": "magicanimate"}
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "manifest.json").write_text(json.dumps(manifest))
     before = sorted(tmp_path.rglob("*"))

@@ -33,8 +33,8 @@ from qvd_jax.errors import InputError, first_line
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import decide, named_policy
+from qvd_jax.quant.statistics import trace_layers
 
 COPIES = "copies"
 KINDS = (
@@ -158,7 +158,7 @@ def _layer_set(part: Part, variant: Variant) -> LayerSet:
     floating = replace(FLOAT, dtype=dtype, param_dtype=dtype)
     if variant.mode == FLOAT_MODE:
         return floating
-    layers = list_layers(part.network(floating), *part.inputs, method=part.method)
+    layers = trace_layers(part.network(floating), *part.inputs, method=part.method)
     return layer_set(decide(named_policy(variant.mode), layers), dtype)
 
 

@@ -23,7 +23,7 @@ from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import first_line
 from qvd_jax.kernels import floating, int8
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.quant.observers import list_layers
+from qvd_jax.quant.statistics import trace_layers
 
 DISPATCHED = "int8, ours"
 """The formulation `qvd_jax.kernels.int8` chooses."""
@@ -67,7 +67,7 @@ class Product:
 def products(case: Case) -> Counter[Product]:
     """The distinct products of one forward, and how often each occurs."""
     found: Counter[Product] = Counter()
-    for layer in list_layers(UNet3D(case.config), *case.shapes()):
+    for layer in trace_layers(UNet3D(case.config), *case.shapes()):
         kernel = (layer.kernel[-1], *layer.kernel[:-1])
         rank = len(kernel) - 2
         spatial = layer.inputs[len(layer.inputs) - rank - 1 : -1]

@@ -16,11 +16,12 @@ import jax
 import numpy as np
 import tqdm
 
-from qvd_jax import checkpoint, markdown, memory
+from qvd_jax import markdown, memory
 from qvd_jax.benchmarks.rounds import Run, Variant, in_fresh_process
 from qvd_jax.cli import enable_compilation_cache
 from qvd_jax.memory import buffers_freed_at_once, tree_bytes
 from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.families import Takes
 from qvd_jax.pipelines.loading import load, read_configs
 
 MEMORY_STEPS = (2, 8)
@@ -55,7 +56,8 @@ def build(case: SampleCase, variant: Variant) -> Run:
     """Sampling and decoding with the checkpoint that is the variant's mode."""
     with buffers_freed_at_once():
         pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
-    inputs, options = make_inputs(case, checkpoint.read_manifest(checkpoint.find(variant.mode)))
+    configs = read_configs(variant.mode)
+    inputs, options = make_inputs(case, configs.takes, configs.defaults.prompts)
 
     def run() -> None:
         pipe(
@@ -71,25 +73,24 @@ def build(case: SampleCase, variant: Variant) -> Run:
 
 
 def make_inputs(
-    case: SampleCase, manifest: checkpoint.Manifest
+    case: SampleCase, takes: Takes, prompts: Sequence[str]
 ) -> tuple[list[Any], dict[str, Any]]:
-    """What the checkpoint's pipeline is called with: its prompts, or noise as images and motion."""
+    """What a pipeline is called with: some of its prompts, or noise as images and motion."""
     rng = np.random.default_rng(0)
 
     def images(count: int) -> np.ndarray:
         return rng.integers(256, size=(count, case.height, case.width, 3), dtype=np.uint8)
 
     options: dict[str, Any] = {}
-    if manifest.takes_motion_video:
+    if takes.control == "motion":
         options["motion_video"] = images(case.frames)
-    if manifest.takes_control_video:
+    if takes.control == "video":
         options["conditioning_frames"] = images(case.frames)
-    if manifest.takes_conditions:
+    if takes.control == "images":
         options |= {"conditioning_frames": images(1), "controlnet_frame_indices": [0]}
-    if manifest.takes_images:
+    if takes.inputs == "images":
         return list(images(case.videos)), options
-    prompts = itertools.cycle(manifest.example_prompts or [_PROMPT])
-    return list(itertools.islice(prompts, case.videos)), options
+    return list(itertools.islice(itertools.cycle(prompts or [_PROMPT]), case.videos)), options
 
 
 def check_fits(cases: Sequence[SampleCase], groups: Sequence[Sequence[Variant]]) -> None:
@@ -118,8 +119,8 @@ def needed_bytes(case: SampleCase, variants: Sequence[Variant]) -> int:
     """
     weights, working = 0, 0
     for variant in variants:
-        path = checkpoint.find(variant.mode)
-        configs, _, defaults, quantization = read_configs(path, checkpoint.read_manifest(path))
+        read = read_configs(variant.mode)
+        configs, quantization = read.components, read.quantization
         stride = configs.vae.stride
         frames = min(case.frames, configs.unet.max_frames or case.frames)  # more run in windows
         shapes = configs.unet_shapes(frames, case.height // stride, case.width // stride, 1)
@@ -130,7 +131,7 @@ def needed_bytes(case: SampleCase, variants: Sequence[Variant]) -> int:
         # On the CPU the UNet sees one video after the other.
         together = 1 if jax.default_backend() == "cpu" else case.videos
         weights += tree_bytes(params)
-        working = max(working, (1 + defaults.guided) * together * once)
+        working = max(working, (1 + read.defaults.guided) * together * once)
     return weights + working
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax import checkpoint, memory
+from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.memory import tree_bytes
@@ -19,13 +19,12 @@ from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.observers import list_layers
 from qvd_jax.quant.policy import match, named_policy
+from qvd_jax.quant.statistics import trace_layers
 
 
 def _shapes() -> UNet3DConfig:
-    path = checkpoint.find("shapes")
-    return read_configs(path, checkpoint.read_manifest(path)).components.unet
+    return read_configs("shapes").components.unet
 
 
 def _tiny() -> UNet3DConfig:
@@ -119,7 +118,7 @@ def layers(case: Case, variant: Variant) -> LayerSet:
     dtype = jnp.dtype(variant.dtype)
     if variant.mode == FLOAT_MODE:
         return replace(FLOAT, dtype=dtype, param_dtype=dtype)
-    found = list_layers(UNet3D(case.config), *case.shapes())
+    found = trace_layers(UNet3D(case.config), *case.shapes())
     return layer_set(match(named_policy(variant.mode), found), dtype)
 
 

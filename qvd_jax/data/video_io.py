@@ -5,6 +5,7 @@ import functools
 import io
 import logging
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, ImageSequence
 
 from qvd_jax.errors import InputError, first_line
-from qvd_jax.files import check_file, replace_when_whole
+from qvd_jax.files import check_readable, replace_when_whole
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def read_image(path: Path) -> np.ndarray:
     Raises:
       InputError: the file is missing, no image, or has more than 8 bits and no white.
     """
-    check_file(path, "an image")
+    check_readable(path, "an image")
     with _open_image(path) as image:
         if (frames := getattr(image, "n_frames", 1)) > 1:
             _logger.warning("%s has %d frames; the first is used", path, frames)
@@ -64,8 +65,7 @@ def read_video(path: Path) -> np.ndarray:
                     f"{list(images[0].shape[:2])}; the images of a video have one size"
                 )
         return np.stack(images)
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a video, or a folder of images, is expected")
+    check_readable(path, "a video, or a folder of images,")
     if path.suffix.lower() in _IMAGE_SUFFIXES:
         with _open_image(path) as animated:
             return np.stack([_to_rgb(frame, path) for frame in ImageSequence.Iterator(animated)])
@@ -100,7 +100,8 @@ def _milliseconds(frame: Image.Image) -> float:
 def _open_image(path: Path) -> Iterator[Image.Image]:
     """An image file, whose failures become `InputError` whenever its pixels are read."""
     try:
-        with Image.open(path) as image:
+        # From memory: a pipe can be read once, and not from its middle.
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
             yield image
     except InputError:
         raise
@@ -145,7 +146,10 @@ def _open_video(path: Path) -> Iterator[tuple[dict[str, Any], Iterator[np.ndarra
     # It warns of frames that are turned.
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.closing(imageio_ffmpeg.read_frames(str(path))) as reader:
+        with (
+            _seekable(path) as place,
+            contextlib.closing(imageio_ffmpeg.read_frames(str(place))) as reader,
+        ):
             with _ffmpeg():
                 meta = next(reader)
             width, height = meta["size"]
@@ -154,6 +158,18 @@ def _open_video(path: Path) -> Iterator[tuple[dict[str, Any], Iterator[np.ndarra
         raise InputError(f"{path} cannot be read as a video: {first_line(error)}") from error
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _seekable(path: Path) -> Iterator[Path]:
+    """The path; of a pipe that of a file of what it gives, for ffmpeg reads in any order."""
+    if not path.is_fifo():
+        yield path
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(path.read_bytes())
+        file.flush()
+        yield Path(file.name)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,11 @@ def video_keys(seed: int, videos: int) -> Array:
     return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))
 
 
+def window_overlap(window: int) -> int:
+    """How many frames neighboring windows of a length share; windows of one frame none."""
+    return min(max(1, window // 4), window - 1)
+
+
 def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarray:
     """Frames of the windows that cover a video, `[N, window]`.
 
@@ -54,7 +59,7 @@ def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarr
     """
     if frames <= window:
         return np.arange(frames)[None]
-    stride = max(1, window - max(1, window // 4))
+    stride = window - window_overlap(window)
     starts = (
         range(0, frames, stride)
         if closed
@@ -86,7 +91,7 @@ class Conditions(NamedTuple):
     control_scale: Array | None = None
 
 
-class Conditioning(NamedTuple):
+class Prepared(NamedTuple):
     """What the UNet needs of the conditions and the steps, computed once before the loop.
 
     Attributes:
@@ -111,7 +116,7 @@ class Conditioning(NamedTuple):
 @functools.partial(jax.jit, static_argnames="unet")
 def prepare(
     unet: nn.Module, params: Params, timesteps: Array, conditions: Conditions, gains: Any = None
-) -> Conditioning:
+) -> Prepared:
     """Computes all that does not depend on the latents.
 
     Args:
@@ -123,7 +128,7 @@ def prepare(
     """
     variables = {"params": params}
     control = conditions.control
-    return Conditioning(
+    return Prepared(
         unet.apply(variables, timesteps, conditions.added_ids, method="temporal_features"),
         unet.apply(variables, conditions.context, method="context_features"),
         conditions.image,
@@ -176,7 +181,7 @@ def sample_steps(
     params: Params,
     state: SamplerState,
     table: StepTable,
-    conditioning: Conditioning,
+    prepared: Prepared,
     guidance_scale: Array,
     keys: Array,
     start: Array,
@@ -189,7 +194,7 @@ def sample_steps(
       params: its parameters.
       state: latents and last predicted samples; donated.
       table: the whole schedule's, `[S]`.
-      conditioning: of `prepare`, for the whole schedule.
+      prepared: of `prepare`, for the whole schedule.
       guidance_scale: of classifier-free guidance (Ho and Salimans, arXiv 2207.12598), `[F]`.
       keys: one random key for each video, `[B]`.
       start: number of the first step to run.
@@ -201,13 +206,13 @@ def sample_steps(
     halves = 2 if config.guided else 1
     context, image = jax.tree.map(
         lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]),
-        (conditioning.context, conditioning.image),
+        (prepared.context, prepared.image),
     )
     arguments = (
         params,
         state,
         table,
-        conditioning._replace(context=context, image=image),
+        prepared._replace(context=context, image=image),
         guidance_scale,
         keys,
         start,
@@ -217,11 +222,11 @@ def sample_steps(
         # Every device runs the loop of its own videos: nothing is moved between them.
         shared, videos = PartitionSpec(), PartitionSpec(config.mesh.axis_names)
         both = PartitionSpec(None, config.mesh.axis_names)
-        told = Conditioning._make((shared, both, both, shared, videos, shared, shared))
+        divided = Prepared._make((shared, both, both, shared, videos, shared, shared))
         run = jax.shard_map(
             run,
             mesh=config.mesh,
-            in_specs=(shared, videos, shared, told, shared, videos, shared),
+            in_specs=(shared, videos, shared, divided, shared, videos, shared),
             out_specs=(videos, both),
             check_vma=False,
         )
@@ -235,7 +240,7 @@ def _scan(
     params: Params,
     state: SamplerState,
     table: StepTable,
-    conditioning: Conditioning,
+    prepared: Prepared,
     guidance_scale: Array,
     keys: Array,
     start: Array,
@@ -243,28 +248,28 @@ def _scan(
     """`sample_steps` of one device; context and image are `[2, B, ...]`, finite `[count, 1]`."""
     frames = window_frames(state.latents.shape[1], config.window, closed=config.closed)
 
-    def predict(latents: Array, told: Conditioning) -> Array:
+    def predict(latents: Array, at_step: Prepared) -> Array:
         context, image = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (told.context, told.image)
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (at_step.context, at_step.image)
         )
-        told = told._replace(context=context, image=image)
+        at_step = at_step._replace(context=context, image=image)
         if not config.guided:
-            return _predict_windows(unet, params, latents, told, frames)
+            return _predict_windows(unet, params, latents, at_step, frames)
         latents = jnp.concatenate([latents, latents])
-        negative, positive = jnp.split(_predict_windows(unet, params, latents, told, frames), 2)
+        negative, positive = jnp.split(_predict_windows(unet, params, latents, at_step, frames), 2)
         return negative + guidance_scale[None, :, None, None, None] * (positive - negative)
 
-    def predict_one_by_one(latents: Array, told: Conditioning) -> Array:
+    def predict_one_by_one(latents: Array, at_step: Prepared) -> Array:
         def one(number: Array) -> Array:
             def pick(axis: int, tree: Any) -> Any:
                 return jax.tree.map(
                     lambda leaf: lax.dynamic_slice_in_dim(leaf, number, 1, axis), tree
                 )
 
-            own = told._replace(
-                context=pick(1, told.context),
-                image=pick(1, told.image),
-                reference=pick(0, told.reference),
+            own = at_step._replace(
+                context=pick(1, at_step.context),
+                image=pick(1, at_step.image),
+                reference=pick(0, at_step.reference),
             )
             return predict(pick(0, latents), own)[0]
 
@@ -272,13 +277,13 @@ def _scan(
 
     def body(state: SamplerState, index: Array) -> tuple[SamplerState, Array]:
         row = jax.tree.map(lambda column: column[index], table)
-        told = conditioning._replace(
-            temporal=jax.tree.map(lambda feature: feature[index][None], conditioning.temporal),
-            gains=jax.tree.map(lambda gain: gain[index], conditioning.gains),
-            control_scale=jax.tree.map(lambda scale: scale[index], conditioning.control_scale),
+        at_step = prepared._replace(
+            temporal=jax.tree.map(lambda feature: feature[index][None], prepared.temporal),
+            gains=jax.tree.map(lambda gain: gain[index], prepared.gains),
+            control_scale=jax.tree.map(lambda scale: scale[index], prepared.control_scale),
         )
         prediction = (predict_one_by_one if config.one_by_one else predict)(
-            row.model_in * state.latents, told
+            row.model_in * state.latents, at_step
         )
         noise = _step_noise(keys, index, state.latents.shape[1:]) if config.noisy else 0.0
         new = step(state.latents, prediction, state.history, noise, row, config.clip)
@@ -297,10 +302,10 @@ def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _predict_windows(
-    unet: nn.Module, params: Params, latents: Array, conditioning: Conditioning, frames: np.ndarray
+    unet: nn.Module, params: Params, latents: Array, prepared: Prepared, frames: np.ndarray
 ) -> Array:
     """The UNet's prediction, averaged over the windows `[N, window]` that see each frame."""
-    temporal, context, image, control, reference, gains, control_scale = conditioning
+    temporal, context, image, control, reference, gains, control_scale = prepared
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
     def denoise(part: Array, control: Array | None) -> Array:

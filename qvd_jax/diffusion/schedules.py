@@ -264,7 +264,7 @@ def unsupported(config: SchedulerConfig) -> dict[str, str]:
         found[together[1]] = f"only one of {' and '.join(together)} can be on"
     if _is_continuous(config) and config.solver not in _OF_LEVELS:
         found["timestep_type"] = (
-            f"{config.solver} walks timesteps, and the UNet is told noise levels "
+            f"{config.solver} walks timesteps, and the UNet takes noise levels "
             f"(timestep_type = 'continuous'); {', '.join(_OF_LEVELS)} fit it"
         )
     return found
@@ -407,7 +407,7 @@ def schedule_sigmas(config: SchedulerConfig) -> np.ndarray:
 
 
 def sigma_grid(config: SchedulerConfig, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """What the UNet is told `[S]`, and the noise levels `[S + 1]`, of solvers that walk these.
+    """The UNet's timesteps `[S]`, and the noise levels `[S + 1]`, of solvers that walk these.
 
     Args:
       config: of `complete`.
@@ -431,8 +431,9 @@ def sigma_grid(config: SchedulerConfig, steps: int) -> tuple[np.ndarray, np.ndar
             last = sigma[-1]
     if config.final_sigmas_type == "zero":
         last = 0.0
-    told = np.log(sigma) / 4 if config.solver in _OF_LEVELS and _is_continuous(config) else timestep
-    return told, np.append(sigma, last)
+    if config.solver in _OF_LEVELS and _is_continuous(config):
+        timestep = np.log(sigma) / 4
+    return timestep, np.append(sigma, last)
 
 
 def _levels(config: SchedulerConfig, span: np.ndarray, steps: int) -> np.ndarray | None:

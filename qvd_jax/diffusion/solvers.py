@@ -28,7 +28,7 @@ class StepTable(NamedTuple):
     Every field is `[S]`, but for `to_history`, `[S, N]`.
 
     Attributes:
-      timestep: what the UNet is told.
+      timestep: what the UNet takes for one.
       model_in: factor of the latents on their way into the UNet.
       x0_x: of the latents in the predicted sample.
       x0_p: of the prediction in the predicted sample.
@@ -185,8 +185,8 @@ def _euler(config: SchedulerConfig, steps: int) -> Schedule:
 
     Latents are of variance 1 + sigma^2, and scaled to 1 on their way into the UNet.
     """
-    told, sigmas = schedules.sigma_grid(config, steps)
-    return _euler_schedule(config, told, sigmas, sigmas[1:], 0.0)
+    timestep, sigmas = schedules.sigma_grid(config, steps)
+    return _euler_schedule(config, timestep, sigmas, sigmas[1:], 0.0)
 
 
 def _euler_ancestral(config: SchedulerConfig, steps: int) -> Schedule:
@@ -195,15 +195,15 @@ def _euler_ancestral(config: SchedulerConfig, steps: int) -> Schedule:
     k-diffusion's ancestral sampling: with s the level and s' the next, to s'^2 / s, the rest of the
     variance s'^2 (s^2 - s'^2) / s^2 being noise.
     """
-    told, sigmas = schedules.sigma_grid(config, steps)
+    timestep, sigmas = schedules.sigma_grid(config, steps)
     sigma, following = sigmas[:-1], sigmas[1:]
     fresh = following * np.sqrt(sigma**2 - following**2) / sigma
-    return _euler_schedule(config, told, sigmas, following**2 / sigma, fresh)
+    return _euler_schedule(config, timestep, sigmas, following**2 / sigma, fresh)
 
 
 def _euler_schedule(
     config: SchedulerConfig,
-    told: np.ndarray,
+    timestep: np.ndarray,
     sigmas: np.ndarray,
     target: np.ndarray,
     fresh: np.ndarray | float,
@@ -216,7 +216,7 @@ def _euler_schedule(
         "sample": {"x0_x": 0.0, "x0_p": 1.0},
     }[config.prediction_type]
     table = _table(
-        told,
+        timestep,
         model_in=1 / np.sqrt(sigma**2 + 1),
         **sample,
         to_x=target / sigma,
@@ -230,17 +230,17 @@ def _euler_schedule(
 
 
 class _Grid(NamedTuple):
-    """What the solvers of several steps walk; `[S + 1]` each, but for `told` and `step`, `[S]`.
+    """What the solvers of several steps walk; `[S + 1]` each, but for `timestep` and `step`, `[S]`.
 
     Attributes:
-      told: what the UNet is told.
+      timestep: what the UNet takes for one.
       alpha: share of the signal in the latents.
       sigma: share of the noise.
       log_snr: ln(alpha / sigma), lambda in the papers.
       step: h, the step in it.
     """
 
-    told: np.ndarray
+    timestep: np.ndarray
     alpha: np.ndarray
     sigma: np.ndarray
     log_snr: np.ndarray
@@ -248,11 +248,11 @@ class _Grid(NamedTuple):
 
 
 def _log_snr_grid(config: SchedulerConfig, steps: int) -> _Grid:
-    told, sigmas = schedules.sigma_grid(config, steps)
+    timestep, sigmas = schedules.sigma_grid(config, steps)
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     with np.errstate(divide="ignore"):
         log_snr = -np.log(sigmas)
-    return _Grid(told, alpha, sigmas * alpha, log_snr, np.diff(log_snr))
+    return _Grid(timestep, alpha, sigmas * alpha, log_snr, np.diff(log_snr))
 
 
 def _multistep_schedule(
@@ -264,7 +264,7 @@ def _multistep_schedule(
 ) -> Schedule:
     """With `to_samples` `[S, 1 + N]`, of this step's predicted sample and of those before."""
     table = _table(
-        grid.told,
+        grid.timestep,
         to_samples[:, 1:],
         **_sample_columns(config, grid.alpha[:-1] ** 2),
         to_x=to_x,

@@ -85,8 +85,8 @@ class AppearanceEncoder(nn.Module):
         x, skips = run_down(self.down_blocks, x, temporal, context)
         x, mid = _read(self.mid_block, x, temporal.mid, context.mid)
         up = []
-        for stage, feature, told in zip(self.up_blocks, temporal.up, context.up, strict=True):
-            x, tokens = _read(stage, x, feature, told, skips)
+        for stage, feature, text in zip(self.up_blocks, temporal.up, context.up, strict=True):
+            x, tokens = _read(stage, x, feature, text, skips)
             up.append(tokens)
         return Features((), mid, tuple(up))
 
@@ -96,7 +96,7 @@ def _read(
 ) -> tuple[Array, tuple[Array | None, ...]]:
     """Runs a stage as `Stage.__call__` does; gives the tokens of its layers, too."""
     found: list[Array | None] = []
-    for layer, feature, told in zip(stage.blocks, temporal, context, strict=True):
+    for layer, feature, text in zip(stage.blocks, temporal, context, strict=True):
         if skips is not None:
             x = jnp.concatenate([x, skips.pop()], axis=-1)
         x = layer.resnet(x, feature)
@@ -106,6 +106,6 @@ def _read(
         tokens = layer.attention.tokens(x)
         found.append(layer.attention.reference_tokens(tokens))
         # Nothing sees what the last layer would make of its tokens.
-        if told is not None:
-            x = layer.attention.transform(x, tokens, told)
+        if text is not None:
+            x = layer.attention.transform(x, tokens, text)
     return stage.upsample_to(x, skips or []) if stage.sampler == "up" else x, tuple(found)

@@ -215,10 +215,10 @@ class Stage(nn.Module):
           The result, and every intermediate result a skip may be taken from, oldest first.
         """
         results = []
-        for block, feature, told in zip(self.blocks, temporal, context, strict=True):
+        for block, feature, text in zip(self.blocks, temporal, context, strict=True):
             if skips is not None:
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = block(x, feature, told)
+            x = block(x, feature, text)
             results.append(x)
         if self.sampler == "down":
             x = self.downsample(x)
@@ -299,7 +299,7 @@ def run_down(
       What the lowest resolution is given, and the skips in the order of `skip_widths`.
     """
     skips = [x]
-    for stage, feature, told in zip(stages, temporal.down, context.down, strict=True):
-        x, results = stage(x, feature, told)
+    for stage, feature, text in zip(stages, temporal.down, context.down, strict=True):
+        x, results = stage(x, feature, text)
         skips += results
     return x, skips

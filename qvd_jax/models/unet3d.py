@@ -177,10 +177,10 @@ class UNet3D(nn.Module):
         if control is not None:
             # Negatives see the same latents and, in MagicAnimate, the same text.
             copies = 1 if reference is None else len(latents) // len(reference)
-            shown, told = jax.tree.map(
+            shown, text = jax.tree.map(
                 lambda leaf: leaf[-(len(latents) // copies) :], (latents, context.controlnet)
             )
-            residuals = self.controlnet(shown, temporal.controlnet, told, control)
+            residuals = self.controlnet(shown, temporal.controlnet, text, control)
             if control_scale is not None:
                 residuals = jax.tree.map(
                     lambda leaf: control_scale.astype(leaf.dtype) * leaf, residuals
@@ -198,11 +198,11 @@ class UNet3D(nn.Module):
         own = jax.tree.map(lambda leaf: leaf[-len(reference) :], context.appearance)
         tokens = self.appearance_encoder(reference, temporal.appearance, own)
 
-        def stage(told: tuple[Any, ...], seen: tuple[Array | None, ...]) -> tuple[Any, ...]:
-            pairs = zip(told, seen, strict=True)
+        def stage(texts: tuple[Any, ...], seen: tuple[Array | None, ...]) -> tuple[Any, ...]:
+            pairs = zip(texts, seen, strict=True)
             return tuple(c if s is None else c._replace(reference=s) for c, s in pairs)
 
-        up = (stage(told, seen) for told, seen in zip(context.up, tokens.up, strict=True))
+        up = (stage(texts, seen) for texts, seen in zip(context.up, tokens.up, strict=True))
         return context._replace(mid=stage(context.mid, tokens.mid), up=tuple(up))
 
     def __call__(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Params
+from qvd_jax.errors import InputError
 from qvd_jax.models.clip import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -20,6 +21,7 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import Quantization
+from qvd_jax.quant.record import layouts, replace_layers
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -79,6 +81,24 @@ class ComponentConfigs:
             inputs["image_encoder"] = (jnp.zeros((1, size, size, 3)),)
         return inputs
 
+    def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Shape `[F, h, w, C]` of the latents of one video.
+
+        Raises:
+          InputError: there are no frames, or a side is no multiple of the VAE's stride.
+        """
+        if frames < 1:
+            raise InputError(f"frames = {frames}: at least one is needed")
+        pixels = self.vae.stride
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % pixels:
+                below = max(size // pixels, 1) * pixels
+                raise InputError(
+                    f"{name} = {size}: it must be a positive multiple of {pixels}, the VAE's "
+                    f"pixels per latent position, such as {below} or {below + pixels}"
+                )
+        return frames, height // pixels, width // pixels, self.vae.latent_channels
+
     def unet_shapes(
         self, frames: int, height: int, width: int, context_length: int
     ) -> tuple[jax.ShapeDtypeStruct | None, ...]:
@@ -108,13 +128,16 @@ class ComponentConfigs:
         # Without the zeros themselves: a damaged config may ask for any number of them.
         inputs = jax.eval_shape(self.example_inputs)
         shapes = {}
-        for name, module in self.modules(dtype, quantization).items():
+        for name, module in self.modules(dtype).items():
             variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
             shapes[name] = variables["params"]
-            if "quant" in variables and quantization is not None:
-                steps = len(quantization.timesteps or ())
-                shapes[GAINS] = jax.tree.map(
-                    lambda leaf, steps=steps: jax.ShapeDtypeStruct((steps,), leaf.dtype),
-                    variables["quant"],
-                )
+        if quantization is None:
+            return shapes
+        records = layouts(shapes["unet"], quantization.specs)
+        shapes["unet"], gains = replace_layers(shapes["unet"], records)
+        if gains:
+            steps = len(quantization.timesteps or ())
+            shapes[GAINS] = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), gains
+            )
         return shapes

@@ -18,22 +18,12 @@ from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.clip import CLIPTextConfig
-from qvd_jax.pipelines.animation import AnimationPipeline
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
-from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
-from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+from qvd_jax.pipelines.families import FAMILIES, Family, Takes
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, schedule_for
 from qvd_jax.pipelines.text import TextPipeline
-from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
-from qvd_jax.quant.calibration import LayerReport, examples
 from qvd_jax.quant.policy import Quantization
-
-_TEXT = (TextToVideoPipeline, VideoDefaults)
-_FAMILIES: dict[str, tuple[type[VideoPipeline], type[VideoDefaults]]] = {
-    "animatediff": _TEXT,
-    "modelscope": _TEXT,
-    "svd": (ImageToVideoPipeline, ImageToVideoDefaults),
-    "magicanimate": (AnimationPipeline, VideoDefaults),
-}
+from qvd_jax.quant.solve import LayerReport, examples
 
 
 def load(
@@ -54,8 +44,7 @@ def load(
     """
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
-    configs, scheduler, defaults, quantization = read_configs(path, manifest)
-    pipeline, _ = _FAMILIES[manifest.family]
+    family, configs, scheduler, defaults, quantization = parse_configs(path, manifest)
     tokenizer: dict[str, Any] = {}
     if configs.text_encoder is not None:
         tokenizer["tokenizer"] = load_tokenizer(path / checkpoint.TOKENIZER)
@@ -69,7 +58,7 @@ def load(
     }
     if quantization is not None:
         _check_finite(params["unet"], path)
-    return pipeline(
+    return family.pipeline(
         **configs.modules(dtype, quantization),
         **tokenizer,
         params=params,
@@ -85,42 +74,71 @@ class CheckpointConfigs(NamedTuple):
     """What a manifest says of a model.
 
     Attributes:
+      family: which kind of model it is.
       components: shapes of all networks.
       scheduler: noise schedule and solver.
       defaults: what a call leaves open.
       quantization: how the UNet is quantized; None is float.
     """
 
+    family: Family
     components: ComponentConfigs
     scheduler: SchedulerConfig
     defaults: VideoDefaults
     quantization: Quantization | None
 
+    @property
+    def takes(self) -> Takes:
+        """What it makes videos from."""
+        return self.family.takes_with(self.components.unet)
 
-def read_configs(path: Path, manifest: checkpoint.Manifest) -> CheckpointConfigs:
-    """The configs in a checkpoint's manifest.
+    def check(self, want: VideoDefaults, scheduler: SchedulerConfig) -> None:
+        """Checks what videos are to be like, before any array is loaded.
+
+        Args:
+          want: frames, size and steps.
+          scheduler: this one, or what is asked for in its place.
+
+        Raises:
+          InputError: a number does not fit, or the scheduler asks for what is not supported.
+        """
+        self.components.latents_shape(want.frames, want.height, want.width)
+        schedule_for(scheduler, want.steps, self.quantization)
+
+
+def read_configs(path: str | os.PathLike[str]) -> CheckpointConfigs:
+    """The configs of a checkpoint, without its arrays.
+
+    Args:
+      path: as of `load`.
 
     Raises:
-      InputError: the family is unknown, or a config is none of it.
+      InputError: the folder is no checkpoint, the family is unknown, or a config is none of it.
     """
-    if manifest.family not in _FAMILIES:
+    path = checkpoint.find(path)
+    return parse_configs(path, checkpoint.read_manifest(path))
+
+
+def parse_configs(path: Path, manifest: checkpoint.Manifest) -> CheckpointConfigs:
+    """The configs in the manifest of a checkpoint; errors as of `read_configs`."""
+    if manifest.family not in FAMILIES:
         raise InputError(
-            f"{path}: unknown family {manifest.family!r}; known: {', '.join(_FAMILIES)}"
+            f"{path}: unknown family {manifest.family!r}; known: {', '.join(FAMILIES)}"
         )
-    pipeline, defaults_type = _FAMILIES[manifest.family]
+    family = FAMILIES[manifest.family]
     where = path / checkpoint.MANIFEST
     components = from_dict(ComponentConfigs, manifest.components, f"{where}: components")
     scheduler = from_dict(SchedulerConfig, manifest.scheduler, f"{where}: scheduler")
-    defaults = from_dict(defaults_type, manifest.defaults, f"{where}: defaults")
+    defaults = from_dict(type(family.defaults), manifest.defaults, f"{where}: defaults")
     quantization = None
     if manifest.quantization is not None:
         quantization = from_dict(Quantization, manifest.quantization, f"{where}: quantization")
-    if set(components.networks) != set(pipeline.networks):
+    if set(components.networks) != set(family.pipeline.networks):
         raise InputError(
             f"{where}: components are {', '.join(components.networks)}; "
-            f"the family {manifest.family!r} has {', '.join(pipeline.networks)}"
+            f"the family {manifest.family!r} has {', '.join(family.pipeline.networks)}"
         )
-    return CheckpointConfigs(components, scheduler, defaults, quantization)
+    return CheckpointConfigs(family, components, scheduler, defaults, quantization)
 
 
 def devices_for(videos: int) -> jax.sharding.Sharding:

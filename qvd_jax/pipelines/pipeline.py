@@ -2,6 +2,7 @@
 
 import abc
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,13 @@ from qvd_jax.models.vae import AutoencoderKL, to_bytes
 from qvd_jax.pipelines.components import GAINS, ComponentConfigs
 from qvd_jax.quant.policy import Quantization
 
+_logger = logging.getLogger(__name__)
+
 OutputType = Literal["video", "latents"]
 StepCallback = Callable[[int, Array], None]
+
+# Frames that windows share, from which on neighbors blend into each other.
+_SMOOTH_OVERLAP = 2
 
 # Of all memory, what the decoder's values may take: more of one whose frames see each other, for
 # they do not see beyond their chunk.
@@ -130,7 +136,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
 
     @abc.abstractmethod
     def conditions(self, inputs: Sequence[Any], want: Defaults, seed: int) -> Conditions:
-        """What the UNet is told of the inputs, with negatives if `want` asks for guidance."""
+        """What the UNet sees of the inputs, with negatives if `want` asks for guidance."""
 
     @property
     @abc.abstractmethod
@@ -161,32 +167,15 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         Raises:
           InputError: the scheduler cannot take so many, or the checkpoint's scales are of others.
         """
-        schedule = make_schedule(self.scheduler, steps)
-        known = self.quantization.timesteps if self.quantization else None
-        if known is not None and not np.array_equal(known, schedule.table.timestep):
-            raise InputError(
-                f"{steps} steps of {self.scheduler.solver}: the checkpoint's scales are one for "
-                f"each of {len(known)} other steps, of timesteps {known[0]:g} to {known[-1]:g}"
-            )
-        return schedule
+        return schedule_for(self.scheduler, steps, self.quantization)
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape `[F, h, w, C]` of one video's latents while it is sampled.
 
         Raises:
-          InputError: there are no frames, or a side is no multiple of the VAE's stride.
+          InputError: as of `ComponentConfigs.latents_shape`.
         """
-        if frames < 1:
-            raise InputError(f"frames = {frames}: at least one is needed")
-        pixels = self.vae.config.stride
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % pixels:
-                below = max(size // pixels, 1) * pixels
-                raise InputError(
-                    f"{name} = {size}: it must be a positive multiple of {pixels}, the VAE's "
-                    f"pixels per latent position, such as {below} or {below + pixels}"
-                )
-        return frames, height // pixels, width // pixels, self.vae.config.latent_channels
+        return self.configs.latents_shape(frames, height, width)
 
     def decode(self, latents: Array | np.ndarray) -> np.ndarray:
         """Pixels of latents.
@@ -271,13 +260,28 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                     f"latents of shape {noise.shape}: {(count, *shape)} is needed for {count} "
                     f"videos of {want.frames} frames, {want.height}x{want.width}"
                 )
+        self._note_windows(shape[0], want)
         noise = noise * schedule.initial_scale
         whole = replace(want, frames=shape[0])
-        told = conditions()
-        _check_finite(told)
-        sampled = np.asarray(self._sample(noise, schedule, told, whole, seed, callback))
+        computed = conditions()
+        _check_finite(computed)
+        sampled = np.asarray(self._sample(noise, schedule, computed, whole, seed, callback))
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
+
+    def _note_windows(self, frames: int, want: Defaults) -> None:
+        """Says of windows over a long video what shows where they meet."""
+        window = self.window(want.frames)
+        shared = sampler.window_overlap(window)
+        if frames > window and shared < _SMOOTH_OVERLAP:
+            _logger.warning(
+                "%d frames run in windows of %d, of which neighbors share %s: the video may jump "
+                "where they meet; up to %d frames run as one",
+                frames,
+                window,
+                "one frame" if shared else "none",
+                window,
+            )
 
     def _sample(
         self,
@@ -301,7 +305,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         state = sampler.initial_state(latents, table)
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
-        conditioning = sampler.prepare(unet, params, table.timestep, conditions, gains)
+        prepared = sampler.prepare(unet, params, table.timestep, conditions, gains)
         config = SamplerConfig(
             count=count,
             window=self.window(want.frames),
@@ -319,7 +323,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 params,
                 state,
                 table,
-                conditioning,
+                prepared,
                 jnp.asarray(self.guidance(want)),
                 keys,
                 jnp.int32(start),
@@ -336,6 +340,24 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             if callback is not None:
                 callback(start + count, state.latents)
         return state.latents
+
+
+def schedule_for(
+    scheduler: SchedulerConfig, steps: int, quantization: Quantization | None
+) -> Schedule:
+    """The sampler's coefficients for a number of steps.
+
+    Raises:
+      InputError: the scheduler cannot take so many, or the checkpoint's scales are of others.
+    """
+    schedule = make_schedule(scheduler, steps)
+    known = quantization.timesteps if quantization else None
+    if known is not None and not np.array_equal(known, schedule.table.timestep):
+        raise InputError(
+            f"{steps} steps of {scheduler.solver}: the checkpoint's scales are one for "
+            f"each of {len(known)} other steps, of timesteps {known[0]:g} to {known[-1]:g}"
+        )
+    return schedule
 
 
 def _check_finite(conditions: Conditions) -> None:

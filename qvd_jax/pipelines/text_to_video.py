@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qvd_jax.axes import Array
+from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.pipeline import (
@@ -120,7 +121,8 @@ class TextToVideoPipeline(TextPipeline):
                 )
             check_scale(*scale)
             if controlnet.ignores_latents:
-                check_conditions(conditioning_frames, controlnet_frame_indices, want)
+                check_control_images(conditioning_frames, controlnet_frame_indices, want)
+                self._note_unguided(controlnet_frame_indices, want)
             else:
                 check_control_video(conditioning_frames, controlnet_frame_indices, want)
         return self._generate(
@@ -174,6 +176,20 @@ class TextToVideoPipeline(TextPipeline):
         scale = jnp.asarray(controlnet_conditioning_scale * adds, jnp.float32)
         return Conditions(text, control=control, control_scale=scale)
 
+    def _note_unguided(self, indices: Sequence[int], want: VideoDefaults) -> None:
+        """Says which frames are in no window with an image: nothing ties them to it."""
+        windows = sampler.window_frames(want.frames, self.window(want.frames))
+        guided = np.isin(windows, indices).any(1)
+        alone = sorted(set(windows[~guided].ravel()) - set(windows[guided].ravel()))
+        if alone:
+            _logger.warning(
+                "frames %d to %d are in no window with a conditioning frame, so none guides them; "
+                "give one for each %d frames",
+                alone[0],
+                alone[-1],
+                windows.shape[1],
+            )
+
     def _control(
         self,
         images: Sequence[np.ndarray],
@@ -198,7 +214,7 @@ class TextToVideoPipeline(TextPipeline):
         return jnp.zeros(shape).at[0, jnp.asarray(indices)].set(content)
 
 
-def check_conditions(
+def check_control_images(
     images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
 ) -> None:
     """Raises `InputError` if images, or the frames they are about, do not fit a video."""

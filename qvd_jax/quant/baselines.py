@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.qtensor import scale_for
+from qvd_jax.quant.codec import scale_for
 from qvd_jax.quant.scri import CLIP_CANDIDATES, ActivationQuantizer
 
 SMOOTHQUANT_ALPHA = 0.5

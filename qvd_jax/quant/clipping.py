@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.qtensor import quantize_weights
+from qvd_jax.quant.codec import quantize_weights
 
 WEIGHT_CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 

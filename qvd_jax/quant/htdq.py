@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qvd_jax.quant.codec import two_range_codes, two_range_steps
+
 _FINE_STEPS = 24
 _UNIFORM_CLIPS = np.linspace(0.3, 1, 15)
 
 
 class TwoRangeQuantizer(NamedTuple):
     """x = offset + step q below the fine range's end, offset + 2^shift step q above it.
-
-    Two ranges have the codes 0 to 2^(b-1) - 1 each, a single one -2^(b-1) to 2^(b-1) - 1.
 
     Attributes:
       offset: the value of code 0.
@@ -30,28 +30,34 @@ class TwoRangeQuantizer(NamedTuple):
     shift: int | None
     bits: int
 
-    def codes(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Fine and coarse codes, int8; where one is not zero the other is."""
-        steps = (features - self.offset) / self.step
-        if self.shift is None:
-            half = 2 ** (self.bits - 1)
-            fine = np.clip(np.rint(steps), -half, half - 1)
-            return fine.astype(np.int8), np.zeros(features.shape, np.int8)
-        last = 2 ** (self.bits - 1) - 1
-        fine = np.clip(np.rint(steps), 0, last)
-        coarse = np.clip(np.rint(steps / 2**self.shift), 0, last)
-        # Just above the fine range its last code may be nearer than the first coarse one.
-        is_fine = np.abs(steps - fine) <= np.abs(steps - 2**self.shift * coarse)
-        fine, coarse = np.where(is_fine, fine, 0), np.where(is_fine, 0, coarse)
-        return fine.astype(np.int8), coarse.astype(np.int8)
+    @property
+    def ratio(self) -> float:
+        """Of the ranges' steps; 0 where there is one range."""
+        return 0.0 if self.shift is None else 2.0**self.shift
 
-    def dequantize(self, fine: np.ndarray, coarse: np.ndarray) -> np.ndarray:
-        """The values that codes stand for."""
-        return self.offset + self.step * (fine + 2.0 ** (self.shift or 0) * coarse)
+    @property
+    def in_scale(self) -> float:
+        """What features are multiplied with to be in steps."""
+        return 1 / self.step
+
+    @property
+    def in_offset(self) -> float:
+        """What is then added."""
+        return -self.offset / self.step
+
+    def codes(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Fine and coarse codes, int8."""
+        steps = two_range_steps(features, self.in_scale, self.in_offset, self.ratio, self.bits)
+        return two_range_codes(steps, self.ratio, self.bits)
+
+    def fine_steps(self, features: np.ndarray) -> np.ndarray:
+        """Fine and coarse codes as one number of fine steps."""
+        fine, coarse = self.codes(features)
+        return fine + self.ratio * coarse
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """The values that stand for `features`."""
-        return self.dequantize(*self.codes(features))
+        return self.offset + self.step * self.fine_steps(features)
 
 
 def distances(features: np.ndarray) -> np.ndarray:

@@ -1,20 +1,7 @@
 """The int8 layers, and the LayerSet that puts them where a policy says.
 
-A quantized layer has the module path of the float layer it replaces, and these parameters:
-
-    kernel      int8 or int4 `[O, *taps, C]`, codes of the weights
-    sums        int32 `[O]`, of these codes, which unsigned products need
-    scale       bfloat16 `[O]`, step of the input times scale of the weights
-    bias        float32 `[O]`, the layer's own and what the input's shift adds
-    in_scale    bfloat16 `[C]`, 1 / (factor step) of the input's quantizer
-    in_offset   float32 `[C]`, -shift / (factor step)
-    taps        float32 `[*taps, O]`, of kernels of several taps: what the shift adds through each,
-                which is then no part of the bias
-
-With HTDQ `in_scale` and `in_offset` are float32 scalars, and `coarse` is the ratio of the two
-ranges' steps, 0 where there is one range. A float input (16 bits) has none of these, and no `sums`.
-A step-aware layer also reads `gain` from the collection "quant": this step's D as a share of the
-largest, which the parameters have.
+A quantized layer has the module path of the float layer it replaces, and as parameters a
+`QuantizedParams`.
 
 Derivatives pass straight through the rounding (Bengio et al., arXiv 1308.3432): a layer's input has
 the gradient of the float layer with the weights that the codes stand for, where the quantizer does
@@ -51,11 +38,14 @@ from qvd_jax.models.layers import (
     tpu_input,
     value_of,
 )
+from qvd_jax.quant.codec import channel_codes, max_code, two_range_codes
 from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code
+from qvd_jax.quant.record import QuantizedParams, layout
 
 QUANTIZING = "quantizing"
 """The scope of what makes codes of inputs, in the names of a compiled program's operations."""
+
+_INITIAL = {"scale": nn.initializers.ones, "in_scale": nn.initializers.ones}
 
 
 @dataclass(frozen=True)
@@ -91,11 +81,6 @@ def layer_set(specs: Mapping[str, LayerSpec], dtype: DTypeLike = jnp.float32) ->
         dtype=dtype,
         param_dtype=dtype,
     )
-
-
-def kernel_dtype(spec: LayerSpec) -> DTypeLike:
-    """Codes of up to four bits are stored as int4."""
-    return jnp.int4 if spec.weight_bits <= 4 else jnp.int8
 
 
 class StoredParams:
@@ -138,44 +123,32 @@ class QuantDense(StoredParams, Dense):
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        shape = (self.features, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))
-        scale, bias = _output_params(self, self.features)
-        finish = functools.partial(self._finish, residual)
-        if spec.activation_bits == 16:
-            return finish(_float_dot, value_of(x).astype(self.dtype), (kernel, scale, bias))
-        sums = _sums(self, self.features)
+        record, bits = _read(self, spec, x.shape[-1]), spec.activation_bits
+        if bits == 16:
+            return self._finish(residual, _float_dot, value_of(x).astype(self.dtype), record)
         if spec.method == "htdq":
-            steps, ratio = _two_range_steps(self, value_of(x), spec)
-            multiply = functools.partial(_two_range_dot, spec.activation_bits)
+            multiply = functools.partial(_two_range_dot, bits)
 
             def product(steps: Array, kernel: Array, sums: Array) -> Array:
-                return _straight_through(multiply, _float_dot, steps, kernel, sums, ratio)
+                return _straight_through(multiply, _float_dot, steps, kernel, sums, record.coarse)
 
-            return finish(product, steps, (kernel, scale, bias, sums))
-        gain, limit = _gain(self, spec), max_code(spec.activation_bits)
-        scale, quantizer = scale * gain, _quantizer(self, shape[1], gain)
+            return self._finish(residual, product, _steps(value_of(x), record, bits), record)
 
         def in_passes(
-            x: Array | Normalized, quantizer: Any, by_output: Any, residual: Array | None
+            x: Array | Normalized, record: QuantizedParams, residual: Array | None
         ) -> Array:
             multiply = functools.partial(_product_of_codes, int8.dot)
             product = functools.partial(_straight_through, multiply, _float_dot)
-            steps = _steps(value_of(x), quantizer, limit)
-            return self._finish(residual, product, steps, by_output)
+            return self._finish(residual, product, _steps(value_of(x), record, bits), record)
 
-        def fused(
-            x: Array | Normalized, quantizer: Any, by_output: Any, residual: Array | None
-        ) -> Array:
-            kernel, scale, bias, _ = by_output
+        def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
             added = None if residual is None else as_images(residual)
-            output = layers_tpu.Output(scale, bias, self.dtype, self.gated, added)
-            y = layers_tpu.dense(
-                tpu_input(x, *quantizer, limit), kernel.astype(jnp.int8), output, self.transposes
-            )
+            output = layers_tpu.Output(record.scale, record.bias, self.dtype, self.gated, added)
+            given = tpu_input(x, *record.quantizer, max_code(bits))
+            y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, self.transposes)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
-        operands = x, quantizer, (kernel, scale, bias, sums), residual
+        operands = x, record, residual
         activated = isinstance(x, Normalized) and x.activated
         if activated or not layers_tpu.can_use(x.shape):
             return in_passes(*operands)
@@ -186,9 +159,12 @@ class QuantDense(StoredParams, Dense):
         residual: Array | None,
         product: Callable[..., Array],
         inputs: Array,
-        by_output: tuple[Array, ...],
+        record: QuantizedParams,
     ) -> Array:
-        """What is done behind a product, given what by_output holds: kernel, scale, bias, sums."""
+        """What is done behind a product of the inputs with kernel and, of codes, its sums."""
+        by_output: tuple[Array, ...] = record.kernel, record.scale, record.bias
+        if record.sums is not None:
+            by_output += (record.sums,)
 
         def scaled(inputs: Array, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
             return _to_output(product(inputs, kernel, *sums), scale, bias).astype(self.dtype)
@@ -224,20 +200,16 @@ class QuantConv(StoredParams, Conv):
                 "kernel, strides and padding {}, {}, {}".format(*form)
             )
         rank, channels = len(self.kernel_size), x.shape[-1]
-        shape = (self.features, *self.kernel_size, channels)
-        kernel = self.param("kernel", nn.initializers.zeros, shape, kernel_dtype(spec))
-        scale, bias = _output_params(self, self.features)
+        record, bits = _read(self, spec, channels, self.kernel_size), spec.activation_bits
         batch, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
 
         def as_batch(x: Array) -> Array:
             return x.reshape(-1, *spatial, channels)
 
         float_conv = functools.partial(_float_conv, self.strides, self.padding)
-        if spec.activation_bits == 16:
-            product = float_conv(as_batch(value_of(x)).astype(self.dtype), kernel)
-            y = _to_output(product, scale, bias)
+        if bits == 16:
+            product = float_conv(as_batch(value_of(x)).astype(self.dtype), record.kernel)
         else:
-            gain = _gain(self, spec)
             int8_conv: Callable[..., Array] = functools.partial(
                 int8.conv, strides=self.strides, padding=self.padding
             )
@@ -247,32 +219,30 @@ class QuantConv(StoredParams, Conv):
                 int8_conv = int8.upsampled_conv
                 differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
             multiply = functools.partial(_product_of_codes, int8_conv)
-            limit, sums = max_code(spec.activation_bits), _sums(self, self.features)
 
-            def in_passes(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
+            def in_passes(x: Any, record: QuantizedParams) -> Array:
                 values = as_batch(value_of(x))
                 values = values[:, ::2, ::2] if doubled else values
-                steps = _steps(values, quantizer, limit)
-                return _straight_through(multiply, differentiate, steps, kernel, sums)
+                steps = _steps(values, record, bits)
+                return _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
 
-            def fused(x: Any, quantizer: Any, kernel: Array, sums: Array) -> Array:
+            def fused(x: Any, record: QuantizedParams) -> Array:
                 norm = x.by_image(x.scale), x.by_image(x.offset)
-                codes = layers_tpu.quantize_activated(as_images(x.x), norm, quantizer, limit)
-                return int8_conv(as_batch(codes), kernel, sums).astype(jnp.float32)
+                codes = layers_tpu.quantize_activated(
+                    as_images(x.x), norm, record.quantizer, max_code(bits)
+                )
+                return int8_conv(as_batch(codes), record.kernel, record.sums).astype(jnp.float32)
 
-            operands = x, _quantizer(self, channels, gain), kernel, sums
+            operands = x, record
             # The kernel is for what comes out of a GroupNorm and a SiLU, every position once.
             activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
             if activated and not doubled and layers_tpu.can_use(x.shape):
                 product = on_tpu(fused, in_passes, *operands)
             else:
                 product = in_passes(*operands)
-            y = _to_output(product, scale * gain, bias)
-            if math.prod(self.kernel_size) > 1:
-                taps = self.param(
-                    "taps", nn.initializers.zeros, (*self.kernel_size, self.features), jnp.float32
-                )
-                y = y + border_bias(taps, spatial, self.strides, self.padding)[None]
+        y = _to_output(product, record.scale, record.bias)
+        if record.taps is not None:
+            y = y + border_bias(record.taps, spatial, self.strides, self.padding)[None]
         return y.reshape(*batch, *y.shape[1:]).astype(self.dtype)
 
 
@@ -288,7 +258,7 @@ def border_bias(
     code 0 stands for the shift, so the shift's part counts only through taps inside the input.
 
     Args:
-      taps: sum over channels of shift times weight, `[*kernel, O]`.
+      taps: of `QuantizedParams`.
       spatial: the input's size along each axis.
       strides: one for each axis.
       padding: (low, high) for each axis.
@@ -306,47 +276,21 @@ def border_bias(
     return taps
 
 
-def _output_params(layer: nn.Module, features: int) -> tuple[Array, Array]:
-    scale = layer.param("scale", nn.initializers.ones, (features,), SCALE_DTYPE)
-    bias = layer.param("bias", nn.initializers.zeros, (features,), jnp.float32)
-    return scale.astype(jnp.float32), bias
+def _read(
+    layer: nn.Module, spec: LayerSpec, channels: int, kernel_size: Sequence[int] = ()
+) -> QuantizedParams:
+    """A layer's record, with scales as products need them."""
+    params = {
+        name: layer.param(name, _INITIAL.get(name, nn.initializers.zeros), leaf.shape, leaf.dtype)
+        for name, leaf in layout(spec, channels, layer.features, kernel_size).params().items()
+    }
+    gain = layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else None
+    return QuantizedParams(**params, gain=gain).in_float32()
 
 
-def _sums(layer: nn.Module, features: int) -> Array:
-    return layer.param("sums", nn.initializers.zeros, (features,), jnp.int32)
-
-
-def _gain(layer: nn.Module, spec: LayerSpec) -> Array | float:
-    return layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else 1.0
-
-
-def _quantizer(layer: nn.Module, channels: int, gain: Array | float) -> tuple[Array, Array]:
-    """Scale and offset of the input's quantizer, `[C]` each, float32."""
-    scale = layer.param("in_scale", nn.initializers.ones, (channels,), SCALE_DTYPE)
-    offset = layer.param("in_offset", nn.initializers.zeros, (channels,), jnp.float32)
-    return scale.astype(jnp.float32) / gain, offset / gain
-
-
-def _steps(x: Array, quantizer: tuple[Array, Array], limit: int) -> Array:
-    """The input in steps of its quantizer, clipped and not yet rounded."""
-    along = (1,) * (x.ndim - 1) + (-1,)
+def _steps(x: Array, record: QuantizedParams, bits: int) -> Array:
     with jax.named_scope(QUANTIZING):
-        scale, offset = quantizer
-        steps = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
-        return jnp.clip(steps, -limit, limit)
-
-
-def _two_range_steps(layer: nn.Module, x: Array, spec: LayerSpec) -> tuple[Array, Array]:
-    """The input in fine steps, clipped and not yet rounded, and the ratio of the ranges' steps."""
-    scale, offset, ratio = (
-        layer.param(name, nn.initializers.ones, (), jnp.float32)
-        for name in ("in_scale", "in_offset", "coarse")
-    )
-    half = 2 ** (spec.activation_bits - 1)
-    with jax.named_scope(QUANTIZING):
-        steps = x.astype(jnp.float32) * scale + offset
-        lowest = jnp.where(ratio == 0, -half, 0)
-        return jnp.clip(steps, lowest, jnp.maximum(ratio, 1) * (half - 1)), ratio
+        return record.steps(x, bits)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -387,32 +331,15 @@ def _product_of_codes(
     multiply: Callable[[Array, Array, Array], Array], steps: Array, kernel: Array, sums: Array
 ) -> Array:
     """An int8 product of clipped steps, rounded."""
-    return multiply(_codes(steps), kernel, sums)
-
-
-def _codes(steps: Array) -> Array:
-    """Rounds steps from -128 to 127 to int8, halves to even.
-
-    Next to 1.5 * 2**23 a float32 has no bits for fractions, and its last eight are the integer's:
-    on a CPU cheaper than to round and to convert.
-    """
     with jax.named_scope(QUANTIZING):
-        shifted = steps + np.float32(1.5 * 2**23)
-        return lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
+        codes = channel_codes(steps)
+    return multiply(codes, kernel, sums)
 
 
 def _two_range_dot(bits: int, steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
-    """The product with `htdq.TwoRangeQuantizer.codes` of clipped steps."""
-    last = 2 ** (bits - 1) - 1
+    """An int8 product of clipped steps of two ranges, rounded."""
     with jax.named_scope(QUANTIZING):
-        rounded = jnp.round(steps)
-        fine = jnp.minimum(rounded, last)
-        coarse = jnp.round(steps / jnp.maximum(ratio, 1))
-        is_fine = jnp.abs(steps - fine) <= jnp.abs(steps - ratio * coarse)
-        one_range = ratio == 0
-        fine = jnp.where(one_range, rounded, jnp.where(is_fine, fine, 0))
-        coarse = jnp.where(one_range | is_fine, 0, coarse)
-    fine, coarse = fine.astype(jnp.int8), coarse.astype(jnp.int8)
+        fine, coarse = two_range_codes(steps, ratio, bits)
     return int8.dot(fine, kernel, sums) + ratio * int8.dot(coarse, kernel, sums)
 
 

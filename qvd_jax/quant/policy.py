@@ -34,7 +34,7 @@ _KEPT_FLOAT_BESIDE = (
 # range of the next one's, so the input stays float.
 _IMAGE_TOKEN = "*/token_attn/*"
 
-# The methods of ordinary layers and of temporal features.
+# The kinds of ordinary layers and of temporal features.
 _NAMED: dict[str, tuple[Method, Method]] = {
     "qvd": ("scri", "htdq"),
     "qvd-scri": ("scri", "minmax"),
@@ -44,6 +44,15 @@ _NAMED: dict[str, tuple[Method, Method]] = {
     "smoothquant": ("smoothquant", "smoothquant"),
     "qdiffusion": ("qdiffusion", "minmax"),
 }
+
+
+METHODS = tuple(_NAMED)
+"""The methods of named policies."""
+
+
+def policy_names() -> list[str]:
+    """The names of all policies that have one."""
+    return [f"{method}-{width}" for method in METHODS for width in WIDTHS]
 
 
 @dataclass(frozen=True)
@@ -136,8 +145,7 @@ def named_policy(name: str) -> Policy:
     """
     method, _, width = name.rpartition("-")
     if method not in _NAMED or width not in WIDTHS:
-        known = [f"{method}-{width}" for method in _NAMED for width in WIDTHS]
-        raise InputError(f"unknown policy {name!r}{did_you_mean(name, known)}")
+        raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
     weight_bits, activation_bits = WIDTHS[width]
     # With a float input there is nothing to be done about it.
     methods = _NAMED["minmax" if activation_bits == 16 else method]
@@ -170,7 +178,7 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Layer:
+class TracedLayer:
     """A layer a policy decides about.
 
     Attributes:
@@ -200,7 +208,7 @@ class Layer:
         return 2 * self.parameters * math.prod(self.outputs[:-1])
 
 
-def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+def match(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]:
     """The specifications of the layers that are to be quantized, by path.
 
     Raises:
@@ -223,14 +231,14 @@ def match(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
     return specs
 
 
-def decide(policy: Policy, layers: Sequence[Layer]) -> dict[str, LayerSpec]:
+def decide(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]:
     """As `match`, of layers that need not be all the policy is about."""
     deciding = {layer.path: policy.rule(layer.path) for layer in layers}
     decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
     return {path: spec for path, spec in decided.items() if spec is not None}
 
 
-def match_table(policy: Policy, layers: Sequence[Layer]) -> str:
+def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
     """Which rule decides about how many layers, parameters and operations, as text."""
     lines = [f"{'rule':32} {'layers':>6} {'parameters':>12} {'GFLOP':>9}  how"]
     parts = [*enumerate(policy.rules), (None, Rule("(no rule)"))]

@@ -15,7 +15,7 @@ import numpy as np
 
 from qvd_jax.axes import Array
 from qvd_jax.quant import clipping
-from qvd_jax.quant.qtensor import quantize, scale_for
+from qvd_jax.quant.codec import channel_codes, channel_steps, max_code, scale_for
 
 RANGE_CANDIDATES = 12
 SEARCH_ROUNDS = 3
@@ -23,7 +23,7 @@ CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 class ActivationQuantizer(NamedTuple):
-    """How the input of a layer becomes codes: q = round((x - shift) / (factor step)).
+    """How the input of a layer becomes codes: q = clip(round((x - z) / (s D))).
 
     Attributes:
       shift: z `[C]`.
@@ -35,10 +35,19 @@ class ActivationQuantizer(NamedTuple):
     factor: Array
     step: Array
 
+    @property
+    def in_scale(self) -> Array:
+        """1 / (s D), `[C]`."""
+        return 1 / (self.factor * self.step)
+
+    @property
+    def in_offset(self) -> Array:
+        """-z / (s D), `[C]`."""
+        return -self.shift * self.in_scale
+
     def codes(self, x: Array, bits: int) -> Array:
         """int8 codes of `x`, `[..., C]`."""
-        shift, scale = (_as_last(v, x.ndim) for v in (self.shift, self.factor * self.step))
-        return quantize(x - shift, scale, bits)
+        return channel_codes(channel_steps(x, self.in_scale, self.in_offset, max_code(bits)))
 
     def dequantized(self, x: Array, bits: int) -> Array:
         """The values that the codes of `x` stand for."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from qvd_jax.axes import Array
 from qvd_jax.models.layers import Conv, Normalized, value_of
-from qvd_jax.quant.policy import Layer
+from qvd_jax.quant.policy import TracedLayer
 
 
 class Statistics(NamedTuple):
@@ -114,11 +114,11 @@ def _conv_rows(layer: nn.Conv, x: Array, places: Array) -> Array:
     return patches.reshape(rows, -1, channels)
 
 
-def list_layers(
+def trace_layers(
     module: nn.Module,
     *inputs: Array | jax.ShapeDtypeStruct | None,
     method: str | Callable[..., Any] = "__call__",
-) -> list[Layer]:
+) -> list[TracedLayer]:
     """The Dense and conv layers a module calls, with the shapes of the first call.
 
     Args:
@@ -126,7 +126,7 @@ def list_layers(
       *inputs: what it is called with, or the shapes of it.
       method: which of its methods is called, or a function of the module and the inputs.
     """
-    found: dict[str, Layer] = {}
+    found: dict[str, TracedLayer] = {}
     # By identity, and kept, so that no other gets it.
     sources: list[Array | Normalized] = []
 
@@ -142,7 +142,7 @@ def list_layers(
         upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
         # Of a gated layer the result is half of the outputs.
         shape = result.shape if taps else (*x.shape[:-1], layer.features)
-        found[path] = Layer(path, kernel, x.shape, shape, source, upsampled)
+        found[path] = TracedLayer(path, kernel, x.shape, shape, source, upsampled)
 
     with _watching(note):
         init = functools.partial(module.init, method=method)

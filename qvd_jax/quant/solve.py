@@ -1,4 +1,4 @@
-"""From a float layer, its statistics and its specification to quantized parameters and a report.
+"""From a float layer, its statistics and its specification to its record and a report.
 
 Rounding errors of weights add up to a constant where a layer's input has a mean, and inputs are far
 from zero-mean once SCRI has centered their ranges (what comes out of SiLU lies near one end). The
@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +18,16 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
 from qvd_jax.quant import baselines, clipping, htdq, scri
-from qvd_jax.quant.layers import kernel_dtype
-from qvd_jax.quant.observers import Statistics
+from qvd_jax.quant.codec import (
+    SCALE_DTYPE,
+    channel_codes,
+    channel_steps,
+    max_code,
+    quantize_weights,
+)
 from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.qtensor import SCALE_DTYPE, max_code, quantize_weights
+from qvd_jax.quant.record import QuantizedParams, layout
+from qvd_jax.quant.statistics import Statistics
 
 # Of the layers that pictures show.
 _EXAMPLES = 3
@@ -81,24 +87,42 @@ def examples(reports: Sequence[LayerReport]) -> tuple[list[LayerReport], list[La
     )
 
 
-def quantize_layer(
+class _FloatLayer(NamedTuple):
+    """A layer before it is quantized.
+
+    Attributes:
+      path: module path.
+      weights: `[P, C, O]`.
+      bias: `[O]`, zeros where it has none.
+      kernel_size: of a conv.
+      exact: what it makes of the sampled rows, without its bias, `[R, O]`.
+    """
+
+    path: str
+    weights: Array
+    bias: Array
+    kernel_size: tuple[int, ...]
+    exact: Array
+
+
+def solve_layer(
     path: str,
     params: Params,
     statistics: Statistics,
     spec: LayerSpec,
     quantizer: scri.ActivationQuantizer | None = None,
-) -> tuple[Params, LayerReport]:
+) -> tuple[QuantizedParams, LayerReport]:
     """Quantizes one Dense or conv layer.
 
     Args:
       path: module path, for the report.
-      params: `kernel` `[*taps, C, O]` and maybe `bias` `[O]`.
+      params: `kernel` `[*kernel_size, C, O]` and maybe `bias` `[O]`.
       statistics: of its input.
       spec: how.
       quantizer: of its input, from `find_quantizer`; None where `needs_quantizer` says so.
 
     Returns:
-      The parameters of `QuantDense` or `QuantConv`, and what they are worth.
+      The record of `QuantDense` or `QuantConv`, and what it is worth.
 
     Raises:
       InputError: the statistics are not finite.
@@ -106,52 +130,70 @@ def quantize_layer(
     if not bool(statistics.finite):
         raise InputError(f"{path}: its input is not finite during calibration")
     kernel = jnp.asarray(params["kernel"], jnp.float32)
-    taps, (channels, outputs) = kernel.shape[:-2], kernel.shape[-2:]
+    kernel_size, (channels, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     weights = kernel.reshape(-1, channels, outputs)
     bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
     exact = scri.row_product(statistics.rows, weights)
+    layer = _FloatLayer(path, weights, bias, kernel_size, exact)
     if spec.activation_bits == 16:
-        rows = statistics.rows.reshape(len(statistics.rows), -1)
-        codes, scale = _quantize_weights(rows, weights.reshape(-1, outputs), exact, spec)
-        found = scri.row_product(
-            statistics.rows, (codes * scale.astype(jnp.float32)[None]).reshape(weights.shape)
-        )
-        quantized = {"kernel": _stored(codes, taps, channels, spec), "scale": scale, "bias": bias}
-        return quantized, LayerReport(path, spec.method, _output_sqnr(exact, found))
+        return _with_float_input(layer, statistics, spec)
     if quantizer is None:
-        return _temporal_layer(path, weights[0], bias, statistics, spec, exact)
+        return _with_two_ranges(layer, statistics, spec)
+    return _with_channel_ranges(layer, statistics, spec, quantizer)
+
+
+def _with_float_input(
+    layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
+) -> tuple[QuantizedParams, LayerReport]:
+    shape = layer.weights.shape
+    rows = statistics.rows.reshape(len(statistics.rows), -1)
+    codes, scale = _quantize_weights(rows, layer.weights.reshape(-1, shape[-1]), layer.exact, spec)
+    dequantized = (codes * scale.astype(jnp.float32)[None]).reshape(shape)
+    found = scri.row_product(statistics.rows, dequantized)
+    record = QuantizedParams(_stored(codes, layer, spec), scale, layer.bias)
+    return record, LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
+
+
+def _with_channel_ranges(
+    layer: _FloatLayer,
+    statistics: Statistics,
+    spec: LayerSpec,
+    quantizer: scri.ActivationQuantizer,
+) -> tuple[QuantizedParams, LayerReport]:
+    weights, bits = layer.weights, spec.activation_bits
     # Rounded before the factor folds into the weights.
-    in_scale = (1 / (quantizer.factor * quantizer.step)).astype(SCALE_DTYPE)
-    quantizer = quantizer._replace(factor=1 / (in_scale.astype(jnp.float32) * quantizer.step))
-    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, outputs)
-    input_codes = quantizer.codes(statistics.rows, spec.activation_bits).astype(jnp.float32)
+    in_scale = quantizer.in_scale.astype(SCALE_DTYPE)
+    scaled = in_scale.astype(jnp.float32)
+    in_offset = -quantizer.shift * scaled
+    quantizer = quantizer._replace(factor=1 / (scaled * quantizer.step))
+    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, weights.shape[-1])
+    steps = channel_steps(statistics.rows, scaled, in_offset, max_code(bits))
+    input_codes = channel_codes(steps).astype(jnp.float32)
     rows = input_codes.reshape(len(input_codes), -1)
-    codes, scale = _quantize_weights(rows, folded, exact, spec, quantizer.step)
+    codes, scale = _quantize_weights(rows, folded, layer.exact, spec, quantizer.step)
     code_weights = codes.astype(jnp.float32).reshape(weights.shape)
     product = scri.row_product(input_codes, code_weights) * scale[None]
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.
     through_taps = _mean_product(statistics.rows, weights)
     through_taps -= scale[None] * _mean_product(input_codes, code_weights)
-    quantized = {
-        "kernel": _stored(codes, taps, channels, spec),
-        "sums": codes.sum(0, dtype=jnp.int32),
-        "scale": scale,
-        "in_scale": in_scale,
-        "in_offset": -quantizer.shift * in_scale.astype(jnp.float32),
-    }
-    if len(weights) > 1:
-        quantized |= {"bias": bias, "taps": through_taps.reshape(*taps, outputs)}
-    else:
-        quantized |= {"bias": bias + through_taps[0]}
-    found = product + through_taps.sum(0)[None]
-    plain = baselines.minmax(statistics.lower, statistics.upper, spec.activation_bits)
+    one_tap = len(weights) == 1
+    record = QuantizedParams(
+        _stored(codes, layer, spec),
+        scale,
+        layer.bias + through_taps[0] if one_tap else layer.bias,
+        sums=codes.sum(0, dtype=jnp.int32),
+        in_scale=in_scale,
+        in_offset=in_offset,
+        taps=None if one_tap else through_taps.reshape(*layer.kernel_size, -1),
+    )
     ends = statistics.lower, statistics.upper
-    return quantized, LayerReport(
-        path,
+    plain = baselines.minmax(*ends, bits)
+    return record, LayerReport(
+        layer.path,
         spec.method,
-        _output_sqnr(exact, found),
-        coverage_before=float(scri.coverage(*ends, plain, spec.activation_bits)),
-        coverage_after=float(scri.coverage(*ends, quantizer, spec.activation_bits)),
+        _output_sqnr(layer.exact, product + through_taps.sum(0)[None]),
+        coverage_before=float(scri.coverage(*ends, plain, bits)),
+        coverage_after=float(scri.coverage(*ends, quantizer, bits)),
         arrays={
             "lower": np.asarray(statistics.lower),
             "upper": np.asarray(statistics.upper),
@@ -161,21 +203,57 @@ def quantize_layer(
     )
 
 
+def _with_two_ranges(
+    layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
+) -> tuple[QuantizedParams, LayerReport]:
+    """A layer whose input is a function of the step: its rows are all the steps."""
+    features = np.asarray(statistics.rows[:, 0], np.float64)
+    quantizer = htdq.search(features, spec.activation_bits)
+    uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
+    steps = quantizer.fine_steps(features)
+    rows = jnp.asarray(steps, jnp.float32)
+    codes, scale = _quantize_weights(rows, layer.weights[0], layer.exact, spec, quantizer.step)
+    product = (rows @ codes.astype(jnp.float32)) * scale[None]
+    # The offset's part of the output, and the mean error that the bias takes.
+    constant = (layer.exact - product).mean(0)
+    record = QuantizedParams(
+        _stored(codes, layer, spec),
+        scale,
+        layer.bias + constant,
+        sums=codes.sum(0, dtype=jnp.int32),
+        in_scale=jnp.float32(quantizer.in_scale),
+        in_offset=jnp.float32(quantizer.in_offset),
+        coarse=jnp.float32(quantizer.ratio),
+    )
+    found = product + constant[None]
+    report = LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
+    if len(features) == 1:
+        # One step has no other to be told from.
+        return record, report
+    return record, replace(
+        report,
+        td_score_before=htdq.td_score(features, uniform(features)),
+        td_score_after=htdq.td_score(features, quantizer(features)),
+        merged_before=htdq.merged_steps(uniform.fine_steps(features)),
+        merged_after=htdq.merged_steps(steps),
+        arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
+    )
+
+
 def step_gains(
-    lower: np.ndarray, upper: np.ndarray, params: Params, activation_bits: int
-) -> np.ndarray:
+    lower: np.ndarray, upper: np.ndarray, record: QuantizedParams, activation_bits: int
+) -> Array:
     """Each step's D as a share of the layer's, `[S]`: what that step's values need, at most 1.
 
     Args:
       lower: lowest value of each channel at each step, `[S, C]`.
       upper: highest value of each channel at each step, `[S, C]`.
-      params: of the quantized layer.
+      record: of the quantized layer.
       activation_bits: b_a.
     """
-    scale, offset = (np.asarray(params[name], np.float32) for name in ("in_scale", "in_offset"))
-    ends = np.maximum(np.abs(lower * scale + offset), np.abs(upper * scale + offset))
-    needed = ends.max(1) / max_code(activation_bits)
-    return np.where(needed > 0, np.minimum(needed, 1), 1).astype(np.float32)
+    ends = jnp.stack([lower, upper])
+    needed = jnp.abs(record.steps(ends, activation_bits)).max((0, 2)) / max_code(activation_bits)
+    return jnp.where(needed > 0, needed, 1.0)
 
 
 def sqnr(signal: float, noise: float) -> float:
@@ -227,48 +305,6 @@ def find_quantizer(
     return baselines.minmax(lower, upper, bits)
 
 
-def _temporal_layer(
-    path: str,
-    weights: Array,
-    bias: Array,
-    statistics: Statistics,
-    spec: LayerSpec,
-    exact: Array,
-) -> tuple[Params, LayerReport]:
-    """A layer whose input is a function of the step: its rows are all the steps."""
-    features = np.asarray(statistics.rows[:, 0], np.float64)
-    quantizer = htdq.search(features, spec.activation_bits)
-    uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
-    fine, coarse = quantizer.codes(features)
-    steps = fine + 2.0 ** (quantizer.shift or 0) * coarse
-    rows = jnp.asarray(steps, jnp.float32)
-    codes, scale = _quantize_weights(rows, weights, exact, spec, quantizer.step)
-    product = (rows @ codes.astype(jnp.float32)) * scale[None]
-    # The offset's part of the output, and the mean error that the bias takes.
-    constant = (exact - product).mean(0)
-    quantized = {
-        "kernel": _stored(codes, (), len(weights), spec),
-        "sums": codes.sum(0, dtype=jnp.int32),
-        "scale": scale,
-        "bias": bias + constant,
-        "in_scale": jnp.float32(1 / quantizer.step),
-        "in_offset": jnp.float32(-quantizer.offset / quantizer.step),
-        "coarse": jnp.float32(0 if quantizer.shift is None else 2.0**quantizer.shift),
-    }
-    report = LayerReport(path, spec.method, _output_sqnr(exact, product + constant[None]))
-    if len(features) == 1:
-        # One step has no other to be told from.
-        return quantized, report
-    return quantized, replace(
-        report,
-        td_score_before=htdq.td_score(features, uniform(features)),
-        td_score_after=htdq.td_score(features, quantizer(features)),
-        merged_before=htdq.merged_steps(uniform.codes(features)[0]),
-        merged_after=htdq.merged_steps(np.stack([fine, coarse], -1).reshape(len(fine), -1)),
-        arrays={"features": features, "uniform": uniform.codes(features)[0], "codes": steps},
-    )
-
-
 def _quantize_weights(
     rows: Array, weights: Array, exact: Array, spec: LayerSpec, input_step: Array | float = 1.0
 ) -> tuple[Array, Array]:
@@ -292,6 +328,8 @@ def _mean_product(rows: Array, weights: Array) -> Array:
     return jnp.einsum("c,tco->to", rows.mean((0, 1)), weights, precision="highest")
 
 
-def _stored(codes: Array, taps: tuple[int, ...], channels: int, spec: LayerSpec) -> Array:
-    """Codes `[P C, O]` as the layers store them, `[O, *taps, C]`."""
-    return codes.T.reshape(-1, *taps, channels).astype(kernel_dtype(spec))
+def _stored(codes: Array, layer: _FloatLayer, spec: LayerSpec) -> Array:
+    """Codes `[P C, O]` as the layers store them, `[O, *kernel_size, C]`."""
+    _, channels, outputs = layer.weights.shape
+    kernel = layout(spec, channels, outputs, layer.kernel_size).kernel
+    return codes.T.reshape(kernel.shape).astype(kernel.dtype)

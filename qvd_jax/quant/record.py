@@ -1,0 +1,191 @@
+"""The record of a quantized layer: what calibration writes, layers read and loading checks."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+
+from qvd_jax.axes import Array, Params
+from qvd_jax.errors import InputError
+from qvd_jax.quant.codec import SCALE_DTYPE, channel_steps, max_code, two_range_steps
+from qvd_jax.quant.policy import LayerSpec
+
+
+class QuantizedParams(NamedTuple):
+    """The parameters of a quantized Dense or conv layer; None where a layer has none.
+
+    It has the module path of the float layer whose place it takes. What always holds of an input
+    x `[..., C]` and the output y `[..., O]`, with b the bits of the input's codes and . a sum
+    over C:
+
+    SCRI, and whatever else gives channels a scale and an offset (`codec.channel_steps`):
+
+        q = clip(round(x in_scale + in_offset), -limit, limit),    limit = 2^(b-1) - 1
+        y = scale q . kernel + bias
+
+    A conv of several taps is padded with code 0, which stands for the channels' shift and not for
+    zero. What the shift adds through a tap counts where that tap lies inside the input alone, so
+    it is no part of the bias:
+
+        y[p] = scale sum_t q[p + t] . kernel[t] + bias + sum_{t: p + t inside} taps[t]
+
+    A step-aware layer has at each sampler step that step's share of D, its gain: it reads in_scale
+    / gain, in_offset / gain and scale gain in these formulas.
+
+    HTDQ (`codec.two_range_steps`), where one of fine and coarse is zero:
+
+        v = x in_scale + in_offset
+        coarse > 0, two ranges:  fine = round(v) or coarse_codes = round(v / coarse), whichever is
+                                 nearer to v, each clipped to 0 ... 2^(b-1) - 1
+        coarse = 0, one range:   fine = clip(round(v), -2^(b-1), 2^(b-1) - 1)
+        y = scale (fine . kernel + coarse coarse_codes . kernel) + bias
+
+    A float input (b = 16):
+
+        y = scale x . kernel + bias
+
+    Attributes:
+      kernel: `[O, *kernel_size, C]`, codes of the weights: int4 of up to four bits, else int8;
+        -2^(b-1) is no code.
+      scale: `[O]`, bfloat16, step of the input times scale of the weights.
+      bias: `[O]`, float32, the layer's own, and in layers of one tap what the input's shift adds.
+      sums: `[O]`, int32, of the kernel over all but O, which unsigned products need; None of a
+        float input.
+      in_scale: 1 / (s D): `[C]`, bfloat16, or of HTDQ a float32 scalar; None of a float input.
+      in_offset: -z / (s D): `[C]`, float32, or of HTDQ a scalar; None of a float input.
+      taps: `[*kernel_size, O]`, float32, what the input's shift adds through each tap; of kernels
+        of several taps alone.
+      coarse: float32 scalar of HTDQ, step of the coarse range over that of the fine one, 2^m; 0
+        where there is one range.
+      gain: float32, a scalar at a step, `[S]` in a checkpoint, in (0, 1]; of step-aware layers
+        alone. It is no parameter of the network but in the collection "quant".
+    """
+
+    kernel: Array
+    scale: Array
+    bias: Array
+    sums: Array | None = None
+    in_scale: Array | None = None
+    in_offset: Array | None = None
+    taps: Array | None = None
+    coarse: Array | None = None
+    gain: Array | None = None
+
+    def params(self) -> dict[str, Any]:
+        """What the collection "params" has of it, by name."""
+        return {k: v for k, v in self._asdict().items() if v is not None and k != "gain"}
+
+    def in_float32(self) -> "QuantizedParams":
+        """With scales as the formulas read them: float32, and the gain in them."""
+        record = self._replace(scale=self.scale.astype(jnp.float32))
+        if self.in_scale is None:
+            return record
+        scale, offset = self.quantizer
+        record = record._replace(in_scale=scale.astype(jnp.float32))
+        if self.gain is None:
+            return record
+        return record._replace(
+            scale=record.scale * self.gain,
+            in_scale=scale.astype(jnp.float32) / self.gain,
+            in_offset=offset / self.gain,
+            gain=None,
+        )
+
+    @property
+    def quantizer(self) -> tuple[Array, Array]:
+        """in_scale and in_offset of an input that becomes codes."""
+        assert self.in_scale is not None
+        assert self.in_offset is not None
+        return self.in_scale, self.in_offset
+
+    def steps(self, x: Array, bits: int) -> Array:
+        """The input in steps of its quantizer, clipped and not yet rounded.
+
+        Args:
+          x: `[..., C]`.
+          bits: b.
+        """
+        scale, offset = self.in_float32().quantizer
+        if self.coarse is not None:
+            return two_range_steps(x.astype(jnp.float32), scale, offset, self.coarse, bits)
+        return channel_steps(x, scale, offset, max_code(bits))
+
+
+def layout(
+    spec: LayerSpec, channels: int, features: int, kernel_size: Sequence[int] = ()
+) -> QuantizedParams:
+    """Shapes and dtypes of a layer's record, as `jax.ShapeDtypeStruct`.
+
+    Args:
+      spec: how it is quantized.
+      channels: C.
+      features: O.
+      kernel_size: of a conv.
+    """
+
+    def array(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    record = QuantizedParams(
+        kernel=array(
+            features, *kernel_size, channels, dtype=jnp.int4 if spec.weight_bits <= 4 else jnp.int8
+        ),
+        scale=array(features, dtype=SCALE_DTYPE),
+        bias=array(features),
+    )
+    if spec.activation_bits == 16:
+        return record
+    record = record._replace(sums=array(features, dtype=jnp.int32))
+    if spec.method == "htdq":
+        return record._replace(in_scale=array(), in_offset=array(), coarse=array())
+    return record._replace(
+        in_scale=array(channels, dtype=SCALE_DTYPE),
+        in_offset=array(channels),
+        taps=array(*kernel_size, features) if math.prod(kernel_size) > 1 else None,
+        gain=array() if spec.step_aware else None,
+    )
+
+
+def layouts(shapes: Params, specs: Mapping[str, LayerSpec]) -> dict[str, QuantizedParams]:
+    """The layout of every quantized layer, by module path.
+
+    Args:
+      shapes: of the float network's parameters.
+      specs: by module path.
+
+    Raises:
+      InputError: the network has no such layer.
+    """
+    flat = flax.traverse_util.flatten_dict(shapes, sep="/")
+    unknown = [path for path in specs if f"{path}/kernel" not in flat]
+    if unknown:
+        raise InputError(f"quantized layers that the UNet does not have: {', '.join(unknown)}")
+    found = {}
+    for path, spec in specs.items():
+        *kernel_size, channels, features = flat[f"{path}/kernel"].shape
+        found[path] = layout(spec, channels, features, kernel_size)
+    return found
+
+
+def replace_layers(params: Params, records: Mapping[str, QuantizedParams]) -> tuple[Params, Params]:
+    """A network's parameters with records in the place of float layers.
+
+    Args:
+      params: the float network's, arrays or their shapes.
+      records: by module path.
+
+    Returns:
+      The collections "params" and "quant", the latter empty without step-aware layers.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    kept = {name: leaf for name, leaf in flat.items() if name.rpartition("/")[0] not in records}
+    for path, record in records.items():
+        kept |= {f"{path}/{name}": leaf for name, leaf in record.params().items()}
+    gains = {f"{path}/gain": r.gain for path, r in records.items() if r.gain is not None}
+    return (
+        flax.traverse_util.unflatten_dict(kept, sep="/"),
+        flax.traverse_util.unflatten_dict(gains, sep="/"),
+    )

@@ -12,7 +12,7 @@ from conftest import relative_error
 from jax import lax
 from scipy import special
 
-from qvd_jax.kernels import layers_tpu
+from qvd_jax.kernels import conv_tpu, layers_tpu
 from qvd_jax.kernels.activations import gelu_by_tanh
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.blocks import ResnetBlock
@@ -108,6 +108,69 @@ def test_quantize_equals_its_definition_in_float64(length):
     assert (found != expected).mean() <= 1e-4
 
 
+@pytest.mark.parametrize("weights_dtype", [np.int8, np.float32])
+@pytest.mark.parametrize(
+    ("size", "outputs", "images", "options"),
+    [
+        pytest.param((6, 32), 24, (2, 1), {"residual": True}, id="one block"),
+        pytest.param((48, 32), 256, (1, 4), {"border": True}, id="blocks of rows and outputs"),
+        pytest.param((1, 64), 4, (4, 2), {"border": True, "residual": True}, id="one row"),
+    ],
+)
+def test_conv_equals_its_definition_in_float64(
+    size, outputs, images, options, weights_dtype, monkeypatch
+):
+    is_int8 = weights_dtype == np.int8
+    channels, count, positions = 16, 4, size[0] * size[1]
+    weight_bytes = 128 * 9 * channels * np.dtype(weights_dtype).itemsize
+    monkeypatch.setattr(conv_tpu, "_WEIGHT_BYTES", weight_bytes)
+    x = normal(count, positions, channels)
+    scale, offset = 1 + normal(images[0], channels) / 4, normal(images[1], channels)
+    quantizer = (20 + 5 * normal(channels), normal(channels)) if is_int8 else None
+    weights = RNG.integers(-127, 128, (3, 3, outputs, channels)).astype(weights_dtype)
+    out_scale, bias = np.float32(1e-3) * normal(outputs), normal(images[0], outputs)
+    border = normal(positions, outputs) if options.get("border") else None
+    residual = normal(count, positions, outputs) if options.get("residual") else None
+    assert conv_tpu.can_use(size, channels, outputs, weights_dtype)
+    found = conv_tpu.conv(
+        conv_tpu.Input(x, scale, offset, quantizer),
+        weights,
+        conv_tpu.Output(out_scale, bias, border, residual),
+        size=size,
+        dtype=jnp.float32,
+        limit=127,
+        interpret=True,
+    )
+    expected = exact_input(x, scale, offset)
+    expected = expected * special.expit(expected)
+    if is_int8:
+        expected = exact_codes(expected * quantizer[0] + quantizer[1], 127)
+    padded = np.pad(expected.reshape(count, *size, channels), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    products = np.einsum("nhwcij,ijoc->nhwo", windows, np.float64(weights))
+    expected = products.reshape(count, positions, outputs) * out_scale
+    expected = expected + bias[np.arange(count) % len(bias)][:, None]
+    for added in (border, residual):
+        expected = expected if added is None else expected + added
+    errors = np.abs(np.float64(found) - expected) / np.abs(expected).max()
+    # A value next to the middle of a step is rounded to the other code by float32.
+    assert (errors > 1e-5).mean() <= (5e-2 if is_int8 else 0)
+    assert errors.max() <= 5e-3
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "fits"),
+    [
+        ((64, 64), 960, True),
+        ((16, 16), 1280, False),
+        ((64, 48), 320, False),
+        ((512, 512), 128, False),
+    ],
+)
+def test_conv_takes_images_that_fit_the_chip_in_rows_that_fill_blocks(size, channels, fits):
+    assert conv_tpu.can_use(size, channels, 320, jnp.bfloat16) == fits
+
+
 @pytest.mark.parametrize("length", [9, 512, 1100])
 def test_moments_equal_their_definition_in_float64(length):
     """Of values far from zero, in blocks of which the last may be partly filled."""
@@ -145,8 +208,8 @@ class Motion(nn.Module):
         return TemporalTransformer(32, 32, 4, 8, 8, "joint", self.layers)(x)
 
 
-def quantized(module):
-    """The module with int8 layers, random parameters and an input."""
+def quantized(module, size=(16, 16)):
+    """The module with int8 layers, random parameters and an input of images of a size."""
     paths = []
 
     def note(call, arguments, options, context):
@@ -154,7 +217,7 @@ def quantized(module):
             paths.append("/".join(context.module.path))
         return call(*arguments, **options)
 
-    x = jnp.asarray(normal(2, 4, 16, 16, 32))
+    x = jnp.asarray(normal(2, 4, *size, 32))
     with nn.intercept_methods(note):
         jax.eval_shape(module(layer_set({})).init, jax.random.key(0), x)
     net = module(layer_set(dict.fromkeys(paths, LayerSpec("scri"))))
@@ -182,13 +245,16 @@ def quantized(module):
 @pytest.fixture
 def kernels(monkeypatch):
     """Has modules call the TPU's kernels, interpreted; lists whether each choice was of one."""
-    for name in ("dense", "moments", "quantize_activated"):
-        kernel = functools.partial(getattr(layers_tpu, name), interpret=True)
-        monkeypatch.setattr(layers_tpu, name, kernel)
+    places = {conv_tpu: ["conv"], layers_tpu: ["dense", "moments", "quantize_activated"]}
+    for place, names in places.items():
+        for name in names:
+            kernel = functools.partial(getattr(place, name), interpret=True)
+            monkeypatch.setattr(place, name, kernel)
     called = []
 
     def on_tpu(*operands, cpu=None, tpu=None, default=None, **others):
-        named = "fused" in getattr(tpu, "__qualname__", "")
+        name = getattr(tpu, "__qualname__", "")
+        named = name.endswith(("fused", "quantized_in_kernel"))
         called.append(named)
         return (tpu if named else cpu or default)(*operands)
 
@@ -199,30 +265,40 @@ def kernels(monkeypatch):
     return use
 
 
-@pytest.mark.parametrize("module", [Resnet, Motion])
-def test_kernels_make_of_a_block_what_passes_make_of_it(module, kernels):
-    """Norms, positions, gates and residuals go into the kernels with the same result."""
-    net, variables, x = quantized(module)
+@pytest.mark.parametrize(
+    ("module", "size", "kernels_called"),
+    [
+        pytest.param(Resnet, (8, 32), 5, id="resnet whose rows fill blocks"),
+        pytest.param(Resnet, (16, 16), 5, id="resnet"),
+        pytest.param(Motion, (16, 16), 9, id="motion"),
+    ],
+)
+def test_kernels_make_of_a_block_what_passes_make_of_it(module, size, kernels_called, kernels):
+    """Norms, positions, gates, borders and residuals go into the kernels with the same result."""
+    net, variables, x = quantized(module, size)
     expected = jax.jit(net.apply)(variables, x)
     called = kernels()
     found = net.apply(variables, x)
-    assert sum(called) == {Resnet: 5, Motion: 9}[module]
+    assert sum(called) == kernels_called
     # A code next to the middle of a step may be the other one.
     assert relative_error(found, expected) <= 2e-2
     errors = np.abs(np.float64(found) - np.float64(expected)) / np.abs(expected).max()
     assert np.median(errors) <= 1e-5
 
 
-def test_kernels_make_of_a_bfloat16_block_what_passes_make_of_it(kernels):
-    exact, x = Motion(FLOAT), jnp.asarray(normal(2, 4, 16, 16, 32))
-    net = Motion(replace(FLOAT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+@pytest.mark.parametrize(
+    ("module", "kernels_called"), [(Resnet, 5), (Motion, 9)], ids=["resnet", "motion"]
+)
+def test_kernels_make_of_a_bfloat16_block_what_passes_make_of_it(module, kernels_called, kernels):
+    exact, x = module(FLOAT), jnp.asarray(normal(2, 4, 8, 32, 32))
+    net = module(replace(FLOAT, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     variables = exact.init(jax.random.key(0), x)
     expected = jax.jit(exact.apply)(variables, x)
     x, rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), (x, variables))
     passes = relative_error(jax.jit(net.apply)(rounded, x), expected)
     called = kernels()
     assert relative_error(net.apply(rounded, x), expected) <= 1.5 * passes
-    assert sum(called) == 9
+    assert sum(called) == kernels_called
 
 
 def test_gradients_are_those_of_the_passes():

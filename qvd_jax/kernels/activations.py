@@ -1,6 +1,5 @@
 """Activations that layers and kernels share."""
 
-import functools
 import math
 
 import jax
@@ -42,6 +41,8 @@ def gelu_by_tanh(x: Array) -> Array:
     """
     near = jnp.clip(x, -_LARGEST, _LARGEST)
     square = jnp.square(near)
-    ratio = functools.reduce(lambda sum, factor: sum * square + factor, reversed(_HALF_LOGIT))
+    ratio = jnp.zeros_like(square)
+    for factor in reversed(_HALF_LOGIT):
+        ratio = ratio * square + factor
     half = 0.5 * x
     return half + half * jnp.tanh(near * ratio)

@@ -57,9 +57,12 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
     """
 
     def in_kernel(q: Array, k: Array, v: Array) -> Array:
-        columns = tuple(_columns(x.reshape(-1, *x.shape[-3:])) for x in (q, k, v))
-        out = attention_tpu.queries_in_lanes(*columns, (0, 0, 0), q.shape[-2])
-        return _rows(out, q.shape[-2]).reshape(q.shape)
+        heads = q.shape[-2]
+        rows = q.reshape(-1, *q.shape[-3:])
+        out = attention_tpu.queries_in_lanes(
+            _columns(rows), _columns(k), _columns(v), (0, 0, 0), heads
+        )
+        return _rows(out, heads).reshape(q.shape)
 
     without_kernel = functools.partial(_without_kernel, is_causal=is_causal)
     with jax.named_scope(SCOPE):

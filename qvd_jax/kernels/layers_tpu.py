@@ -21,8 +21,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array, Transposes
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.activations import gelu_by_tanh
-from qvd_jax.kernels.blocks import largest_divisor
-from qvd_jax.kernels.tpu import LANES, VMEM_BYTES
+from qvd_jax.kernels.tpu import VMEM_BYTES, block_of_outputs, of_image, round_to_codes
 
 _TOKENS = 512
 """Of a block."""
@@ -146,7 +145,7 @@ def _dense(
     weights, scale, bias = (y.reshape(parts, -1, *y.shape[1:]) for y in (weights, scale, bias))
     outputs = scale.shape[-1]
     rows = min(_TOKENS, tokens)
-    width = _block_of_outputs(outputs, parts * channels * weights.dtype.itemsize)
+    width = block_of_outputs(outputs, parts * channels * weights.dtype.itemsize, _WEIGHT_BYTES)
     read, written = transposes == "input", transposes == "output"
 
     def by_output(*others: int) -> pl.BlockSpec:
@@ -170,8 +169,8 @@ def _dense(
     operands = [jnp.swapaxes(x, 1, 2) if read else x, in_scale, in_offset, weights, scale, bias]
     specs = [
         block(channels, transposed=read, whole=True),
-        _by_image(in_scale),
-        _by_image(in_offset),
+        of_image(in_scale),
+        of_image(in_offset),
         by_output(channels),
         vector,
         vector,
@@ -191,7 +190,9 @@ def _dense(
                 x = x - x.mean(axis, keepdims=True)
                 x = x * lax.rsqrt(jnp.square(x).mean(axis, keepdims=True) + epsilon)
             x = x * in_scale_ref[...] + in_offset_ref[...]
-            operand_ref[...] = x.astype(weights.dtype) if limit is None else _round(x, limit)
+            operand_ref[...] = (
+                x.astype(weights.dtype) if limit is None else round_to_codes(x, limit)
+            )
 
         def product(part: int) -> Array:
             sides = (operand_ref[...], weights_ref[part])
@@ -274,14 +275,14 @@ def _quantize_activated(
         scale, offset, step_scale, step_offset = (ref[...] for ref in refs[:-1])
         x = x_ref[...].astype(jnp.float32) * scale + offset
         x = x / (1 + jnp.exp(-x))
-        refs[-1][...] = _round(x * step_scale + step_offset, limit)
+        refs[-1][...] = round_to_codes(x * step_scale + step_offset, limit)
 
     vectors = [y[:, None, :] for y in (scale, offset, step_scale[None], step_offset[None])]
     block = pl.BlockSpec((None, rows, channels), lambda n, t: (n, t, 0))
     return pl.pallas_call(
         kernel,
         grid=(images, pl.cdiv(length, rows)),
-        in_specs=[block, *(_by_image(y) for y in vectors)],
+        in_specs=[block, *(of_image(y) for y in vectors)],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct(x.shape, jnp.int8),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
@@ -341,20 +342,3 @@ def _moments(x: Array, *, interpret: bool) -> tuple[Array, Array]:
         name="moments",
     )(x)
     return first[:, 0], second[:, 0]
-
-
-def _by_image(values: Array) -> pl.BlockSpec:
-    """Of `[M, ...]` what belongs to an image, the first place in the grid."""
-    shape = (None, *values.shape[1:])
-    return pl.BlockSpec(shape, lambda n, *_: (n % len(values), 0, 0))
-
-
-def _round(x: Array, limit: int) -> Array:
-    return jnp.round(jnp.clip(x, -limit, limit)).astype(jnp.int8)
-
-
-def _block_of_outputs(outputs: int, row_bytes: int) -> int:
-    """Outputs whose weights are at most `_WEIGHT_BYTES`: all, or lanes of the vector unit."""
-    if outputs * row_bytes <= _WEIGHT_BYTES or outputs % LANES:
-        return outputs
-    return LANES * largest_divisor(outputs // LANES, _WEIGHT_BYTES // (LANES * row_bytes))

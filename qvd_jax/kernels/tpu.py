@@ -5,9 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 from qvd_jax.axes import Array
+from qvd_jax.kernels.blocks import largest_divisor
 
 LANES = 128
 """Of the vector unit: what the last axis is padded to."""
@@ -37,3 +40,21 @@ def _on_tpu_jvp(
 ) -> tuple[Array, Array]:
     del kernel
     return jax.jvp(otherwise, primals, tangents)
+
+
+def of_image(values: Array) -> pl.BlockSpec:
+    """Of `[M, ...]` what belongs to an image, the first place in the grid."""
+    shape = (None, *values.shape[1:])
+    return pl.BlockSpec(shape, lambda n, *_: (lax.rem(n, len(values)), *(0 for _ in shape[1:])))
+
+
+def block_of_outputs(outputs: int, row_bytes: int, most: int) -> int:
+    """Outputs whose weights take at most `most` bytes: all, or lanes of the vector unit."""
+    if outputs * row_bytes <= most or outputs % LANES:
+        return outputs
+    return LANES * largest_divisor(outputs // LANES, most // (LANES * row_bytes))
+
+
+def round_to_codes(x: Array, limit: int) -> Array:
+    """int8 codes of steps, halves to even."""
+    return jnp.round(jnp.clip(x, -limit, limit)).astype(jnp.int8)

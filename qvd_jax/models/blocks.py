@@ -46,13 +46,13 @@ class ResnetBlock(nn.Module):
 
     def __call__(self, x: Array, temporal_feature: Array | None = None) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, out_channels]`."""
-        h = self.conv1(self.norm1(x).silu())
         if temporal_feature is not None:
-            h = h + temporal_feature[:, None, None, None, :]
-        h = self.conv2(self.norm2(h).silu())
+            temporal_feature = temporal_feature[:, None, None, None, :]
+        h = self.conv1(self.norm1(x).silu(), temporal_feature)
+        h = self.norm2(h).silu()
         if self.in_channels != self.out_channels:
-            return self.conv_shortcut(x, h)
-        return x + h
+            return self.conv_shortcut(x, self.conv2(h))
+        return self.conv2(h, x)
 
 
 class SpatioTemporalResnet(nn.Module):

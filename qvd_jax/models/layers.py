@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, NormScope, Transposes
-from qvd_jax.kernels import floating, layers_tpu
+from qvd_jax.kernels import conv_tpu, floating, layers_tpu
 from qvd_jax.kernels.activations import gelu
 from qvd_jax.kernels.tpu import on_tpu
 
@@ -130,12 +130,10 @@ class Dense(nn.Dense):
         def fused(
             x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
         ) -> Array:
-            ones, zeros = np.ones(shape[0], np.float32), np.zeros(shape[0], np.float32)
+            ones, zeros = jnp.ones(shape[0]), jnp.zeros(shape[0])
             bias = jnp.zeros(self.features) if bias is None else bias.astype(jnp.float32)
             added = None if residual is None else as_images(residual)
-            output = layers_tpu.Output(
-                np.ones(self.features, np.float32), bias, self.dtype, self.gated, added
-            )
+            output = layers_tpu.Output(jnp.ones(self.features), bias, self.dtype, self.gated, added)
             weights = kernel.astype(self.dtype).T
             y = layers_tpu.dense(tpu_input(x, ones, zeros), weights, output, self.transposes)
             return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -209,25 +207,89 @@ class Conv(nn.Conv):
     upsampled: bool = False
 
     @nn.compact
-    def __call__(self, x: Array | Normalized) -> Array:
-        """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]`."""
+    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+        """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
         channels, rank = x.shape[-1], len(self.kernel_size)
         shape = (*self.kernel_size, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
-        values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
-        batch = x.shape[: -rank - 1]
-        spatial = "DHW"[-rank:]
-        y = floating.conv_general_dilated(
-            values.reshape(-1, *x.shape[-rank - 1 :]),
-            kernel,
-            self.strides,
-            self.padding,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+
+        def in_passes(
+            x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
+        ) -> Array:
+            values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+            batch = x.shape[: -rank - 1]
+            spatial = "DHW"[-rank:]
+            y = floating.conv_general_dilated(
+                values.reshape(-1, *x.shape[-rank - 1 :]),
+                kernel,
+                self.strides,
+                self.padding,
+                dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            )
+            y = _plus_bias(y, bias).reshape(*batch, *y.shape[1:])
+            return y if residual is None else residual + y
+
+        def fused(
+            x: Normalized, kernel: Array, bias: Array | None, residual: Array | None
+        ) -> Array:
+            weights = jnp.swapaxes(kernel.astype(self.dtype), -1, -2)
+            bias = jnp.zeros(self.features) if bias is None else bias.astype(jnp.float32)
+            return self.in_kernel(x, None, weights, (jnp.ones_like(bias), bias), None, residual)
+
+        operands = x, kernel, bias, residual
+        # In float32 the kernel's product would round its operands.
+        if self.dtype == jnp.bfloat16 and self.fits_kernel(x, self.dtype):
+            return on_tpu(fused, in_passes, *operands)
+        return in_passes(*operands)
+
+    def fits_kernel(self, x: Array | Normalized, dtype: DTypeLike) -> bool:
+        """Whether `in_kernel` is for an input and weights of a dtype."""
+        form = (tuple(self.kernel_size), self.strides, self.padding)
+        return (
+            isinstance(x, Normalized)
+            and x.activated
+            and x.epsilon is None
+            and not self.upsampled
+            and form == ((3, 3), (1, 1), ((1, 1), (1, 1)))
+            and conv_tpu.can_use(x.shape[-3:-1], x.shape[-1], self.features, dtype)
         )
-        return _plus_bias(y, bias).reshape(*batch, *y.shape[1:])
+
+    def in_kernel(
+        self,
+        x: Normalized,
+        quantizer: tuple[Array, Array] | None,
+        weights: Array,
+        scale_and_bias: tuple[Array, Array],
+        border: Array | None,
+        residual: Array | None,
+        limit: int = 0,
+    ) -> Array:
+        """The layer's result by the kernel for the TPU, whose words these are."""
+        size, outputs = x.shape[-3:-1], self.features
+        scale, bias = scale_and_bias
+        bias = bias[None]
+        if residual is not None and residual.shape[-3:-1] == (1, 1):
+            # Of videos; images of a video follow each other.
+            of_images = jnp.broadcast_to(residual, (*x.shape[:-3], 1, 1, outputs))
+            bias, residual = bias + of_images.reshape(-1, outputs).astype(jnp.float32), None
+        norm = x.by_image(x.scale), x.by_image(x.offset)
+        y = conv_tpu.conv(
+            conv_tpu.Input(as_images(x.x), *norm, quantizer),
+            weights,
+            conv_tpu.Output(
+                scale,
+                bias,
+                None if border is None else border.reshape(-1, outputs),
+                None if residual is None else as_images(residual),
+            ),
+            size=size,
+            dtype=self.dtype,
+            limit=limit,
+        )
+        return y.reshape(*x.shape[:-1], outputs)
 
     def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
         """Whether every position of an input stands twice: an odd side was cut."""
@@ -395,11 +457,12 @@ class GroupNorm(nn.Module):
         def in_passes(x: Array) -> tuple[Array, Array]:
             from_first = x.astype(jnp.float32) - x[:, :, :1, :1].astype(jnp.float32)
             squares = jnp.square(from_first)
-            return tuple(y.mean((2, 3), keepdims=True) for y in (from_first, squares))
+            return from_first.mean((2, 3), keepdims=True), squares.mean((2, 3), keepdims=True)
 
         def fused(x: Array) -> tuple[Array, Array]:
-            found = layers_tpu.moments(as_images(x))
-            return tuple(y.reshape(*x.shape[:2], 1, 1, channels) for y in found)
+            first, second = layers_tpu.moments(as_images(x))
+            shape = (*x.shape[:2], 1, 1, channels)
+            return first.reshape(shape), second.reshape(shape)
 
         # Both moments of a frame's channel in one pass: about a value of it, whichever it is, they
         # do not cancel as those about zero would.

@@ -186,11 +186,11 @@ class QuantConv(StoredParams, Conv):
     specs: SpecTable = SpecTable(FrozenDict())
 
     @nn.compact
-    def __call__(self, x: Array | Normalized) -> Array:
-        """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]`."""
+    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+        """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
         spec = self.specs.find(self)
         if spec is None:
-            return super().__call__(x)
+            return super().__call__(x, residual)
         if math.prod(self.kernel_size) == 1 and np.any(self.padding):
             raise ValueError(f"padding = {self.padding} of a kernel of one tap is no use")
         form = (tuple(self.kernel_size), self.strides, self.padding)
@@ -206,44 +206,62 @@ class QuantConv(StoredParams, Conv):
         def as_batch(x: Array) -> Array:
             return x.reshape(-1, *spatial, channels)
 
+        def border(record: QuantizedParams) -> Array | None:
+            if record.taps is None:
+                return None
+            return border_bias(record.taps, spatial, self.strides, self.padding)
+
+        def finish(product: Array, record: QuantizedParams, residual: Array | None) -> Array:
+            y = _to_output(product, record.scale, record.bias)
+            outside = border(record)
+            y = y if outside is None else y + outside[None]
+            y = y.reshape(*batch, *y.shape[1:]).astype(self.dtype)
+            return y if residual is None else residual + y
+
         float_conv = functools.partial(_float_conv, self.strides, self.padding)
         if bits == 16:
-            product = float_conv(as_batch(value_of(x)).astype(self.dtype), record.kernel)
-        else:
-            int8_conv: Callable[..., Array] = functools.partial(
-                int8.conv, strides=self.strides, padding=self.padding
+            values = as_batch(value_of(x)).astype(self.dtype)
+            return finish(float_conv(values, record.kernel), record, residual)
+        int8_conv: Callable[..., Array] = functools.partial(
+            int8.conv, strides=self.strides, padding=self.padding
+        )
+        differentiate: Callable[..., Array] = float_conv
+        doubled = self.repeats_positions(spatial)
+        if doubled:
+            int8_conv = int8.upsampled_conv
+            differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
+        multiply = functools.partial(_product_of_codes, int8_conv)
+
+        def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
+            values = as_batch(value_of(x))
+            values = values[:, ::2, ::2] if doubled else values
+            steps = _steps(values, record, bits)
+            product = _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
+            return finish(product, record, residual)
+
+        def fused(x: Normalized, record: QuantizedParams, residual: Array | None) -> Array:
+            weights = jnp.moveaxis(record.kernel.astype(jnp.int8), 0, -2)
+            results = record.scale, record.bias
+            outside, limit = border(record), max_code(bits)
+            return self.in_kernel(x, record.quantizer, weights, results, outside, residual, limit)
+
+        def quantized_in_kernel(
+            x: Normalized, record: QuantizedParams, residual: Array | None
+        ) -> Array:
+            norm = x.by_image(x.scale), x.by_image(x.offset)
+            codes = layers_tpu.quantize_activated(
+                as_images(x.x), norm, record.quantizer, max_code(bits)
             )
-            differentiate: Callable[..., Array] = float_conv
-            doubled = self.repeats_positions(spatial)
-            if doubled:
-                int8_conv = int8.upsampled_conv
-                differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
-            multiply = functools.partial(_product_of_codes, int8_conv)
+            return finish(int8_conv(as_batch(codes), record.kernel, record.sums), record, residual)
 
-            def in_passes(x: Any, record: QuantizedParams) -> Array:
-                values = as_batch(value_of(x))
-                values = values[:, ::2, ::2] if doubled else values
-                steps = _steps(values, record, bits)
-                return _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
-
-            def fused(x: Any, record: QuantizedParams) -> Array:
-                norm = x.by_image(x.scale), x.by_image(x.offset)
-                codes = layers_tpu.quantize_activated(
-                    as_images(x.x), norm, record.quantizer, max_code(bits)
-                )
-                return int8_conv(as_batch(codes), record.kernel, record.sums).astype(jnp.float32)
-
-            operands = x, record
-            # The kernel is for what comes out of a GroupNorm and a SiLU, every position once.
-            activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
-            if activated and not doubled and layers_tpu.can_use(x.shape):
-                product = on_tpu(fused, in_passes, *operands)
-            else:
-                product = in_passes(*operands)
-        y = _to_output(product, record.scale, record.bias)
-        if record.taps is not None:
-            y = y + border_bias(record.taps, spatial, self.strides, self.padding)[None]
-        return y.reshape(*batch, *y.shape[1:]).astype(self.dtype)
+        operands = x, record, residual
+        if self.fits_kernel(x, jnp.int8):
+            return on_tpu(fused, in_passes, *operands)
+        # This one is for what comes out of a GroupNorm and a SiLU, every position once.
+        activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
+        if activated and not doubled and layers_tpu.can_use(x.shape):
+            return on_tpu(quantized_in_kernel, in_passes, *operands)
+        return in_passes(*operands)
 
 
 def border_bias(

@@ -136,7 +136,7 @@ def test_operations_are_known_by_what_is_fused_in_them():
     assert [name for name, one in found.items() if one.target] == ["kernel.1"]
     # Two arrays of float32 [8, 2], of which it is given one twice; the weights are on the chip.
     assert found["kernel.1"].bytes == 2 * 4 * 16
-    assert hlo.types(*found["kernel.1"].operands) == ("f32[8,2]", "f32[4,2]", "f32[8,2]")
+    assert hlo.types(*found["kernel.1"].operands) == ("f32[8,2]", "s8[4,2]", "f32[8,2]")
     assert hlo.types(found["prefetch"].result) == ("f32[8,2]", "f32[8,2]", "u32[]")
 
 
@@ -235,11 +235,11 @@ def test_the_roof_counts_the_products_of_the_platform():
         "float32": expected["float32"] + 2 * 2 * 6 * 6 * 5
     }
     (found,) = roof.kernels(jaxpr, "tpu")
-    shape = ((rows, 128),)
+    typed = (f"f32[{rows},128]",)
     assert found[:-1] == (
         "doubled",
-        shape,
-        shape,
+        typed,
+        typed,
         rows // ROWS,
         {"float32": kernel},
         {"f32 x f32": 2},

@@ -21,7 +21,7 @@ import numpy as np
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, naming
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
@@ -360,15 +360,6 @@ def _read_embeds(
     if "negative_prompt_embeds" in found and args.negative_prompts:
         raise InputError("--negative-prompt-embeds stand in the place of --negative-prompt")
     return found
-
-
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Says of input errors which of several checkpoints they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _wanted(args: argparse.Namespace, configs: CheckpointConfigs) -> VideoDefaults:

@@ -15,39 +15,39 @@ class Part:
 
     Attributes:
       label: what it is, for those who wait.
-      kind: parts of one kind are equally fast.
+      task: what is done; what others with the same took is the first guess of what it takes.
+      subject: to what; parts of one task and subject are equally fast.
+      size: of its arrays; the first tick of each task, subject and size compiles.
       ticks: how many there are.
-      work: of a tick, in a unit that all kinds share as far as can be known beforehand.
-      tick: what a tick is called.
-      program: what a first tick compiles, once for all parts that have it; None is the kind's.
+      work: of a tick, in a unit that all tasks share as far as can be known beforehand.
     """
 
     label: str
-    kind: Hashable
+    task: str
+    subject: Hashable = None
+    size: Hashable = None
     ticks: int = 1
     work: float = 1.0
-    tick: str = "step"
-    program: Hashable = None
 
     @property
-    def compiles(self) -> Hashable:
-        """The name of its program."""
-        return self.kind if self.program is None else self.program
+    def program(self) -> Hashable:
+        """What is compiled once."""
+        return self.task, self.subject, self.size
 
 
 class Estimate:
     """How long the rest of a plan takes, by what its ticks took so far.
 
-    The first tick of a program compiles it. That says nothing of how fast its kind is; but what it
-    took beyond the others' time, a program still to come is expected to take as well. A kind of
-    which nothing is known yet counts as the average of the others.
+    The first tick of a program compiles it. That says nothing of how fast it is; but what it took
+    beyond the others' time, programs of the same task that are still to come are expected to take
+    as well. A subject or task of which nothing is known yet counts as the average of those known.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._ticks = [part for part in parts for _ in range(part.ticks)]
         self._done = 0
-        self._spent: dict[Hashable, _Spent] = {}
         self._first: dict[Hashable, tuple[Part, float]] = {}
+        self._spent: dict[tuple[Hashable, ...], _Spent] = {}
 
     @property
     def done(self) -> int:
@@ -62,32 +62,35 @@ class Estimate:
     @property
     def compiling(self) -> bool:
         """Whether the next tick compiles first."""
-        return bool(self.rest) and self.rest[0].compiles not in self._first
+        return bool(self.rest) and self.rest[0].program not in self._first
 
     def add(self, seconds: float) -> None:
         """Counts the next tick, which took so long."""
         part = self.rest[0]
-        self._done += 1
-        if part.compiles not in self._first:
-            self._first[part.compiles] = part, seconds
+        if self.compiling:
+            self._first[part.program] = part, seconds
         else:
-            before = self._spent.get(part.kind, _Spent(0.0, 0.0))
-            self._spent[part.kind] = _Spent(before.seconds + seconds, before.work + part.work)
+            for alike in _from_alike_to_any(part):
+                spent = self._spent.get(alike, _Spent(0.0, 0.0))
+                self._spent[alike] = _Spent(spent.seconds + seconds, spent.work + part.work)
+        self._done += 1
 
     def seconds_left(self) -> float | None:
         """What the rest may take; None while nothing but first ticks were seen."""
         if not self._spent:
             return None
-        every = _Spent(*(math.fsum(column) for column in zip(*self._spent.values(), strict=True)))
+        took: dict[str, list[float]] = {}
+        for part, seconds in self._first.values():
+            took.setdefault(part.task, []).append(max(0.0, seconds - self._needed(part)))
+        programs = {part.program: part.task for part in self.rest}
+        tasks = [task for program, task in programs.items() if program not in self._first]
+        compiling = (math.fsum(took[task]) / len(took[task]) for task in tasks if task in took)
+        return math.fsum(map(self._needed, self.rest)) + math.fsum(compiling)
 
-        def needed(part: Part) -> float:
-            seconds, work = self._spent.get(part.kind, every)
-            return part.work * seconds / work
-
-        compiling = [max(0.0, seconds - needed(part)) for part, seconds in self._first.values()]
-        programs = {part.compiles for part in self.rest} - self._first.keys()
-        mean = math.fsum(compiling) / len(compiling)
-        return math.fsum(map(needed, self.rest)) + len(programs) * mean
+    def _needed(self, part: Part) -> float:
+        """What a tick takes without compilation."""
+        known = next(alike for alike in _from_alike_to_any(part) if alike in self._spent)
+        return part.work * self._spent[known].seconds / self._spent[known].work
 
 
 class _Spent(NamedTuple):
@@ -97,12 +100,17 @@ class _Spent(NamedTuple):
     work: float
 
 
+def _from_alike_to_any(part: Part) -> tuple[tuple[Hashable, ...], ...]:
+    """What a part's speed is told by: its task and subject, else its task, else anything."""
+    return (part.task, part.subject), (part.task,), ()
+
+
 class Progress:
     """A bar over a plan: how much of its work is done, where it is, what the rest may take.
 
     Its block ends when the work does:
 
-        with Progress([Part("shapes", "shapes", ticks=8)]) as progress:
+        with Progress([Part("shapes", "sampling", ticks=8)]) as progress:
             for step in range(8):
                 ...
                 progress.advance()
@@ -152,7 +160,7 @@ class Progress:
         if self._estimate.compiling:
             parts.append("compiling")
         elif part.ticks > 1:
-            parts.append(f"{part.tick} {number} of {part.ticks}")
+            parts.append(f"step {number} of {part.ticks}")
         if left is not None:
             parts.append(f"about {tqdm.tqdm.format_interval(left)} left")
         return ", ".join(parts)

@@ -123,7 +123,7 @@ def sample(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Videos uint8 `[B, F, H, W, 3]` of the inputs, and where the seconds went."""
     started, before = time.perf_counter(), compile_seconds()
-    plan = [Part("sampling", "sampling", options["steps"]), Part("decoding", "decoding")]
+    plan = [Part("sampling", "sampling", ticks=options["steps"]), Part("decoding", "decoding")]
     with Progress(plan) as progress:
         latents = pipe(
             # Without prompts there are embeddings among the options.

@@ -41,7 +41,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.seen.append(tag)
-        if tag not in ("meta", "br", "img", "path", "use", "rect"):
+        if tag not in ("meta", "br", "img", "path", "use", "rect", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

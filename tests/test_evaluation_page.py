@@ -71,10 +71,10 @@ def test_videos_of_one_case_run_in_one_clip_in_step(text):
     assert len(clips) == 2
     with Image.open(io.BytesIO(base64.b64decode(clips[0]))) as clip:
         assert clip.n_frames == 3
-        # Two of 1024 pixels, each a quarter as large.
-        assert clip.size == (512, 4)
+        # Two of 1024 pixels, each a quarter as large, and a line.
+        assert clip.size == (514, 4)
         for number, brightness in enumerate((0, 80, 160)):
             clip.seek(number)
             pixels = np.asarray(clip.convert("RGB")).astype(int)
             np.testing.assert_allclose(pixels[:, 8:248], brightness, atol=4)
-            np.testing.assert_allclose(pixels[:, 264:504], 255 - brightness, atol=4)
+            np.testing.assert_allclose(pixels[:, 266:506], 255 - brightness, atol=4)

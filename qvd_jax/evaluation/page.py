@@ -28,6 +28,8 @@ PAGE = "report.html"
 _SHOWN_VIDEOS = 12
 _CLIP_SIDE = 256
 _CLIP_MILLISECONDS = 125
+# Of the line between two videos: pixels and brightness.
+_LINE, _GRAY = 2, 128
 
 
 def write_comparison(
@@ -144,7 +146,7 @@ def _figures_table(results: Figures, metrics: Sequence[Metric], models: Sequence
     """A line for each metric, with what it says, and a column for each model."""
     counts = {"prompts": results["prompts"], "videos": results["prompts"] * results["seeds"]}
     head = "".join(
-        f"<th>{escape(model['name'])}<small>{escape(model['policy'])}</small></th>"
+        f"<th>{_path(model['name'])}<small>{escape(model['policy'])}</small></th>"
         for model in models
     )
     body = "".join(
@@ -162,14 +164,19 @@ def _cell(text: str) -> str:
     try:
         value = float(figure.rstrip("%"))
     except ValueError:
-        return f"<td>{escape(text)}</td>"
+        return f"<td>{_path(text)}</td>"
     below = f" <small>{escape(interval)}</small>" if interval else ""
     return f"<td data-value='{value}'>{escape(figure)}{below}</td>"
 
 
-def _grid(parts: Iterable[str], kind: str = "grid") -> str:
+def _path(text: str) -> str:
+    """A path, which breaks where it has parts."""
+    return escape(text).replace("/", "/<wbr>")
+
+
+def _grid(parts: Iterable[str]) -> str:
     """Parts beside each other, as many as the page is wide."""
-    return f"<div class='{kind}'>{''.join(parts)}</div>"
+    return f"<div class='grid'>{''.join(parts)}</div>"
 
 
 def _layer_table(model: str, reports: Sequence[LayerReport], opened: bool = False) -> str:
@@ -235,13 +242,18 @@ def _clips(videos: Sequence[np.ndarray], titles: Sequence[str]) -> str:
     figures = []
     for number, of_case in enumerate(zip(*videos, strict=True)):
         title = escape(titles[number % len(titles)])
-        clip = video_io.tile(np.stack([_resized(video) for video in of_case]), len(of_case))
-        data = base64.b64encode(_animated(clip)).decode()
+        first, *others = map(_resized, of_case)
+        line = np.full_like(first[:, :, :_LINE], _GRAY)
+        between = [part for video in others for part in (line, video)]
+        data = base64.b64encode(_animated(np.concatenate([first, *between], axis=2))).decode()
         figures.append(
             f"<figure><img alt='videos of {title}' src='data:image/webp;base64,{data}'>"
             f"<figcaption>{title}</figcaption></figure>"
         )
-    return _grid(figures, "grid clips")
+    # So wide that each video of a clip has its share.
+    return (
+        f"<div class='grid clips' style='--clip: {8.5 * len(videos)}rem'>{''.join(figures)}</div>"
+    )
 
 
 def _resized(video: np.ndarray) -> np.ndarray:

@@ -221,10 +221,10 @@ def _plan(
     parts = []
     for (_, start), name in itertools.product(_batches(cases, seeds), names):
         count = len(cases.inputs[start : start + BATCH])
-        for what, ticks in (("sampling", want.steps), ("decoding", 1)):
-            label = name if what == "sampling" else f"{name}, {what}"
-            program = (what, name, count)
-            parts.append(Part(label, (what, name), ticks, work=count, program=program))
+        parts += [
+            Part(name, "sampling", name, count, want.steps, work=count),
+            Part(f"{name}, decoding", "decoding", name, count, work=count),
+        ]
     return parts
 
 

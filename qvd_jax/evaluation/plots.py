@@ -76,6 +76,7 @@ def plot_latents(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:
         values = entry["latent_sqnr"]
         axes.plot(range(1, len(values) + 1), values, label=entry["name"])
     axes.set(xlabel="step", ylabel="SQNR of the latents, dB")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
 
 

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert import pickles
 from convert.tensors import PICKLES, LazyTensor, Tensors, open_file
-from qvd_jax.errors import InputError, first_line
+from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
 
 TABLE = "embeddings.token_embedding.weight"
@@ -87,16 +88,7 @@ def _content(path: Path) -> Any:
         return open_file(path)
     if path.suffix not in PICKLES:
         raise InputError(f"{path}: embeddings are read from .safetensors, {', '.join(PICKLES)}")
-    import torch
-
-    try:
-        # The original code's table of parameters.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # A damaged pickle can make the unpickler raise anything.
-        raise InputError(
-            f"{path} is damaged or holds more than tensors: {first_line(error)}"
-        ) from error
+    return pickles.load(path)
 
 
 def _find(content: Any, path: Path) -> tuple[str, Any]:
@@ -111,8 +103,8 @@ def _find(content: Any, path: Path) -> tuple[str, Any]:
         )
     if "string_to_param" in content:
         table = content["string_to_param"]
-        # A ParameterDict of any version of PyTorch.
-        table = vars(table)["_parameters"] if hasattr(table, "_parameters") else table
+        if not isinstance(table, Mapping):
+            raise InputError(f"{path}: string_to_param is a {type(table).__name__}, no table")
         name = content.get("name")
         found = {str(name or _PLACEHOLDERS[0]): t for t in table.values()}
         count = len(table)

@@ -70,6 +70,10 @@ class _StandIn:
     def update(self, items: Any) -> None: ...
 
 
+class _Parameters(OrderedDict[str, Any]):
+    """A `torch.nn.ParameterDict` of any version, as the plain table that it is."""
+
+
 def load(path: Path) -> Any:
     """The content of a pickle of PyTorch; its tensors are mapped from the file where they can be.
 
@@ -133,6 +137,8 @@ class _Unpickler(pickle._Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):
             return tuple
+        if (module, name) == ("torch.nn.modules.container", "ParameterDict"):
+            return _Parameters
         if name == "UntypedStorage" and module in ("torch", "torch.storage"):
             return torch.UntypedStorage
         if module == "torch._utils" and name in _rebuilders():
@@ -146,8 +152,10 @@ class _Unpickler(pickle._Unpickler):
         raise _Refused(f"{module}.{name}")
 
     def load_build(self) -> None:
-        """Leaves an object's state out: no tensor has one, and no other object is used."""
-        self.stack.pop()  # type: ignore[attr-defined]
+        """Leaves an object's state out: of what is used only tables of parameters have one."""
+        state = self.stack.pop()  # type: ignore[attr-defined]
+        if isinstance(found := self.stack[-1], _Parameters):  # type: ignore[attr-defined]
+            found.update(state["_parameters"])
 
     dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
@@ -186,4 +194,5 @@ def _rebuilders() -> dict[str, Callable[..., Any]]:
         "_rebuild_tensor_v2": tensor,
         "_rebuild_tensor_v3": tensor_of_type,
         "_rebuild_parameter": parameter,
+        "_rebuild_parameter_with_state": parameter,
     }

@@ -23,9 +23,9 @@ from qvd_jax.benchmarks import (
     sampling,
     unet,
 )
-from qvd_jax.benchmarks.environment import environment, version
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
 from qvd_jax.cli import add_size_arguments, command, command_line, positive_int
+from qvd_jax.environment import environment, version
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
 from qvd_jax.pipelines.components import DTYPES

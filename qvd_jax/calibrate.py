@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import tqdm
 
-from qvd_jax import checkpoint, memory, report
+from qvd_jax import checkpoint, evaluation, memory
 from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
@@ -29,10 +28,12 @@ from qvd_jax.cli import (
 )
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
+from qvd_jax.evaluation.page import PAGE
 from qvd_jax.files import check_folder, write_folder
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
-from qvd_jax.pipelines.quantization import make_plan, solve_plan
+from qvd_jax.pipelines.quantization import Plan, make_plan, solve_plan
+from qvd_jax.progress import Part, Progress
 from qvd_jax.quant.policy import (
     METHODS,
     WIDTHS,
@@ -42,6 +43,7 @@ from qvd_jax.quant.policy import (
     named_policy,
     policy_names,
 )
+from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
 
 
 @command
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
-        check_folder(args.report, report.PAGE, overwrite=args.overwrite)
+        check_folder(args.report, PAGE, overwrite=args.overwrite)
         out, page = args.out.resolve(), args.report.resolve()
         if out == page or out in page.parents or page in out.parents:
             raise InputError(f"--report {args.report} and --out {args.out}: name folders apart")
@@ -75,19 +77,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
-    with _Progress() as progress:
-        observed = collect(pipe, plan.layers, inputs.values, config, options, progress)
-        quantized, reports = solve_plan(pipe, plan, observed, config, progress)
+    steps, count = args.steps or pipe.defaults.steps, len(inputs.values)
+    done_before = {"sampling": 0, "observing": steps, "layers": steps + steps * count}
+    with Progress(parts_of(plan, steps, count, args.samples)) as progress:
+
+        def report(what: str, done: int, _: int) -> None:
+            progress.advance(done_before[what] + done)
+
+        observed = collect(pipe, plan.layers, inputs.values, config, options, report)
+        quantized, reports = solve_plan(pipe, plan, observed, config, report)
     assert quantized.quantization is not None
     if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
         print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")
     with contextlib.ExitStack() as both:
         if args.report:
-            folder = write_folder(args.report, report.PAGE, overwrite=args.overwrite)
-            report.write_calibration(both.enter_context(folder), policy.name, reports)
+            folder = write_folder(args.report, PAGE, overwrite=args.overwrite)
+            evaluation.write_calibration(both.enter_context(folder), policy.name, reports)
         save(quantized, args.out, overwrite=args.overwrite, reports=reports)
     if args.report:
-        print(args.report / report.PAGE)
+        print(args.report / PAGE)
     print(f"{args.out}: {time.perf_counter() - started:.0f} s")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
     for name, place, model in (("float", source, pipe), (policy.name, args.out, quantized)):
@@ -111,25 +119,29 @@ def read_policy(name: str) -> Policy:
     return named_policy(name)
 
 
-class _Progress:
-    """One bar for each part of the calibration."""
+def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
+    """The parts of a calibration; a forward of one video is the unit of their work.
 
-    def __init__(self) -> None:
-        self._bar: tqdm.tqdm | None = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if self._bar is None or self._bar.desc != what:
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = tqdm.tqdm(total=total, desc=what)
-        self._bar.update(done - self._bar.n)
+    Args:
+      plan: which layers there are, and which are quantized.
+      steps: S.
+      inputs: videos that are sampled.
+      rows: sampled of each layer's input.
+    """
+    forward = sum(layer.flops for layer in plan.layers.values())
+    solving = []
+    for number, (path, spec) in enumerate(plan.specs.items(), 1):
+        layer = plan.layers[path]
+        product = 2 * rows * layer.parameters / forward
+        # The search of its ranges tries about so many candidates.
+        candidates = SEARCH_ROUNDS * (RANGE_CANDIDATES + len(CLIP_CANDIDATES))
+        label, size = f"layer {number} of {len(plan.specs)}", (layer.kernel, spec)
+        solving.append(Part(label, "solving", size=size, work=candidates * product))
+    return [
+        Part("sampling", "forward", "sampling", ticks=steps, work=inputs),
+        Part("observing", "forward", "observing", ticks=steps * inputs),
+        *solving,
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ import numpy as np
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, naming
 from qvd_jax.pipelines.animation import check_motion
 from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
@@ -32,6 +32,7 @@ from qvd_jax.pipelines.text_to_video import (
     check_control_video,
     check_scale,
 )
+from qvd_jax.quiet import libraries_quiet
 
 
 class Main(Protocol):
@@ -45,7 +46,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
     """Makes `main(argv)` return an exit code and print one line instead of a traceback.
 
     Input errors and failures of the file system end with 2, Ctrl-C and SIGTERM with 130;
-    everything else is a defect and keeps its traceback. What the library logs becomes notes.
+    everything else is a defect and keeps its traceback. What the library logs becomes notes, what
+    others say of themselves is left out where the process is the command's own.
     """
 
     @functools.wraps(main)
@@ -55,7 +57,8 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
         hook = sys.unraisablehook
         sys.unraisablehook = functools.partial(_interrupt_again, hook)
         try:
-            with _notes():
+            # A program that passes `argv` keeps its libraries as they are.
+            with libraries_quiet() if argv is None else contextlib.nullcontext(), _notes():
                 main(argv)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
@@ -360,15 +363,6 @@ def _read_embeds(
     if "negative_prompt_embeds" in found and args.negative_prompts:
         raise InputError("--negative-prompt-embeds stand in the place of --negative-prompt")
     return found
-
-
-@contextlib.contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Says of input errors which of several checkpoints they are about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _wanted(args: argparse.Namespace, configs: CheckpointConfigs) -> VideoDefaults:

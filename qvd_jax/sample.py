@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
 from qvd_jax import checkpoint, memory
 from qvd_jax.cli import (
@@ -24,7 +23,6 @@ from qvd_jax.cli import (
     command,
     control_fps,
     enable_compilation_cache,
-    naming,
     note_unknown_words,
     passed,
     positive_int,
@@ -35,11 +33,12 @@ from qvd_jax.cli import (
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
-from qvd_jax.errors import InputError
+from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.progress import Part, Progress
 
 _OPTIONS = (
     "negative_prompts",
@@ -124,27 +123,25 @@ def sample(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Videos uint8 `[B, F, H, W, 3]` of the inputs, and where the seconds went."""
     started, before = time.perf_counter(), compile_seconds()
-    with tqdm.tqdm(total=options["steps"], desc="sampling", unit="step") as bar:
+    plan = [Part("sampling", "sampling", ticks=options["steps"]), Part("decoding", "decoding")]
+    with Progress(plan) as progress:
         latents = pipe(
             # Without prompts there are embeddings among the options.
             inputs or None,
             **options,
             seed=seed,
             output_type="latents",
-            callback_on_step_end=lambda done, _: _set(bar, done),
+            callback_on_step_end=lambda done, _: progress.advance(done),
         )
-    sampled, compiled = time.perf_counter(), compile_seconds()
-    videos = pipe.decode(latents)
+        sampled, compiled = time.perf_counter(), compile_seconds()
+        videos = pipe.decode(latents)
+        progress.advance()
     seconds = {
         "compile": compile_seconds() - before,
         "sampling": sampled - started - (compiled - before),
         "decode": time.perf_counter() - sampled - (compile_seconds() - compiled),
     }
     return videos, seconds
-
-
-def _set(bar: tqdm.tqdm, done: int) -> None:
-    bar.update(done - bar.n)
 
 
 def cost(name: str, pipe: VideoPipeline, seconds: dict[str, float]) -> dict[str, str]:

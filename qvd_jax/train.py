@@ -9,10 +9,10 @@ from pathlib import Path
 from qvd_jax.cli import command
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
+from qvd_jax.shapes.classifier_task import ClassifierConfig, ClassifierTask
+from qvd_jax.shapes.text_to_video_task import TextToVideo, TextToVideoConfig
+from qvd_jax.shapes.vae_task import VAETask, VAETrainingConfig
 from qvd_jax.training import loop
-from qvd_jax.training.classifier import ClassifierConfig, ClassifierTask
-from qvd_jax.training.text_to_video import TextToVideo, TextToVideoConfig
-from qvd_jax.training.vae import VAETask, VAETrainingConfig
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Shared fixtures: tiny random checkpoints, saved by diffusers and converted once per session."""
 
-import functools
 import os
+from pathlib import Path
+
+if not any(any(Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*")):
+    # Before jax is imported: libtpu, which is there for its compiler, would look for a TPU.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import functools
 import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 import random_animatediff
 import torch
@@ -50,6 +54,12 @@ def shapes_traced_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def torch_seeded() -> None:
+    """For modules of PyTorch that are made in a test."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, AnimateDiffPipeline]:
     """A v2 pipeline folder as diffusers saves it, and the pipeline itself."""
@@ -65,16 +75,6 @@ def tiny_checkpoint(
     out = tmp_path_factory.mktemp("qvd_jax") / "tiny"
     assert convert([str(tiny[0]), "--out", str(out)]) == 0
     return out
-
-
-def relative_error(found: object, expected: object) -> float:
-    """Largest difference relative to the expected array's largest magnitude."""
-    found, expected = (
-        x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-        for x in (found, expected)
-    )
-    assert found.shape == expected.shape
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 @pytest.fixture

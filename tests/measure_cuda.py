@@ -26,7 +26,7 @@ from jax.experimental.topologies import get_topology_desc
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import markdown
-from qvd_jax.benchmarks.environment import environment, version
+from qvd_jax.environment import environment, version
 from qvd_jax.kernels import attention_cuda, int8
 from qvd_jax.kernels.patches import taps
 

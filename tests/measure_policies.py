@@ -25,14 +25,18 @@ import tqdm
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import checkpoint, evaluate, markdown
-from qvd_jax.benchmarks.environment import environment
+from qvd_jax import checkpoint, markdown
 from qvd_jax.cli import enable_compilation_cache, read_prompts
+from qvd_jax.environment import environment
+from qvd_jax.evaluation import pairs
+from qvd_jax.evaluation.cases import Cases
+from qvd_jax.evaluation.pairs import BATCH, Sampled
 from qvd_jax.files import read_arrays, replace_when_whole, write_text
 from qvd_jax.pipelines.observation import collect
-from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.quantization import make_plan, solve_plan, unet_layers
 from qvd_jax.quant.policy import named_policy
+from qvd_jax.shapes.judge import held_out_cases
 
 TESTS = Path(__file__).parent
 RESULTS = TESTS.parent / "docs/results/policies.json"
@@ -44,7 +48,6 @@ MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
 PROMPTS = TESTS.parent / "configs/shapes_prompts.txt"
 SIZE = ("steps", "frames", "height", "width")
-BATCH = 16  # sampled together, and lost when interrupted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,16 +107,15 @@ def measure(
     candidates = calibrated(out, model, policies)
     names = [MODEL, *([] if model == MODEL else [model]), *candidates]
     reference = qvd_jax.load(MODEL)
-    solver, guidance = reference.scheduler.solver, reference.defaults.guidance_scale
-    models = {place: qvd_jax.load(place).with_scheduler(solver=solver) for place in names}
-    cases = evaluate.held_out_cases(videos, 0)
-    size = {part: getattr(reference.defaults, part) for part in SIZE}
-    evaluate.check_comparable(models, size, cases.shapes)
-    sampled = sample(out / f"{name}-{videos}", models, cases, size, guidance, seeds)
-    entries = evaluate.measure(models, {place: [] for place in names}, sampled, cases, 0)
+    solver, want = reference.scheduler.solver, reference.defaults
+    models = {place: qvd_jax.load(place).with_scheduler(solver) for place in names}
+    cases = held_out_cases(videos, 0)
+    pairs.check_comparable(models, cases, want)
+    sampled = sample(out / f"{name}-{videos}", models, cases, want, seeds)
+    entries = pairs.measure(models, sampled, cases)
     for entry in entries:
-        # Times are of a machine in use, and so are folders; single layers have their reports.
-        del entry["layers"], entry["seconds_per_video"]
+        # Times are of a machine in use, and so are folders.
+        del entry["seconds_per_video"]
         entry["name"] = Path(entry["name"]).name
     found = {
         **environment(),
@@ -121,8 +123,8 @@ def measure(
         "prompts": videos,
         "seeds": seeds,
         "scheduler": solver,
-        **size,
-        "guidance_scale": guidance,
+        **{part: getattr(want, part) for part in SIZE},
+        "guidance_scale": want.guidance_scale,
         "models": entries,
     }
     write_text(measured, json.dumps(found))
@@ -132,14 +134,13 @@ def measure(
 def sample(
     place: Path,
     models: dict[str, VideoPipeline],
-    cases: evaluate.Cases,
-    size: dict[str, int],
-    guidance: float,
+    cases: Cases,
+    want: VideoDefaults,
     seeds: int,
-) -> dict[str, evaluate.Sampled]:
-    """As `evaluate.sample`, batch by batch, each of which is kept in a file."""
+) -> dict[str, Sampled]:
+    """As `pairs.sample`, batch by batch, each of which is kept in a file."""
     place.mkdir(exist_ok=True)
-    prompts, files = cases.inputs.values, []
+    prompts, files = cases.inputs, []
     batch = min(BATCH, len(prompts))
     starts = range(0, seeds * len(prompts), batch)
     for start in tqdm.tqdm(starts, desc=place.name, unit="batch"):
@@ -148,9 +149,9 @@ def sample(
         if file.exists():
             continue
         shown = slice(start % len(prompts), start % len(prompts) + batch)
-        part = replace(cases, inputs=type(cases.inputs)(*(v[shown] for v in cases.inputs)))
         # Noise is numbered over all prompts and seeds.
-        found = evaluate.sample(models, part, size, guidance, [start // batch])
+        part = replace(cases, inputs=prompts[shown])
+        found = pairs.sample(models, part, want, [start // batch])
         arrays = {
             f"{kind} {number}": getattr(sampled, kind)
             for number, sampled in enumerate(found.values())
@@ -159,7 +160,7 @@ def sample(
         replace_when_whole(file, functools.partial(np.savez, **arrays))
     stored = [read_arrays(file) for file in files]
     return {
-        name: evaluate.Sampled(
+        name: Sampled(
             np.concatenate([arrays[f"videos {number}"] for arrays in stored]),
             np.sum([arrays[f"noise {number}"] for arrays in stored], 0),
             np.sum([arrays[f"signal {number}"] for arrays in stored], 0),

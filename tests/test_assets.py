@@ -9,9 +9,10 @@ import pytest
 import qvd_jax
 from qvd_jax import checkpoint, sample
 from qvd_jax.cli import note_unknown_words
-from qvd_jax.data import moving_shapes
 from qvd_jax.memory import tree_bytes
-from qvd_jax.metrics.prompt_accuracy import prompt_hits
+from qvd_jax.shapes.judge import prompt_hits
+from qvd_jax.shapes.prompts import prompt_of
+from qvd_jax.shapes.scenes import description_of, scenes_of
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -38,7 +39,7 @@ def test_the_quantized_model_is_smaller_and_int8(shapes):
 def test_its_example_prompts_are_four_held_out_scenes(shapes):
     prompts = shapes.defaults.prompts
     assert len(set(prompts)) == 4
-    plain = [moving_shapes.prompt(scene) for scene in moving_shapes.scenes("held_out")]
+    plain = [prompt_of(scene) for scene in scenes_of("held_out")]
     assert set(prompts) <= set(plain)
     assert not [word for prompt in prompts for word in shapes.unknown_words(prompt)]
 
@@ -69,9 +70,9 @@ def test_without_arguments_it_is_sampled(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_it_shows_what_held_out_prompts_ask_for(shapes):
-    scenes = moving_shapes.scenes("held_out")[::16]
-    videos = shapes([moving_shapes.prompt(scene) for scene in scenes])
-    hits = prompt_hits(videos, [moving_shapes.describe_scene(scene) for scene in scenes])
+    scenes = scenes_of("held_out")[::16]
+    videos = shapes([prompt_of(scene) for scene in scenes])
+    hits = prompt_hits(videos, [description_of(scene) for scene in scenes])
     color, shape, motion, background, _ = hits.mean(0)
     assert min(color, background) >= 0.9, hits
     assert shape >= 0.8, hits

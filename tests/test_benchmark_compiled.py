@@ -304,7 +304,7 @@ def needs_libtpu():
 @pytest.mark.usefixtures("needs_libtpu")
 def test_a_part_is_compiled_for_a_chip_that_is_not_there(tmp_path, capsys, monkeypatch):
     # A TPU serves one process at a time, and none is needed.
-    monkeypatch.delattr("qvd_jax.benchmarks.environment._device_kind")
+    monkeypatch.delattr("qvd_jax.environment._device_kind")
     out = tmp_path / "v5e.json"
     options = ["--part", "0.resnet", "--policy", "qvd-w8a8", "--out", str(out)]
     assert benchmark.main([*V5E, *options]) == 0

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import relative_error
 from diffusers import AnimateDiffPipeline, AutoencoderKL, DDIMScheduler
+from parity import relative_error
 from pytorch_sources import edit_json
 from random_animatediff import (
     SCHEDULER,

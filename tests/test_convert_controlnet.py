@@ -6,9 +6,9 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import AnimateDiffControlNetPipeline, ControlNetModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from parity import relative_error
 from PIL import Image
 from pytorch_sources import Weights, ldm_unet
 from random_animatediff import randomize

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import AnimateDiffPipeline
+from parity import relative_error
 from pytorch_sources import edit_json
 from safetensors.torch import save_file
 
@@ -122,7 +122,8 @@ def test_tokens_of_older_tokenizer_files_are_kept(tiny, tmp_path):
         ({"a</w>": torch.zeros(24)}, "a.pt", "has a token 'a</w>' already; give another name"),
         ({"<dog>": "text"}, "a.pt", "'<dog>' is a str, no tensor"),
         ([1], "a.pt", "holds a list, no embedding"),
-        ({"a": Path}, "a.pt", "a.pt is damaged or holds more than tensors"),
+        ({"a": Path}, "a.pt", "'a' is a type, no tensor"),
+        ({"a": torch.nn.Linear}, "a.pt", r"a.pt is refused: .*\(torch.nn.modules.linear.Linear\)"),
         (b"torn", "a.safetensors", "a.safetensors is truncated or no safetensors file"),
         (b"", "a.png", "embeddings are read from .safetensors, .bin"),
         (None, "a.pt", "a.pt does not exist; an embedding"),

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     UNet2DConditionModel,
 )
+from parity import relative_error
 from random_families import MagicAnimate, appearance_weights, make_magicanimate
 
 import qvd_jax

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import TextToVideoSDPipeline, UNet3DConditionModel
+from parity import relative_error
 from pytorch_sources import ldm_unet
 from random_families import make_modelscope, original_modelscope
 

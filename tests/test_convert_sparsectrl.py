@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import AnimateDiffSparseControlNetPipeline, SparseControlNetModel
 from diffusers.pipelines.animatediff import pipeline_animatediff_sparsectrl as published
+from parity import relative_error
 from PIL import Image
 from random_animatediff import make_adapter
 from random_families import (

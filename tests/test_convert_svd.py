@@ -10,13 +10,13 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import (
     AutoencoderKLTemporalDecoder,
     StableVideoDiffusionPipeline,
     UNetSpatioTemporalConditionModel,
 )
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
+from parity import relative_error
 from PIL import Image
 from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
 from random_families import make_svd, original_svd

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import relative_error
 
 from qvd_jax.diffusion.sampler import (
     Conditions,

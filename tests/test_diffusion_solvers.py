@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import EDMDPMSolverMultistepScheduler
+from parity import relative_error
 from trajectories import BETAS, SHAPE, check_trajectory, fake_unet, published
 
 from convert import scheduler

@@ -33,7 +33,7 @@ from qvd_jax.pipelines.observation import CalibrationConfig
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.quantization import quantize, unet_layers
 from qvd_jax.quant.policy import match, named_policy
-from qvd_jax.training.tokenizer import make_tokenizer
+from qvd_jax.shapes.tokenizer import make_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ANIMATEDIFF = UNet3DConfig(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from jax import lax
+from parity import relative_error
 
 from qvd_jax.kernels import attention, attention_tpu
 from qvd_jax.kernels.attention import (

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
+from parity import relative_error
 
 from qvd_jax.kernels import floating
 

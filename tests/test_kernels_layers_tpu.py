@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 from jax import lax
+from parity import relative_error
 from scipy import special
 
 from qvd_jax.kernels import conv_tpu, layers_tpu

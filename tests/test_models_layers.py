@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from conftest import relative_error
 from diffusers.models.embeddings import get_timestep_embedding
+from parity import relative_error
 
 from qvd_jax.models.layers import silu, sinusoidal_embedding, sinusoidal_positions
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from parity import relative_error
 
 import qvd_jax
 from qvd_jax import memory

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
 from diffusers import AnimateDiffPipeline
+from parity import relative_error
 from safetensors.numpy import save_file
 
 import qvd_jax

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 from flax.core import FrozenDict
 from flax.errors import ScopeParamShapeError
+from parity import relative_error
 
 from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Configured

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 from jax import export
+from parity import relative_error
 from rescaling import rescale_channels
 
 import qvd_jax

@@ -15,15 +15,15 @@ from scipy.stats import norm
 
 import qvd_jax
 from qvd_jax.config import from_dict, read_yaml
-from qvd_jax.data import moving_shapes
 from qvd_jax.errors import InputError
-from qvd_jax.metrics import frechet
+from qvd_jax.shapes import classifier, pixels
+from qvd_jax.shapes.scenes import scenes_of
+from qvd_jax.shapes.text_to_video_task import _group_means, clean_error, sample_timesteps
+from qvd_jax.shapes.tokenizer import make_tokenizer
+from qvd_jax.shapes.vae_task import load_vae
 from qvd_jax.train import RunConfig, make_task
 from qvd_jax.train import main as train_command
 from qvd_jax.training import loop
-from qvd_jax.training.text_to_video import _group_means, clean_error, sample_timesteps
-from qvd_jax.training.tokenizer import make_tokenizer
-from qvd_jax.training.vae import load_vae
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -249,9 +249,9 @@ def test_a_trained_on_decoder_leaves_latents_as_they_are(tmp_path):
 @pytest.mark.slow
 def test_every_task_trains_and_its_model_loads(tmp_path):
     model = run(tmp_path, "classifier", TINY_CLASSIFIER)
-    config, params = frechet.load_classifier(model)
-    videos = moving_shapes.render(moving_shapes.scenes("train")[:3], np.random.default_rng(0))
-    assert frechet.video_features(config, params, videos).shape == (3, 4)
+    config, params = classifier.load_classifier(model)
+    videos = pixels.render(scenes_of("train")[:3], np.random.default_rng(0))
+    assert classifier.video_features(config, params, videos).shape == (3, 4)
 
     vae, _ = load_vae(run(tmp_path, "vae", TINY_VAE))
     assert vae.scaling_factor != 0.18215

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qvd_jax.benchmarks.environment import environment
+from qvd_jax.environment import environment
 
 
 class Cost(NamedTuple):

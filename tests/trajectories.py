@@ -8,7 +8,7 @@ from unittest import mock
 import diffusers
 import numpy as np
 import torch
-from conftest import relative_error
+from parity import relative_error
 
 from convert import scheduler
 from qvd_jax.diffusion import solvers

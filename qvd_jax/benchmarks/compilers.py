@@ -19,7 +19,7 @@ from packaging.version import Version
 
 from qvd_jax.benchmarks import hlo
 from qvd_jax.benchmarks.chips import Chip
-from qvd_jax.benchmarks.environment import version
+from qvd_jax.environment import version
 from qvd_jax.errors import InputError, first_line
 
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "cuda": ("jax-cuda12-plugin", "cuda12")}

@@ -1,1 +1,1 @@
-"""What is measured on videos: agreement with prompts, closeness to references, steadiness."""
+"""Metrics of videos as arrays: closeness to references, between sets, steadiness over time."""

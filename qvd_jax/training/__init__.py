@@ -1,1 +1,1 @@
-"""Training of the small model that ships with the package."""
+"""Training: one loop for every task; a task is whatever it is given."""

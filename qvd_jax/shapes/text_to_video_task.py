@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.data import moving_shapes
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
 from qvd_jax.files import read_arrays, replace_when_whole
@@ -26,8 +25,11 @@ from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
-from qvd_jax.training.tokenizer import make_tokenizer
-from qvd_jax.training.vae import load_vae
+from qvd_jax.shapes import pixels
+from qvd_jax.shapes.prompts import prompt_of
+from qvd_jax.shapes.scenes import ATTRIBUTES, scenes_of
+from qvd_jax.shapes.tokenizer import make_tokenizer
+from qvd_jax.shapes.vae_task import load_vae
 
 _ENCODE_VIDEOS = 8
 _SHEET_VIDEOS = 8
@@ -116,8 +118,7 @@ class TextToVideo:
             )
         if config.only:
             kept = [
-                all(phrase in moving_shapes.prompt(scene) for phrase in config.only)
-                for scene in self._scenes
+                all(phrase in prompt_of(scene) for phrase in config.only) for scene in self._scenes
             ]
             if not any(kept):
                 raise InputError(f"only = {config.only}: no prompt of the bank has all of them")
@@ -174,7 +175,7 @@ class TextToVideo:
         return {**latents, "token_ids": ids}
 
     def _prompt(self, scene: np.ndarray, rng: np.random.Generator) -> str:
-        text = moving_shapes.prompt(scene, rng)
+        text = prompt_of(scene, rng)
         return "" if rng.random() < self.config.prompt_dropout else text
 
     def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
@@ -281,12 +282,12 @@ def sample_timesteps(
 
 def sheet_prompts() -> list[str]:
     """Plain prompts of the first held-out scenes."""
-    return [moving_shapes.prompt(s) for s in moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]]
+    return [prompt_of(s) for s in scenes_of("held_out")[:_SHEET_VIDEOS]]
 
 
 def _group_means(scenes: np.ndarray, latents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The group `[N]` of each scene `[N, 5]`, all but its shape, and the groups' mean latents."""
-    others = [i for i, name in enumerate(moving_shapes.ATTRIBUTES) if name != "shape"]
+    others = [i for i, name in enumerate(ATTRIBUTES) if name != "shape"]
     _, groups = np.unique(scenes[:, others], axis=0, return_inverse=True)
     totals = np.zeros((groups.max() + 1, *latents.shape[1:]), np.float32)
     np.add.at(totals, groups, latents)
@@ -306,13 +307,13 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed
     over_videos = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     group = _ENCODE_VIDEOS * jax.device_count()
     rng = np.random.default_rng([seed, count])
-    every = moving_shapes.scenes("train")
+    every = scenes_of("train")
     scenes = every[rng.integers(len(every), size=count)]
     latents = []
     for start in tqdm.trange(0, count, group, desc="encoding", unit="batch"):
         # As many each time, so that it compiles once.
         rows = np.arange(start, start + group) % count
-        video = jax.device_put(moving_shapes.render(scenes[rows], rng), over_videos)
+        video = jax.device_put(pixels.render(scenes[rows], rng), over_videos)
         latents.append(np.asarray(encode(video)))
     bank = {"scenes": scenes, "latents": np.concatenate(latents)[:count]}
     replace_when_whole(file, lambda partial: np.savez(partial, allow_pickle=False, **bank))

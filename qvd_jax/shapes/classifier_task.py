@@ -10,8 +10,9 @@ import optax
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.data import moving_shapes
-from qvd_jax.metrics.frechet import CLASSIFIER, VideoClassifier, VideoClassifierConfig
+from qvd_jax.shapes import pixels
+from qvd_jax.shapes.classifier import COMPONENT, VideoClassifier, VideoClassifierConfig
+from qvd_jax.shapes.scenes import scenes_of
 
 _SHEET_VIDEOS = 8
 _DESCRIPTION = "classifier of the moving shapes, trained by qvd_jax.train"
@@ -39,7 +40,7 @@ class ClassifierTask:
         self.config = config
         self._classifier = VideoClassifier(config.model)
         # Both splits: the distance must know what was held out.
-        splits = [moving_shapes.scenes("train"), moving_shapes.scenes("held_out")]
+        splits = [scenes_of("train"), scenes_of("held_out")]
         self._scenes = np.concatenate(splits)
 
     def init(self, key: Array) -> Params:
@@ -53,7 +54,7 @@ class ClassifierTask:
         scenes = self._scenes[rng.integers(len(self._scenes), size=size)]
         model = self.config.model
         return {
-            "videos": moving_shapes.render(scenes, rng, model.frames, model.size),
+            "videos": pixels.render(scenes, rng, model.frames, model.size),
             "scenes": scenes.astype(np.int32),
         }
 
@@ -68,13 +69,13 @@ class ClassifierTask:
 
     def sheet(self, params: Params) -> np.ndarray:
         """Held-out videos; those of which it gets an attribute wrong are blackened."""
-        scenes = moving_shapes.scenes("held_out")[:_SHEET_VIDEOS]
+        scenes = scenes_of("held_out")[:_SHEET_VIDEOS]
         model = self.config.model
-        videos = moving_shapes.render(scenes, np.random.default_rng(0), model.frames, model.size)
+        videos = pixels.render(scenes, np.random.default_rng(0), model.frames, model.size)
         logits = self._classifier.apply({"params": params}, videos)
         read = np.stack([np.asarray(head).argmax(-1) for head in logits], -1)
         return videos * (read == scenes).all(-1).astype(np.uint8)[:, None, None, None, None]
 
     def export(self, params: Params, folder: Path) -> None:
         """Writes the classifier as a checkpoint."""
-        checkpoint.save_component(folder, CLASSIFIER, self.config.model, params, _DESCRIPTION)
+        checkpoint.save_component(folder, COMPONENT, self.config.model, params, _DESCRIPTION)

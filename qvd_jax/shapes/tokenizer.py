@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qvd_jax.data import moving_shapes
+from qvd_jax.shapes.prompts import words
 
 
 def make_tokenizer() -> Any:
@@ -14,8 +14,8 @@ def make_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     start, end, unknown = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
-    words = (start, end, unknown, *moving_shapes.words())
-    vocabulary = {word: i for i, word in enumerate(words)}
+    known = (start, end, unknown, *words())
+    vocabulary = {word: i for i, word in enumerate(known)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -11,9 +11,10 @@ import numpy as np
 
 from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.data import moving_shapes
 from qvd_jax.errors import InputError
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_bytes, to_unit_range
+from qvd_jax.shapes import pixels
+from qvd_jax.shapes.scenes import scenes_of
 
 _NAME = "vae"
 _DECODER = ("post_quant_conv", "decoder")
@@ -60,7 +61,7 @@ class VAETask:
             self._scaling_factor = model.scaling_factor
             if replace(config.model, scaling_factor=model.scaling_factor) != model:
                 raise InputError(f"{config.start}: its VAE has another shape than the one to train")
-        self._scenes = moving_shapes.scenes("train")
+        self._scenes = scenes_of("train")
 
     def init(self, key: Array) -> Params:
         """Fresh parameters, or those of the decoder of `config.start`."""
@@ -76,7 +77,7 @@ class VAETask:
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Random frames of random training scenes."""
         chosen = self._scenes[rng.integers(len(self._scenes), size=size)]
-        return {"frames": moving_shapes.render_frames(chosen, rng, self.config.size)[:, None]}
+        return {"frames": pixels.render_frames(chosen, rng, self.config.size)[:, None]}
 
     def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
         """Reconstruction error plus weighted KL (Kingma and Welling, arXiv 1312.6114, eq. 10).
@@ -99,8 +100,8 @@ class VAETask:
     def sheet(self, params: Params) -> np.ndarray:
         """Frames `[B, 2, H, W, 3]` of held-out scenes, true and reconstructed."""
         rng = np.random.default_rng(0)
-        scenes = moving_shapes.scenes("held_out")[:_SHEET_ROWS]
-        frames = moving_shapes.render_frames(scenes, rng, self.config.size)[:, None]
+        scenes = scenes_of("held_out")[:_SHEET_ROWS]
+        frames = pixels.render_frames(scenes, rng, self.config.size)[:, None]
         decoded = reconstruct(self.config.model, self._whole(params), frames)
         return np.concatenate([frames, np.asarray(decoded)], 1)
 

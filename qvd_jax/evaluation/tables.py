@@ -1,0 +1,175 @@
+"""The figures as tables, and what each of them says."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qvd_jax import markdown
+from qvd_jax.evaluation.cases import Figures
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a model.
+
+    Attributes:
+      title: short.
+      meaning: what is good, and what it depends on; `{videos}` and `{prompts}` are how many.
+      cell: how it is written, with its interval in brackets; "" where a model has none.
+    """
+
+    title: str
+    meaning: str
+    cell: Callable[[Figures], str]
+
+
+def _number(name: str, form: str, factor: float = 1.0) -> Callable[[Figures], str]:
+    def cell(figures: Figures) -> str:
+        value = figures.get(name)
+        return "" if value is None else format(factor * value, form)
+
+    return cell
+
+
+def _with_interval(value: float, interval: Sequence[float], form: str) -> str:
+    low, high = (format(end, form) for end in interval)
+    return f"{value:{form}} ({low} to {high})"
+
+
+def _estimated(name: str, form: str, factor: float = 1.0) -> Callable[[Figures], str]:
+    def cell(figures: Figures) -> str:
+        if name not in figures:
+            return ""
+        value, (low, high) = figures[name]["value"], figures[name]["interval"]
+        return _with_interval(factor * value, (factor * low, factor * high), form)
+
+    return cell
+
+
+def _accuracy(name: str) -> Callable[[Figures], str]:
+    def cell(figures: Figures) -> str:
+        found = figures.get("accuracy", {}).get(name)
+        return "" if found is None else _with_interval(found["value"], found["interval"], ".1%")
+
+    return cell
+
+
+def _last_sqnr(figures: Figures) -> str:
+    return f"{figures['latent_sqnr'][-1]:.1f}" if "latent_sqnr" in figures else ""
+
+
+DIFFERENCES = (
+    Metric(
+        "PSNR dB",
+        "How near the pixels are to the reference's from the same noise: higher is better, 100 "
+        "stands for equal videos. A mean over {videos} videos, for this scheduler and number of "
+        "steps alone.",
+        _number("psnr", ".1f"),
+    ),
+    Metric(
+        "SSIM",
+        "How alike the structure is, 1 where videos are equal: higher is better. A mean over "
+        "{videos} videos, nearer to 1 the plainer their backgrounds.",
+        _number("ssim", ".3f"),
+    ),
+    Metric(
+        "last latents SQNR dB",
+        "Power of the reference's latents over that of their error, after the last step: higher is "
+        "better, 10 dB more is a tenth of the error's power. Over {videos} videos, for this "
+        "scheduler and number of steps alone.",
+        _last_sqnr,
+    ),
+    Metric(
+        "change of all four",
+        "Points of accuracy more than the reference's from the same noise: 0 is as good, and an "
+        "interval (95%) around 0 says that no change was seen. It narrows with the root of the "
+        "number of prompts, here {prompts}.",
+        _estimated("accuracy_change", "+.1f", 100),
+    ),
+    Metric(
+        "Fréchet / reference's",
+        "Distance to rendered videos as a multiple of the reference's: 1 is as near, less is "
+        "nearer. Both grow as videos get fewer, so it compares at one number alone, here {videos}.",
+        _estimated("frechet_ratio", ".3f"),
+    ),
+)
+"""What tells a model from the reference, which has none of them."""
+
+OWN = (
+    Metric(
+        "UNet MB",
+        "Of its parameters in memory, in millions of bytes: it depends on the policy alone.",
+        _number("unet_bytes", ".1f", 1e-6),
+    ),
+    Metric(
+        "s per video",
+        "Sampling without decoding, the median of the batches after those that compile: less is "
+        "better. Of this machine, this size and number of steps.",
+        _number("seconds_per_video", ".2f"),
+    ),
+    *(
+        Metric(
+            name,
+            f"Share of the videos that show {what}: higher is better. The interval (95%) narrows "
+            "with the root of the number of prompts, here {prompts}.",
+            _accuracy(name),
+        )
+        for name, what in (
+            ("color", "the prompt's color"),
+            ("shape", "the prompt's shape"),
+            ("motion", "the prompt's motion"),
+            ("background", "the prompt's background"),
+            ("all four", "all of these"),
+        )
+    ),
+    Metric(
+        "Fréchet",
+        "Distance to rendered videos in a classifier's features: lower is better. It grows as "
+        "videos get fewer, so it compares at one number alone, here {videos}.",
+        _number("frechet", ".1f"),
+    ),
+    Metric(
+        "Fréchet of rendered",
+        "The same of rendered videos themselves: what a perfect model would have at {videos} "
+        "videos.",
+        _number("frechet_real", ".1f"),
+    ),
+    Metric(
+        "flicker",
+        "Mean second difference over time, of 0 to 255: as much as the reference's is good, for "
+        "motion has some too. A mean over {videos} videos.",
+        _number("flicker", ".2f"),
+    ),
+    Metric(
+        "flicker of rendered",
+        "The same of {videos} rendered videos.",
+        _number("flicker_real", ".2f"),
+    ),
+)
+"""What a model has by itself."""
+
+
+def measured(metrics: Sequence[Metric], models: Sequence[Figures]) -> list[Metric]:
+    """Those metrics that some model has."""
+    return [metric for metric in metrics if any(map(metric.cell, models))]
+
+
+def summary(results: Figures) -> str:
+    """The figures of all models as a Markdown table, the differences first."""
+    models = results["models"]
+    metrics = measured((*DIFFERENCES, *OWN), models)
+    rows = [
+        {"model": model["name"], "policy": model["policy"]}
+        | {metric.title: metric.cell(model) for metric in metrics}
+        for model in models
+    ]
+    return f"{conditions(results)}\n\n{markdown.table(rows)}\n"
+
+
+def conditions(results: Figures) -> str:
+    """What all figures depend on."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
+    return (
+        f"{results['prompts']} prompts, {seeds}{results['steps']} steps of {results['scheduler']}, "
+        f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
+    )

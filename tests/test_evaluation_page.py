@@ -1,0 +1,80 @@
+"""The table and the page of an evaluation, from figures that were not measured."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qvd_jax.evaluation import page, tables
+from qvd_jax.quant.solve import LayerReport
+
+OWN = {"policy": "float", "unet_bytes": 2_000_000, "seconds_per_video": None, "flicker": 1.0}
+ACCURACY = {"color": {"value": 0.975, "interval": [0.95, 0.99]}}
+RESULTS = {
+    "command": "python -m qvd_jax.evaluate --out a",
+    "prompts": 4,
+    "seeds": 2,
+    "steps": 25,
+    "scheduler": "ddim",
+    "guidance_scale": 3.0,
+    "backend": "cpu",
+    "versions": {"jax": "0.10"},
+    "models": [
+        {"name": "<a>", **OWN, "accuracy": ACCURACY},
+        {"name": "b", **OWN, "psnr": 31.26, "latent_sqnr": [30.0, 17.04]},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def text():
+    """A page of two models of which one gets darker as the other gets lighter."""
+    brightness = np.uint8([0, 80, 160])[None, :, None, None, None]
+    darker = np.broadcast_to(brightness, (2, 3, 16, 1024, 3))
+    reports = [LayerReport(f"layer {sqnr}", "minmax", sqnr) for sqnr in (30.0, 10.0, 20.0)]
+    videos = {"<a>": darker, "b": 255 - darker}
+    return page.comparison_page(RESULTS, {"<a>": [], "b": reports}, videos, ["<p>", "q"])
+
+
+def test_markdown_names_what_each_model_has():
+    lines = tables.summary(RESULTS).splitlines()
+    assert lines[0] == "4 prompts, 2 videos each, 25 steps of ddim, guidance 3, cpu; jax 0.10"
+    assert lines[2].startswith("| model | policy | PSNR dB | last latents SQNR dB | UNet MB |")
+    assert "97.5% (95.0% to 99.0%)" in lines[4]
+    assert "| 31.3 | 17.0 |" in lines[5]
+
+
+def test_the_differences_come_first_and_figures_stand_above_intervals(text):
+    assert text.index("PSNR dB") < text.index("<figure>") < text.index("UNet MB")
+    assert "<td data-value='97.5'>97.5% <small>(95.0% to 99.0%)</small></td><td></td>" in text
+    assert "<h2>Differences from &lt;a&gt;</h2>" in text
+    assert "<p>" not in re.findall("<figcaption>(.*?)</figcaption>", text)[0]
+
+
+def test_every_metric_says_of_how_many_it_is(text):
+    """But those that are of no videos."""
+    for metric in (*tables.DIFFERENCES, *tables.OWN):
+        said = metric.meaning.format(videos="N videos", prompts="N prompts")
+        assert ("N " in said) == (metric.title not in ("UNet MB", "s per video")), metric.title
+    assert "A mean over 8 videos" in text
+
+
+def test_the_worst_layers_come_first(text):
+    assert re.findall(r"layer (\d+)", text[text.index("<details") :]) == ["10", "20", "30"]
+
+
+def test_videos_of_one_case_run_in_one_clip_in_step(text):
+    clips = re.findall("data:image/webp;base64,([^']*)", text)
+    assert len(clips) == 2
+    with Image.open(io.BytesIO(base64.b64decode(clips[0]))) as clip:
+        assert clip.n_frames == 3
+        # Two of 1024 pixels, each a quarter as large, and a line.
+        assert clip.size == (514, 4)
+        for number, brightness in enumerate((0, 80, 160)):
+            clip.seek(number)
+            pixels = np.asarray(clip.convert("RGB")).astype(int)
+            np.testing.assert_allclose(pixels[:, 8:248], brightness, atol=4)
+            np.testing.assert_allclose(pixels[:, 266:506], 255 - brightness, atol=4)

@@ -16,11 +16,11 @@ from qvd_jax.models.layers import (
     AlphaBlender,
     FeedForward,
     LayerSet,
-    Normalized,
     TimestepEmbedding,
     sinusoidal_embedding,
     sinusoidal_positions,
 )
+from qvd_jax.models.norms import Normalized
 
 
 class Context(NamedTuple):

@@ -1,15 +1,12 @@
-"""What every network is made of: the injected layers, norms, embeddings, feed-forward."""
+"""What every network is made of: the injected layers, embeddings, feed-forward."""
 
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.core import FrozenDict
 from flax.linen.dtypes import promote_dtype
 from jax import lax
@@ -19,74 +16,14 @@ from qvd_jax.axes import Array, NormScope, Transposes
 from qvd_jax.kernels import conv_tpu, floating, layers_tpu
 from qvd_jax.kernels.activations import gelu
 from qvd_jax.kernels.tpu import on_tpu
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("x", "scale", "offset"),
-    meta_fields=("epsilon", "activated"),
+from qvd_jax.models.norms import (
+    GroupNorm,
+    LayerNorm,
+    Normalized,
+    as_images,
+    tpu_input,
+    value_of,
 )
-@dataclass(frozen=True)
-class Normalized:
-    """What a norm makes of its input, computed by the layer that reads it.
-
-    A kernel can then do it in passing. Its value is x scale + offset, float32, of a LayerNorm of x
-    where there is an epsilon, behind a SiLU where it is activated.
-
-    Attributes:
-      x: the norm's input, `[..., C]`.
-      scale: broadcasts against `x`, float32.
-      offset: broadcasts against `x`, float32.
-      epsilon: added to the variance over C; None where `x` is not normalized over it.
-      activated: whether a SiLU comes last.
-    """
-
-    x: Array
-    scale: Array
-    offset: Array
-    epsilon: float | None = None
-    activated: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the value."""
-        return self.x.shape
-
-    def silu(self) -> "Normalized":
-        """Behind a SiLU."""
-        return replace(self, activated=True)
-
-    def plus(self, values: Array) -> "Normalized":
-        """With something added to the value."""
-        return replace(self, offset=self.offset + values)
-
-    def value(self) -> Array:
-        """The float32 array it stands for."""
-        x, scale = self.x.astype(jnp.float32), self.scale
-        if self.epsilon is not None:
-            mean = x.mean(-1, keepdims=True)
-            variance = jnp.maximum(jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean), 0)
-            x, scale = x - mean, scale * jax.lax.rsqrt(variance + self.epsilon)
-        x = x * scale + self.offset
-        return nn.silu(x) if self.activated else x
-
-    def by_image(self, values: Array) -> Array:
-        """Of its scale or offset what belongs to each image, `[M, C]` as in `layers_tpu.Input`."""
-        if len(values) > 1:
-            # Of videos; images of a video follow each other.
-            values = jnp.broadcast_to(values, (*self.shape[:2], *values.shape[2:]))
-        return as_images(values)[:, 0]
-
-
-def as_images(x: Array) -> Array:
-    """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
-    images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
-    return x.reshape(math.prod(images), -1, x.shape[-1])
-
-
-def value_of(x: Array | Normalized) -> Array:
-    """An array as it is, or what a norm makes of its input."""
-    return x.value() if isinstance(x, Normalized) else x
 
 
 class Dense(nn.Dense):
@@ -144,25 +81,6 @@ class Dense(nn.Dense):
         if self.dtype != jnp.bfloat16 or activated or not layers_tpu.can_use(x.shape):
             return in_passes(*operands)
         return on_tpu(fused, in_passes, *operands)
-
-
-def tpu_input(
-    x: Array | Normalized, scale: Array, offset: Array, limit: int | None = None
-) -> layers_tpu.Input:
-    """A kernel's input, into whose scale and offset goes what a norm multiplies and adds.
-
-    Args:
-      x: `[..., L, C]` or `[B, F, H, W, C]`.
-      scale: of the value of `x`, `[C]`, float32.
-      offset: behind it, `[C]`, float32.
-      limit: as in `layers_tpu.Input`.
-    """
-    if not isinstance(x, Normalized):
-        return layers_tpu.Input(as_images(x), scale[None], offset[None], limit)
-    along = (1,) * (len(x.shape) - 1) + (-1,)
-    scale, offset = scale.reshape(along), offset.reshape(along)
-    scale, offset = x.by_image(x.scale * scale), x.by_image(x.offset * scale + offset)
-    return layers_tpu.Input(as_images(x.x), scale, offset, limit, x.epsilon)
 
 
 def _plus_bias(y: Array, bias: Array | None = None) -> Array:
@@ -395,89 +313,6 @@ FLOAT = LayerSet(
     conv_cls=Conv,
 )
 """Flax's own layers in float32; `dataclasses.replace` gives other dtypes."""
-
-
-class LayerNorm(nn.Module):
-    """LayerNorm over the last axis (Ba et al., arXiv 1607.06450); float32.
-
-    Attributes:
-      param_dtype: dtype of `scale` and `bias`.
-    """
-
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Normalized:
-        """Normalizes `x`, `[..., C]`."""
-        shape = x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
-        scale, bias = (
-            p.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + shape) for p in (scale, bias)
-        )
-        return Normalized(x, scale, bias, epsilon=1e-5)
-
-
-class GroupNorm(nn.Module):
-    """GroupNorm (Wu and He, arXiv 1803.08494) written as one scale and shift per channel.
-
-    The form lets XLA or a kernel fuse the normalization with what is behind it. Statistics are
-    float32; a group's variance is the mean of its channels' plus that of their means (Chan et al.,
-    "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
-
-    Attributes:
-      groups: number of groups; divides C.
-      epsilon: added to the variance.
-      norm_scope: "frame" normalizes every frame alone, "joint" all frames of a video together.
-      param_dtype: dtype of `scale` and `bias`.
-    """
-
-    groups: int
-    epsilon: float
-    norm_scope: NormScope = "frame"
-    param_dtype: DTypeLike = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Array) -> Normalized:
-        """Normalizes `x`, `[B, F, H, W, C]`."""
-        channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
-        bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
-
-        # By a product, for XLA would fuse `repeat` into what follows, a division for each element.
-        eye = np.eye(self.groups, dtype=np.float32)
-        members = np.repeat(eye, channels // self.groups, axis=1)
-
-        def group_mean(means: Array) -> Array:
-            if self.norm_scope == "joint":
-                means = means.mean(1, keepdims=True)
-            grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
-            return jnp.matmul(grouped.mean(-1), members, precision="highest")
-
-        def in_passes(x: Array) -> tuple[Array, Array]:
-            from_first = x.astype(jnp.float32) - x[:, :, :1, :1].astype(jnp.float32)
-            squares = jnp.square(from_first)
-            return from_first.mean((2, 3), keepdims=True), squares.mean((2, 3), keepdims=True)
-
-        def fused(x: Array) -> tuple[Array, Array]:
-            first, second = layers_tpu.moments(as_images(x))
-            shape = (*x.shape[:2], 1, 1, channels)
-            return first.reshape(shape), second.reshape(shape)
-
-        # Both moments of a frame's channel in one pass: about a value of it, whichever it is, they
-        # do not cancel as those about zero would.
-        about = x[:, :, :1, :1].astype(jnp.float32)
-        if layers_tpu.can_use(as_images(x).shape):
-            first, second = on_tpu(fused, in_passes, x)
-        else:
-            first, second = in_passes(x)
-        mean = group_mean(about + first)
-        within = second - jnp.square(first)
-        variance = group_mean(within + jnp.square(about + first - mean))
-        scale, bias = (p.astype(jnp.float32).reshape(1, 1, 1, 1, channels) for p in (scale, bias))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * scale
-        shift = bias - mean * factor
-        return Normalized(x, factor, shift)
 
 
 def sinusoidal_embedding(timesteps: Array, width: int) -> Array:

@@ -32,12 +32,9 @@ from qvd_jax.models.layers import (
     Conv,
     Dense,
     LayerSet,
-    Normalized,
-    as_images,
     gated_product,
-    tpu_input,
-    value_of,
 )
+from qvd_jax.models.norms import Normalized, as_images, tpu_input, value_of
 from qvd_jax.quant.codec import channel_codes, max_code, two_range_codes
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, layout

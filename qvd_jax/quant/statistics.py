@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.models.layers import Conv, Normalized, value_of
+from qvd_jax.models.layers import Conv
+from qvd_jax.models.norms import Normalized, value_of
 from qvd_jax.quant.policy import TracedLayer
 
 

@@ -19,6 +19,7 @@ from qvd_jax.diffusion.sampler import Prepared, SamplerConfig, initial_state, sa
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.errors import InputError
 from qvd_jax.metrics.paired import psnr
+from qvd_jax.models.layers import Dense
 from qvd_jax.pipelines.loading import devices_for
 from qvd_jax.training import loop
 
@@ -69,8 +70,28 @@ def several(checkpoint: str, int8: str, folder: str) -> dict[str, np.ndarray]:
         "alone": np.asarray(states[0][0].latents),
         "divided": np.asarray(states[1][0].latents),
         "finite": np.asarray(states[1][1]),
+        "kernels": np.array(kernels(sharding.mesh)),
         **trained(Path(folder)),
     }
+
+
+def kernels(mesh: jax.sharding.Mesh) -> list[int]:
+    """How many kernels of TPUs a layer has that JAX divides, and one inside `jax.shard_map`."""
+    x = jnp.zeros((DEVICES, 1024, 128), jnp.bfloat16)
+    layer = Dense(128, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = layer.init(jax.random.key(0), x)
+    over_videos = jax.sharding.PartitionSpec("data")
+    sharding = jax.sharding.NamedSharding(mesh, over_videos)
+    divided = jax.jit(layer.apply, in_shardings=(None, sharding))
+    specs = jax.sharding.PartitionSpec(), over_videos
+    one_by_one = jax.shard_map(
+        layer.apply, mesh=mesh, in_specs=specs, out_specs=over_videos, check_vma=False
+    )
+    texts = (
+        run.trace(params, x).lower(lowering_platforms=("tpu",)).as_text()
+        for run in (divided, jax.jit(one_by_one))
+    )
+    return [text.count("tpu_custom_call") for text in texts]
 
 
 def trained(folder: Path) -> dict[str, np.ndarray]:
@@ -148,6 +169,10 @@ def test_several_devices_make_the_videos_of_one(found, tiny_checkpoint):
     expected = qvd_jax.load(tiny_checkpoint)(PROMPTS, **SMALL)
     np.testing.assert_array_equal(found["videos"], expected)
     assert len(np.unique(expected.reshape(len(PROMPTS), -1), axis=0)) == len(PROMPTS)
+
+
+def test_kernels_are_for_what_jax_need_not_divide(found):
+    assert found["kernels"].tolist() == [0, 1]
 
 
 def test_training_divides_over_the_devices(found, tmp_path):

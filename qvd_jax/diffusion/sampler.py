@@ -161,7 +161,8 @@ class SamplerConfig:
         makes a video's rounding independent of the batch, instead of all at once.
       noisy: whether the table takes fresh noise.
       clip: magnitude to which predicted samples are clipped.
-      mesh: devices over which the videos divide; None is one device.
+      mesh: devices among which the videos divide, or which each sample all of them where they do
+        not; None is the only device there is.
     """
 
     count: int
@@ -220,8 +221,9 @@ def sample_steps(
     run = functools.partial(_scan, unet, config)
     if config.mesh is not None:
         # Every device runs the loop of its own videos: nothing is moved between them.
-        shared, videos = PartitionSpec(), PartitionSpec(config.mesh.axis_names)
-        both = PartitionSpec(None, config.mesh.axis_names)
+        shared = videos = both = PartitionSpec()
+        if len(keys) % config.mesh.size == 0:
+            videos, both = (PartitionSpec(*at, config.mesh.axis_names) for at in ((), (None,)))
         divided = Prepared._make((shared, both, both, shared, videos, shared, shared))
         run = jax.shard_map(
             run,

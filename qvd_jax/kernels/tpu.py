@@ -22,22 +22,36 @@ VMEM_BYTES = 64 * 2**20
 """What a kernel may use of the on-chip memory: half of a v5e's or v6e's, all of a v5p's."""
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def on_tpu(kernel: Callable[..., Array], otherwise: Callable[..., Array], *operands: Any) -> Array:
+def on_tpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
     """What a kernel makes of operands on TPUs, elsewhere what other operations make of them.
 
-    A kernel has no derivative; that of the other operations is taken wherever one is asked.
+    A kernel has no derivative; that of the other operations is taken wherever one is asked. JAX
+    cannot divide a kernel among devices either: where there are several, kernels are for functions
+    inside `jax.shard_map`, and what is outside is made of the other operations.
     """
+    if jax.device_count() > 1 and not _is_of_one_device():
+        return otherwise(*operands)
+    return _on_tpu(kernel, otherwise, *operands)
+
+
+def _is_of_one_device() -> bool:
+    """Whether what is traced is one device's part of a `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _on_tpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *operands: Any) -> Any:
     return lax.platform_dependent(*operands, tpu=kernel, default=otherwise)
 
 
-@on_tpu.defjvp
+@_on_tpu.defjvp
 def _on_tpu_jvp(
-    kernel: Callable[..., Array],
-    otherwise: Callable[..., Array],
+    kernel: Callable[..., Any],
+    otherwise: Callable[..., Any],
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
-) -> tuple[Array, Array]:
+) -> tuple[Any, Any]:
     del kernel
     return jax.jvp(otherwise, primals, tangents)
 

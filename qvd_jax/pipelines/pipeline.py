@@ -198,17 +198,20 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         chunks = math.ceil(frames / max(1, together))
         size = math.ceil(frames / chunks)
         # A decoder that looks at neighboring frames has the whole chunk on each device.
-        mesh = None if temporal else _mesh(weights, size)
+        mesh, place = _mesh(weights), None
+        if mesh is not None:
+            divides = not temporal and size % mesh.size == 0
+            spec = PartitionSpec(None, mesh.axis_names) if divides else PartitionSpec()
+            place = NamedSharding(mesh, spec)
         decoded = []
         for video in np.asarray(latents):
             for start in range(0, frames, size):
                 # The last chunk is moved back to be as long as the others: one compilation.
                 first = min(start, frames - size)
                 chunk = video[None, first : first + size]
-                if mesh is not None:
-                    spec = PartitionSpec(None, mesh.axis_names)
-                    chunk = jax.device_put(chunk, NamedSharding(mesh, spec))
-                part = _decode(self.vae, weights, chunk)
+                if place is not None:
+                    chunk = jax.device_put(chunk, place)
+                part = _decode(self.vae, weights, chunk, place)
                 decoded.append(np.asarray(part[0, start - first :]))
         result = np.concatenate(decoded)
         return result.reshape(videos, frames, *result.shape[1:])
@@ -296,11 +299,13 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         table = jax.tree.map(jnp.asarray, schedule.table)
         steps = len(table.timestep)
         count = steps if callback is None else 1
-        mesh = _mesh(params, len(latents))
+        mesh = _mesh(params)
         # Placed as the loop leaves them, so that its second call does not compile anew.
         place = conditions.context.sharding
         if mesh is not None:
-            place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            divides = len(latents) % mesh.size == 0
+            spec = PartitionSpec(mesh.axis_names) if divides else PartitionSpec()
+            place = NamedSharding(mesh, spec)
         latents = jax.device_put(latents, place)
         state = sampler.initial_state(latents, table)
         keys = sampler.video_keys(seed, latents.shape[0])
@@ -370,10 +375,13 @@ def _check_finite(conditions: Conditions) -> None:
             )
 
 
-def _mesh(params: Params, parts: int) -> Mesh | None:
-    """The devices that hold the parameters, if there are several and the parts divide over them."""
-    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
-    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 and parts % mesh.size == 0 else None
+def _mesh(params: Params) -> Mesh | None:
+    """The devices that hold the parameters, for `jax.shard_map`; None where there is only one."""
+    if jax.device_count() == 1:
+        return None
+    sharding = jax.tree.leaves(params)[0].sharding
+    mesh = getattr(sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else Mesh(np.array(list(sharding.device_set)), ("data",))
 
 
 def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
@@ -412,8 +420,25 @@ def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, A
     return mean[:, 0], log_variance[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames="vae")
-def _decode(vae: AutoencoderKL, params: Params, latents: Array) -> Array:
-    latents = latents / vae.config.scaling_factor
-    pixels = vae.apply({"params": params}, latents, method="decode")
-    return to_bytes(pixels)
+@functools.partial(jax.jit, static_argnames=("vae", "place"))
+def _decode(
+    vae: AutoencoderKL,
+    params: Params,
+    latents: Array,
+    place: NamedSharding | None = None,
+) -> Array:
+    """Pixels of latents, on each of several devices those of its part of them."""
+
+    def decode(params: Params, latents: Array) -> Array:
+        latents = latents / vae.config.scaling_factor
+        return to_bytes(vae.apply({"params": params}, latents, method="decode"))
+
+    if place is not None:
+        decode = jax.shard_map(
+            decode,
+            mesh=place.mesh,
+            in_specs=(PartitionSpec(), place.spec),
+            out_specs=place.spec,
+            check_vma=False,
+        )
+    return decode(params, latents)

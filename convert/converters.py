@@ -32,7 +32,7 @@ class OpenedUNet(NamedTuple):
     tensors: Tensors
     config: UNet3DConfig
     defaults: VideoDefaults
-    latent_size: int | None
+    latent_size: tuple[int, int] | None
     description: str
     has_own_scheduler: bool = True
     notes: tuple[str, ...] = ()
@@ -171,10 +171,13 @@ def _unet_of(parts: Parts) -> tuple[Tensors, Json, str]:
     return parts.tensors["unet"], parts.configs["unet"], str(parts.places["unet"])
 
 
-def _latent_size(unet_json: Json, defaults: VideoDefaults) -> int:
-    """What a config says, or as many as the defaults have with 8 pixels for each."""
-    size = unet_json.get("sample_size")
-    return size if isinstance(size, int) and size > 0 else defaults.height // 8
+def _latent_size(unet_json: Json, defaults: VideoDefaults) -> tuple[int, int]:
+    """What a config says, one number or two, or as many as the defaults have with 8 pixels each."""
+    found = unet_json.get("sample_size")
+    sizes: list[Any] = found if isinstance(found, list) else [found, found]
+    if len(sizes) == 2 and all(isinstance(size, int) and size > 0 for size in sizes):
+        return sizes[0], sizes[1]
+    return defaults.height // 8, defaults.width // 8
 
 
 CONVERTERS = {

@@ -26,11 +26,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
 }
 """The classes of components in `model_index.json`."""
 
+BY_OPTION: dict[str, str] = {"controlnet": "--controlnet"}
+"""Components that an option of the command adds."""
+
 IRRELEVANT: dict[str, str] = {
     "scheduler": "its own config says the class",
     "tokenizer": "its own config says the class",
     "feature_extractor": "its own config says the class",
-    "controlnet": "--controlnet gives it",
     "safety_checker": "looks at finished images",
     "requires_safety_checker": "looks at finished images",
 }
@@ -55,7 +57,9 @@ def check(index: Json, replaced: Iterable[str], where: str) -> tuple[str, ...]:
         name = value[-1] if isinstance(value, list) and value else value
         if name is None:
             continue
-        if key not in CLASSES:
+        if key in BY_OPTION:
+            notes.append(f"{where}: {key} is read only where {BY_OPTION[key]} names its folder")
+        elif key not in CLASSES:
             notes.append(f"{where}: {key} ({name}) is no part of these pipelines; left out")
         elif name not in CLASSES[key]:
             raise InputError(

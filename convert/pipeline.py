@@ -271,8 +271,8 @@ def _open_scheduler(
 def _defaults(unet: OpenedUNet, configs: ComponentConfigs) -> VideoDefaults:
     defaults = unet.defaults
     if unet.latent_size is not None:
-        pixels = unet.latent_size * configs.vae.stride
-        defaults = replace(defaults, height=pixels, width=pixels)
+        height, width = (size * configs.vae.stride for size in unet.latent_size)
+        defaults = replace(defaults, height=height, width=width)
     return replace(
         defaults, frames=min(defaults.frames, configs.unet.max_frames or defaults.frames)
     )

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from transformers import CLIPTextModel
 
 import qvd_jax
 from convert import config_classes as classes
-from convert import configs, model_index
+from convert import configs, converters, model_index
 from convert.__main__ import main as convert
 from convert.configs import ConfigClass
 from convert.pipeline import Source, open_source
 from qvd_jax.errors import InputError
+from qvd_jax.pipelines.families import FAMILIES
 
 BASE = {"_class_name", "model_type", "_name_or_path"}
 
@@ -93,7 +95,12 @@ def test_every_component_of_the_pipelines_is_known():
     for name in pipelines:
         pipeline = getattr(diffusers, f"{name}Pipeline")
         keys = set(inspect.signature(pipeline.__init__).parameters) - {"self"}
-        assert not keys - model_index.CLASSES.keys() - model_index.IRRELEVANT.keys()
+        assert (
+            not keys
+            - model_index.CLASSES.keys()
+            - model_index.IRRELEVANT.keys()
+            - {*model_index.BY_OPTION}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +328,17 @@ def test_classes_that_are_not_supported_are_named(tmp_path, sources):
     with pytest.raises(InputError, match="vae is AutoencoderTiny, which is not supported"):
         model_index.check({**index, "vae": ["diffusers", "AutoencoderTiny"]}, (), "index")
     model_index.check({**index, "vae": ["diffusers", "AutoencoderTiny"]}, ("vae",), "index")
+    (note,) = model_index.check({**index, "controlnet": ["diffusers", "X"]}, (), "index")
+    assert note == "index: controlnet is read only where --controlnet names its folder"
+
+
+@pytest.mark.parametrize(
+    ("sample_size", "expected"),
+    [(24, (24, 24)), ([16, 32], (16, 32)), (None, (4, 8)), ([8], (4, 8)), ([8, 0], (4, 8))],
+)
+def test_sizes_of_training_are_read_from_one_number_or_two(sample_size, expected):
+    defaults = replace(FAMILIES["animatediff"].defaults, height=32, width=64)
+    assert converters._latent_size({"sample_size": sample_size}, defaults) == expected
     with pytest.raises(InputError, match=r"config\.json is of t5, which is not supported here"):
         configs.read({"model_type": "t5"}, classes.CLIP_TEXT, "text_encoder")
     with pytest.raises(InputError, match=r"quantization_config = .* is not supported"):

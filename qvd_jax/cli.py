@@ -238,15 +238,15 @@ def read_control(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     configs = read_configs(path)
     control = configs.takes.control
     if args.motion_video and control != "motion":
-        raise InputError(f"{path} animates no images; leave --motion-video out")
+        raise InputError(f"{path} follows no --motion-video; leave it out")
     if args.condition and control not in ("images", "video"):
-        raise InputError(f"{path} has no ControlNet; leave --condition out")
+        raise InputError(f"{path} follows no --condition; leave it out")
     if control is not None and not args.motion_video and not args.condition:
         raise InputError(f"{path} {_CONTROLS[control]}")
     scale = passed(args, *_CONTROL_SCALE)
     if scale and not args.condition:
         option = next(iter(scale)).replace("_", "-")
-        raise InputError(f"{path} has no ControlNet to weigh; leave --{option} out")
+        raise InputError(f"{path} follows no --condition; leave --{option} out")
     check_scale(*({**_CONTROL_SCALE, **scale}.values()))
     want = _wanted(args, configs)
     if control == "motion":

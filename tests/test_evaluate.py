@@ -102,7 +102,7 @@ def test_a_model_that_fails_among_others_is_named():
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
         (["--reference", "{tiny}"], "there are no prompts"),
         (["--reference", "shapes", "--videos", "2"], "at least 3 prompts or images, there are 2"),
-        (["--reference", "shapes", "--condition", "a.png@0"], "has no ControlNet"),
+        (["--reference", "shapes", "--condition", "a.png@0"], "follows no --condition"),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
             "comparing videos needs at least 3 of 11x11",

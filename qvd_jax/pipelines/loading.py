@@ -52,9 +52,13 @@ def load(
     # The VAE is float in every checkpoint.
     dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
     check_choice("dtype", dtype.name, tuple(DTYPES))
+    try:
+        shapes = configs.param_shapes(dtype, quantization)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     params = {
         name: checkpoint.restore_params(path, name, expected, sharding)
-        for name, expected in configs.param_shapes(dtype, quantization).items()
+        for name, expected in shapes.items()
     }
     if quantization is not None:
         _check_finite(params["unet"], path)

@@ -427,7 +427,9 @@ def asked_scheduler(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any) -> None:
+def check_videos(
+    names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any
+) -> VideoDefaults:
     """Checks sizes, steps and schedulers before the arrays of any checkpoint are loaded.
 
     Args:
@@ -435,6 +437,9 @@ def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **as
       args: of `add_size_arguments` and `add_sampler_arguments`.
       like: the checkpoint whose defaults stand for what the command line does not say.
       **asked: of `asked_scheduler`.
+
+    Returns:
+      What all videos are to be like.
 
     Raises:
       InputError: a folder is no checkpoint, or what is asked for does not fit.
@@ -445,6 +450,7 @@ def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **as
         with naming(name):
             configs = read_configs(name)
             configs.check(want, switch(configs.scheduler, **asked))
+    return want
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

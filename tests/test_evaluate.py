@@ -113,7 +113,10 @@ def test_a_model_that_fails_among_others_is_named():
         ),
     ],
 )
-def test_bad_input(tiny_checkpoint, tmp_path, capsys, arguments, message):
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.delattr(evaluate, "load")
     (tmp_path / "one.txt").write_text("a\n")
     (tmp_path / "two.txt").write_text("a\nb\n")
     given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]

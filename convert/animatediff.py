@@ -77,14 +77,9 @@ def version(tensors: Tensors) -> str:
     return "v1" if length == 24 else "v3"
 
 
-def check_family(tensors: Tensors, where: str) -> None:
-    """Raises `InputError` if the names are not those of a Stable Diffusion 1.5 UNet."""
-    other = kinds.describe(tensors)
-    if other not in (kinds.UNET, kinds.MOTION) or "conv_in.weight" not in tensors:
-        raise InputError(
-            f"{where} is {other or 'no UNet of the Stable Diffusion 1.5 family'}; an AnimateDiff "
-            f"or Stable Diffusion 1.5 UNet is expected"
-        )
+def is_animatediff(tensors: Tensors) -> bool:
+    """Whether a UNet is Stable Diffusion 1.5's, with motion modules or without."""
+    return kinds.describe(tensors) in (kinds.UNET, kinds.MOTION) and "conv_in.weight" in tensors
 
 
 def unet_config(

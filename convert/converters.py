@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert import animatediff, modelscope, positions, svd
+from convert import animatediff, kinds, modelscope, positions, svd
 from convert import config_classes as classes
 from convert.configs import Json
 from convert.parts import Parts
@@ -73,20 +73,23 @@ def open_unet(source: Path, parts: Parts, options: Mapping[str, Any]) -> tuple[s
     Raises:
       InputError: it is of no family, or something is missing, damaged, or has no such option.
     """
-    tensors = parts.tensors["unet"]
-    name = next(name for name, converter in CONVERTERS.items() if converter.is_it(tensors, options))
-    converter, title = CONVERTERS[name], FAMILIES[name].title
+    tensors, _, place = _unet_of(parts)
+    name = next((name for name, it in CONVERTERS.items() if it.is_it(tensors, options)), None)
+    if name is None:
+        other = kinds.describe(tensors) or "no UNet of the Stable Diffusion 1.5 family"
+        raise InputError(
+            f"{place} is {other}; an AnimateDiff or Stable Diffusion 1.5 UNet is expected"
+        )
+    converter, family = CONVERTERS[name], FAMILIES[name]
+    if parts.encoder not in family.pipeline.networks:
+        (needed,) = set(family.pipeline.networks) - {"unet", "vae"}
+        raise InputError(
+            f"{place} is {family.title}, beside which {needed} is needed, not {parts.encoder}"
+        )
     for option in options:
         if option not in converter.options:
-            raise InputError(f"{source} is {title}, which has no {option}")
-    opened = converter.open(source, parts, options.get("--motion"))
-    if parts.encoder not in FAMILIES[name].pipeline.networks:
-        (needed,) = set(FAMILIES[name].pipeline.networks) - {"unet", "vae"}
-        raise InputError(
-            f"{parts.places['unet']} is {title}, beside which {needed} is needed, not "
-            f"{parts.encoder}"
-        )
-    return name, opened
+            raise InputError(f"{source} is {family.title}, which has no {option}")
+    return name, converter.open(source, parts, options.get("--motion"))
 
 
 def _open_svd(_: Path, parts: Parts, __: Path | None) -> OpenedUNet:
@@ -111,7 +114,6 @@ def _open_modelscope(_: Path, parts: Parts, __: Path | None) -> OpenedUNet:
 def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> OpenedUNet:
     tensors, unet_json, place = _unet_of(parts)
     where = place
-    animatediff.check_family(tensors, where)
     has_motion = any(".motion_modules." in name for name in tensors)
     if has_motion and motion is not None:
         raise InputError(f"{place} has motion modules of its own; leave --motion out")
@@ -186,13 +188,16 @@ CONVERTERS = {
         lambda tensors, _: svd.is_svd(tensors), _open_svd, without_unused=svd.without_dead
     ),
     "magicanimate": Converter(
-        lambda _, options: "--appearance-encoder" in options,
+        lambda tensors, options: (
+            "--appearance-encoder" in options and animatediff.is_animatediff(tensors)
+        ),
         _open_magicanimate,
         ("--motion", "--controlnet", "--appearance-encoder"),
     ),
-    # Whatever else there is; its own opener says what is none.
     "animatediff": Converter(
-        lambda *_: True, _open_animatediff, ("--motion", "--controlnet", "--preset")
+        lambda tensors, _: animatediff.is_animatediff(tensors),
+        _open_animatediff,
+        ("--motion", "--controlnet", "--preset"),
     ),
 }
 """By the family's name; the first that takes a UNet for its own opens it."""

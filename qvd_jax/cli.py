@@ -238,15 +238,15 @@ def read_control(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     configs = read_configs(path)
     control = configs.takes.control
     if args.motion_video and control != "motion":
-        raise InputError(f"{path} animates no images; leave --motion-video out")
+        raise InputError(f"{path} follows no --motion-video; leave it out")
     if args.condition and control not in ("images", "video"):
-        raise InputError(f"{path} has no ControlNet; leave --condition out")
+        raise InputError(f"{path} follows no --condition; leave it out")
     if control is not None and not args.motion_video and not args.condition:
         raise InputError(f"{path} {_CONTROLS[control]}")
     scale = passed(args, *_CONTROL_SCALE)
     if scale and not args.condition:
         option = next(iter(scale)).replace("_", "-")
-        raise InputError(f"{path} has no ControlNet to weigh; leave --{option} out")
+        raise InputError(f"{path} follows no --condition; leave --{option} out")
     check_scale(*({**_CONTROL_SCALE, **scale}.values()))
     want = _wanted(args, configs)
     if control == "motion":
@@ -427,7 +427,9 @@ def asked_scheduler(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any) -> None:
+def check_videos(
+    names: Sequence[str], args: argparse.Namespace, like: str, **asked: Any
+) -> VideoDefaults:
     """Checks sizes, steps and schedulers before the arrays of any checkpoint are loaded.
 
     Args:
@@ -435,6 +437,9 @@ def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **as
       args: of `add_size_arguments` and `add_sampler_arguments`.
       like: the checkpoint whose defaults stand for what the command line does not say.
       **asked: of `asked_scheduler`.
+
+    Returns:
+      What all videos are to be like.
 
     Raises:
       InputError: a folder is no checkpoint, or what is asked for does not fit.
@@ -445,6 +450,7 @@ def check_videos(names: Sequence[str], args: argparse.Namespace, like: str, **as
         with naming(name):
             configs = read_configs(name)
             configs.check(want, switch(configs.scheduler, **asked))
+    return want
 
 
 def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:

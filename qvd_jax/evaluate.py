@@ -7,7 +7,6 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from qvd_jax import checkpoint
@@ -22,7 +21,6 @@ from qvd_jax.cli import (
     command_line,
     enable_compilation_cache,
     note_unknown_words,
-    passed,
     positive_int,
     read_control,
     read_inputs,
@@ -46,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
-    check_videos(names, args, args.reference, **asked)
+    want = check_videos(names, args, args.reference, **asked)
     cases = read_cases(args)
-    cases.check()
+    cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
     enable_compilation_cache()
 
@@ -58,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     reference = models[names[0]]
     note_unknown_words(reference, cases.titles)
-    want = replace(reference.defaults, **passed(args, "steps", "frames", "height", "width"))
     comparison = compare(models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers)
     line = command_line("qvd_jax.evaluate", argv)
     print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))

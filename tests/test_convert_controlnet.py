@@ -236,10 +236,8 @@ def test_bad_conditions_are_one_line(converted, walk, tmp_path, capsys, argument
 def test_a_scale_needs_a_controlnet(tiny_checkpoint, tmp_path, capsys):
     out = ["--controlnet-conditioning-scale", "0.5", "--out", str(tmp_path / "out.gif")]
     assert sample.main(["--checkpoint", str(tiny_checkpoint), "--prompt", "a", *out]) == 2
-    assert (
-        "has no ControlNet to weigh; leave --controlnet-conditioning-scale"
-        in capsys.readouterr().err
-    )
+    message = "follows no --condition; leave --controlnet-conditioning-scale out"
+    assert message in capsys.readouterr().err
     pipe = qvd_jax.load(tiny_checkpoint)
     with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
         pipe("a", control_guidance_end=0.5)

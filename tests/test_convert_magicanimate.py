@@ -320,7 +320,7 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
         ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 18x24 pixels"),
         ({"--motion-video": "{tmp}/poses.mp4"}, "the motion video has 16x32 pixels"),
         ({"--motion-video": "{tmp}/poses", "--prompt": "a"}, "makes videos from images"),
-        ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "has no ControlNet"),
+        ({"--motion-video": "{tmp}/poses", "--condition": "a@0"}, "follows no --condition"),
     ],
 )
 def test_bad_motions_are_one_line(converted, tmp_path, capsys, changes, message):

@@ -169,7 +169,7 @@ def test_bad_conditions_are_one_line(converted, tmp_path, capsys, arguments, mes
 def test_a_model_without_controlnet_takes_no_condition(tiny_checkpoint, tmp_path, capsys):
     options = ["--prompt", "a", "--condition", "a.png@0", "--out", str(tmp_path / "a.gif")]
     assert sample.main(["--checkpoint", str(tiny_checkpoint), *options]) == 2
-    assert "has no ControlNet; leave --condition out" in capsys.readouterr().err
+    assert "follows no --condition; leave it out" in capsys.readouterr().err
     pipe = qvd_jax.load(tiny_checkpoint)
     with pytest.raises(qvd_jax.InputError, match="the model has no ControlNet"):
         pipe("a", conditioning_frames=[picture(0)], controlnet_frame_indices=[0])

@@ -102,7 +102,7 @@ def test_a_model_that_fails_among_others_is_named():
         (["--reference", "{tiny}", "--prompts-file", "{tmp}/one.txt"], "at least 2 prompts"),
         (["--reference", "{tiny}"], "there are no prompts"),
         (["--reference", "shapes", "--videos", "2"], "at least 3 prompts or images, there are 2"),
-        (["--reference", "shapes", "--condition", "a.png@0"], "has no ControlNet"),
+        (["--reference", "shapes", "--condition", "a.png@0"], "follows no --condition"),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
             "comparing videos needs at least 3 of 11x11",
@@ -113,7 +113,10 @@ def test_a_model_that_fails_among_others_is_named():
         ),
     ],
 )
-def test_bad_input(tiny_checkpoint, tmp_path, capsys, arguments, message):
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch, arguments, message
+):
+    monkeypatch.delattr(evaluate, "load")
     (tmp_path / "one.txt").write_text("a\n")
     (tmp_path / "two.txt").write_text("a\nb\n")
     given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]

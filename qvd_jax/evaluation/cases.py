@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from qvd_jax.errors import InputError
+from qvd_jax.metrics import paired
+from qvd_jax.metrics.temporal import FLICKER_FRAMES
 from qvd_jax.pipelines.pipeline import VideoDefaults
 
 Figures = dict[str, Any]
@@ -56,8 +58,12 @@ class Cases:
         """What the cases are called."""
         return [*map(str, self.inputs)] if self.names is None else [*self.names]
 
-    def check(self) -> None:
-        """Raises `InputError` if there are too few for what is measured of them."""
+    def check(self, want: VideoDefaults) -> None:
+        """Raises `InputError` if there are too few, or their videos too small, to be measured.
+
+        Args:
+          want: frames and size of the videos.
+        """
         # A distance needs two videos.
         needed = 2 if self.judge is None else self.judge.least_cases
         if len(self.inputs) < needed:
@@ -65,3 +71,10 @@ class Cases:
                 f"intervals and distances need at least {needed} prompts or images, "
                 f"there are {len(self.inputs)}"
             )
+        if min(want.height, want.width) < paired.SSIM_WINDOW or want.frames < FLICKER_FRAMES:
+            raise InputError(
+                f"{want.frames} frames of {want.height}x{want.width}: comparing videos needs "
+                f"at least {FLICKER_FRAMES} of {paired.SSIM_WINDOW}x{paired.SSIM_WINDOW}"
+            )
+        if self.judge is not None:
+            self.judge.check(want)

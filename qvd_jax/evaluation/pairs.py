@@ -125,14 +125,7 @@ def check_comparable(
     Raises:
       InputError: the videos are too few, too small or too short, or a model cannot make them.
     """
-    cases.check()
-    if min(want.height, want.width) < paired.SSIM_WINDOW or want.frames < temporal.FLICKER_FRAMES:
-        raise InputError(
-            f"{want.frames} frames of {want.height}x{want.width}: comparing videos needs "
-            f"at least {temporal.FLICKER_FRAMES} of {paired.SSIM_WINDOW}x{paired.SSIM_WINDOW}"
-        )
-    if cases.judge is not None:
-        cases.judge.check(want)
+    cases.check(want)
     latents = {
         name: pipe.latents_shape(want.frames, want.height, want.width)
         for name, pipe in models.items()

@@ -4,9 +4,11 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.quant import htdq
+from qvd_jax.quant.scri import ActivationQuantizer
 from qvd_jax.quant.solve import LayerReport
 
 
@@ -14,7 +16,10 @@ def plot_ranges(axes: Any, report: LayerReport) -> None:
     """Draws the channels' ranges, as they are and as the quantizer sees them, on two axes."""
     arrays = report.arrays
     order = np.argsort(arrays["upper"] - arrays["lower"])
-    after = [(arrays[end] - arrays["shift"]) / arrays["factor"] for end in ("lower", "upper")]
+    shift, factor, ends = map(
+        jnp.asarray, (arrays["shift"], arrays["factor"], [arrays["lower"], arrays["upper"]])
+    )
+    after = np.asarray(ActivationQuantizer(shift, factor, jnp.ones(())).steps(ends, np.inf))
     place = np.arange(len(order))
     for one, (lower, upper), title in (
         (axes[0], (arrays["lower"], arrays["upper"]), "before"),

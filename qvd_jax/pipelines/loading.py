@@ -15,7 +15,7 @@ from qvd_jax import checkpoint
 from qvd_jax.axes import Params
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
-from qvd_jax.errors import InputError, first_line
+from qvd_jax.errors import InputError, first_line, naming
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
@@ -52,9 +52,11 @@ def load(
     # The VAE is float in every checkpoint.
     dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
     check_choice("dtype", dtype.name, tuple(DTYPES))
+    with naming(str(path)):
+        shapes = configs.param_shapes(dtype, quantization)
     params = {
         name: checkpoint.restore_params(path, name, expected, sharding)
-        for name, expected in configs.param_shapes(dtype, quantization).items()
+        for name, expected in shapes.items()
     }
     if quantization is not None:
         _check_finite(params["unet"], path)

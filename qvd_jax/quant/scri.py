@@ -45,9 +45,13 @@ class ActivationQuantizer(NamedTuple):
         """-z / (s D), `[C]`."""
         return -self.shift * self.in_scale
 
+    def steps(self, x: Array, limit: float) -> Array:
+        """`x`, `[..., C]`, in steps, clipped at a limit and not yet rounded."""
+        return channel_steps(x, self.in_scale, self.in_offset, limit)
+
     def codes(self, x: Array, bits: int) -> Array:
         """int8 codes of `x`, `[..., C]`."""
-        return channel_codes(channel_steps(x, self.in_scale, self.in_offset, max_code(bits)))
+        return channel_codes(self.steps(x, max_code(bits)))
 
     def dequantized(self, x: Array, bits: int) -> Array:
         """The values that the codes of `x` stand for."""

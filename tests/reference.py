@@ -101,7 +101,7 @@ def _call(action: argparse.Action) -> str:
     if not action.option_strings:
         return f"`{action.metavar or action.dest}`"
     value = "" if action.nargs == 0 or _is_switch(action) else f" {_value(action)}"
-    return ", ".join(f"`{option}{value}`" for option in action.option_strings)
+    return ", ".join(_code(option + value) for option in action.option_strings)
 
 
 def _is_switch(action: argparse.Action) -> bool:
@@ -109,23 +109,23 @@ def _is_switch(action: argparse.Action) -> bool:
 
 
 def _value(action: argparse.Action) -> str:
-    name = action.metavar or "|".join(map(str, action.choices or [action.dest.upper()]))
-    return _in_cell(f"{name} ..." if action.nargs == "+" else name)
+    name = action.metavar or ("NAME" if action.choices else action.dest.upper())
+    return f"{name} ..." if action.nargs == "+" else name
 
 
-def _in_cell(text: str) -> str:
-    return text.replace("|", r"\|")
+def _code(text: str) -> str:
+    # A pipe would end a table's cell, and MkDocs shows what escapes it in code.
+    return f"<code>{text.replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def _meaning(action: argparse.Action) -> str:
     parts = isinstance(action, argparse._SubParsersAction)
-    text = ", ".join(action.choices) if parts else (action.help or "")
+    text = action.help or ""
     text = text % vars(action) if "%(" in text else text
     notes = ["required"] * (action.required and bool(action.option_strings))
-    notes += ["may be given again"] * (isinstance(action, argparse._AppendAction))
-    more = f" ({', '.join(note for note in notes if note not in text)})"
-    text = _in_cell(text.replace("*", r"\*"))
-    return (text + (more if more != " ()" else "")).strip()
+    choices = ", ".join(map(str, action.choices or ()))
+    words = [text.replace("*", r"\*").replace("|", r"\|"), *notes, choices]
+    return choices if parts else "; ".join(word for word in words if word)
 
 
 def _spec(spec: LayerSpec | None) -> str:

@@ -51,7 +51,7 @@ def prose(document: Path) -> str:
 def commands(document: Path) -> Iterator[str]:
     """Commands of shell blocks one by one, and those in the text that have options."""
     for block in blocks(document, "sh"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             yield from (part for part in line.split(" && ") if part and part[0] != "#")
     for code in _INLINE.findall(prose(document)):
         if re.match(r"python -m (convert|qvd_jax\.\w+) .*--", code) and "..." not in code:

@@ -65,7 +65,8 @@ def _content(target: str) -> str:
     path = _ROOT / target
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
-    title = f"# `{target}`\n\n"
+    # Else the site's search would find more code than documentation.
+    title = f"---\nsearch: {{exclude: true}}\n---\n\n# `{target}`\n\n"
     if path.is_dir():
         names = sorted(child.name for child in path.iterdir() if child.name[0] not in "._")
         return title + "".join(f"- [{name}]({path.name}/{name})\n" for name in names)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import convert.__main__ as convert
 from qvd_jax import benchmark, calibrate, evaluate, sample, train
-from qvd_jax.quant import policy
-from qvd_jax.quant.policy import LayerSpec, named_policy
+from qvd_jax.quant.policy import LayerSpec, named_policy, policy_names
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 COMMANDS = {
@@ -54,7 +53,7 @@ def commands() -> str:
 
 def policies() -> str:
     """Every named policy and its rules."""
-    names = [f"{method}-{width}" for method in policy._NAMED for width in policy.WIDTHS]
+    names = policy_names()
     rows = []
     for name in names:
         by_pattern = {rule.pattern: rule.spec for rule in named_policy(name).rules}

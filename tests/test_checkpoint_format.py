@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import relative_error
+from parity import relative_error
 
 from qvd_jax import checkpoint
 from qvd_jax.models.layers import LayerSet

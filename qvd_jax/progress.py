@@ -125,10 +125,10 @@ class Progress:
         self._clock = clock
 
     def __enter__(self) -> Self:
-        total = math.fsum(part.work for part in self._estimate.rest)
-        self._bar = tqdm.tqdm(total=total, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
+        self._bar = tqdm.tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
+        self._work = math.fsum(part.work for part in self._estimate.rest)
         self._started = self._last = self._clock()
-        self._show(0.0)
+        self._show()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,15 +138,16 @@ class Progress:
         """Says that the next tick is done, or every one of the first `done`."""
         done = self._estimate.done + 1 if done is None else done
         while self._estimate.done < done:
-            part, now = self._estimate.rest[0], self._clock()
+            now = self._clock()
             self._estimate.add(now - self._last)
             self._last = now
-            self._show(part.work)
+            self._show()
 
-    def _show(self, work: float) -> None:
+    def _show(self) -> None:
+        left = math.fsum(part.work for part in self._estimate.rest)
         self._bar.set_description_str(self._text(), refresh=False)
-        self._bar.update(work)
-        if work == 0 or self._estimate.compiling or not self._estimate.rest:
+        self._bar.update(round(100 * (1 - left / self._work)) - self._bar.n)
+        if self._estimate.compiling or not self._estimate.rest:
             # What is shown stands for long.
             self._bar.refresh()
 

@@ -7,11 +7,10 @@ if not any(any(Path("/dev").glob(name)) for name in ("accel*", "vfio/[0-9]*", "n
     # Before jax is imported: libtpu, which is there for its compiler, would look for a TPU.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import functools
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import pytest
@@ -21,7 +20,6 @@ from diffusers import AnimateDiffPipeline
 from refusals import Outcome
 
 from convert.__main__ import main as convert
-from qvd_jax.pipelines.components import ComponentConfigs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,22 +34,6 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     # A limit, though none that is met: with one, jax locks the folder while it reads and writes.
     jax.config.update("jax_compilation_cache_max_size", 2**34)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shapes_traced_once() -> Iterator[None]:
-    """Most checkpoints here have the same configs, and tracing takes most of a tiny load."""
-    with pytest.MonkeyPatch.context() as patch:
-        original = ComponentConfigs.param_shapes
-        cached = functools.cache(original)
-
-        def param_shapes(configs, dtype, quantization=None):
-            if quantization is None:
-                return cached(configs, dtype)
-            return original(configs, dtype, quantization)
-
-        patch.setattr(ComponentConfigs, "param_shapes", param_shapes)
-        yield
 
 
 @pytest.fixture

@@ -73,6 +73,13 @@ def test_the_bar_says_model_step_and_time(capsys):
     assert progress._text() == "done in 01:34"
 
 
+def test_a_bar_of_any_work_ends_full(capsys):
+    plan = [Part("a", "a", work=0.1 * number) for number in range(1, 30)]
+    with Progress(plan) as progress:
+        progress.advance(len(plan))
+    assert "100%|" in capsys.readouterr().err
+
+
 def test_a_bar_can_be_told_how_far_it_is():
     ticks = itertools.count()
     with Progress(

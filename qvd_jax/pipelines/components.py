@@ -1,10 +1,13 @@
 """The networks of a checkpoint: their configs, their modules, the shapes of their parameters."""
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Params
@@ -125,12 +128,7 @@ class ComponentConfigs:
         self, dtype: DTypeLike, quantization: Quantization | None = None
     ) -> dict[str, Params]:
         """Trees of `jax.ShapeDtypeStruct` of all networks' parameters, by name."""
-        # Without the zeros themselves: a damaged config may ask for any number of them.
-        inputs = jax.eval_shape(self.example_inputs)
-        shapes = {}
-        for name, module in self.modules(dtype).items():
-            variables = jax.eval_shape(module.init, jax.random.key(0), *inputs[name])
-            shapes[name] = variables["params"]
+        shapes = dict(_float_shapes(self, jnp.dtype(dtype)))
         if quantization is None:
             return shapes
         records = layouts(shapes["unet"], quantization.specs)
@@ -141,3 +139,14 @@ class ComponentConfigs:
                 lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), gains
             )
         return shapes
+
+
+@functools.lru_cache(maxsize=8)
+def _float_shapes(configs: ComponentConfigs, dtype: np.dtype) -> Mapping[str, Params]:
+    """Of the float networks. Tracing them takes most of a small load, and many have equal ones."""
+    # Without the zeros themselves: a damaged config may ask for any number of them.
+    inputs = jax.eval_shape(configs.example_inputs)
+    return {
+        name: jax.eval_shape(module.init, jax.random.key(0), *inputs[name])["params"]
+        for name, module in configs.modules(dtype).items()
+    }

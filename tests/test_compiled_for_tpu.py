@@ -14,7 +14,8 @@ PARTS = {
     "0.cross_attention": (2, 15, 0.6),
     "0.temporal_attention": (2, 11, 0.7),
     "0.feed_forward": (3, 9, 0.8),
-    "1.resnet": (2, 12, 0.3),
+    # A product for each row of two kernels.
+    "1.resnet": (6, 12, 0.3),
     "1.motion": (9, 40, 0.5),
 }
 VIDEO = ["--batch", "2", "--frames", "16", "--height", "512", "--width", "512"]

@@ -111,9 +111,9 @@ def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
     decode, seen = pipeline._decode, []
 
-    def spy(vae, params, part):
+    def spy(vae, params, part, *place):
         seen.append(part.shape[1])
-        return decode(vae, params, part)
+        return decode(vae, params, part, *place)
 
     monkeypatch.setattr(pipeline, "_decode", spy)
     np.testing.assert_array_equal(pipe.decode(latents), whole)

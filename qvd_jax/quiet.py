@@ -28,6 +28,8 @@ def libraries_quiet() -> Iterator[None]:
     platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
     if platforms is None and _lacks_tpu(Path("/dev")):
         jax.config.update("jax_platforms", "cpu")
+        # For processes that this one starts.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     with _remarks_left_out():
         yield
 

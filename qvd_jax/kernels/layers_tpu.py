@@ -328,13 +328,13 @@ def _moments(x: Array, *, interpret: bool) -> tuple[Array, Array]:
         first_ref[...] += x.sum(0, keepdims=True) / length
         second_ref[...] += jnp.square(x).sum(0, keepdims=True) / length
 
-    of_image = pl.BlockSpec((None, 1, channels), lambda n, t: (n, 0, 0))
+    result = pl.BlockSpec((None, 1, channels), lambda n, t: (n, 0, 0))
     shape = jax.ShapeDtypeStruct((images, 1, channels), jnp.float32)
     first, second = pl.pallas_call(
         kernel,
         grid=(images, pl.cdiv(length, rows)),
         in_specs=[pl.BlockSpec((None, rows, channels), lambda n, t: (n, t, 0))],
-        out_specs=[of_image, of_image],
+        out_specs=[result, result],
         out_shape=[shape, shape],
         scratch_shapes=[pltpu.VMEM((1, channels), jnp.float32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),

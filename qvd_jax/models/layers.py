@@ -21,6 +21,7 @@ from qvd_jax.models.norms import (
     LayerNorm,
     Normalized,
     as_images,
+    is_activated_group_norm,
     tpu_input,
     value_of,
 )
@@ -165,13 +166,10 @@ class Conv(nn.Conv):
 
     def fits_kernel(self, x: Array | Normalized, dtype: DTypeLike) -> bool:
         """Whether `in_kernel` is for an input and weights of a dtype."""
-        form = (tuple(self.kernel_size), self.strides, self.padding)
         return (
-            isinstance(x, Normalized)
-            and x.activated
-            and x.epsilon is None
+            is_activated_group_norm(x)
             and not self.upsampled
-            and form == ((3, 3), (1, 1), ((1, 1), (1, 1)))
+            and self.is_padded_3x3
             and conv_tpu.can_use(x.shape[-3:-1], x.shape[-1], self.features, dtype)
         )
 
@@ -208,6 +206,12 @@ class Conv(nn.Conv):
             limit=limit,
         )
         return y.reshape(*x.shape[:-1], outputs)
+
+    @property
+    def is_padded_3x3(self) -> bool:
+        """Whether the result has the input's size, by a kernel of 3x3."""
+        form = (tuple(self.kernel_size), self.strides, self.padding)
+        return form == ((3, 3), (1, 1), ((1, 1), (1, 1)))
 
     def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
         """Whether every position of an input stands twice: an odd side was cut."""

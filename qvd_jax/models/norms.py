@@ -83,6 +83,11 @@ def value_of(x: Array | Normalized) -> Array:
     return x.value() if isinstance(x, Normalized) else x
 
 
+def is_activated_group_norm(x: Array | Normalized) -> bool:
+    """Whether something is what a GroupNorm and a SiLU make, which kernels of convolutions take."""
+    return isinstance(x, Normalized) and x.activated and x.epsilon is None
+
+
 def tpu_input(
     x: Array | Normalized, scale: Array, offset: Array, limit: int | None = None
 ) -> layers_tpu.Input:

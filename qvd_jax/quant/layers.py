@@ -34,7 +34,13 @@ from qvd_jax.models.layers import (
     LayerSet,
     gated_product,
 )
-from qvd_jax.models.norms import Normalized, as_images, tpu_input, value_of
+from qvd_jax.models.norms import (
+    Normalized,
+    as_images,
+    is_activated_group_norm,
+    tpu_input,
+    value_of,
+)
 from qvd_jax.quant.codec import channel_codes, max_code, two_range_codes
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, layout
@@ -190,11 +196,10 @@ class QuantConv(StoredParams, Conv):
             return super().__call__(x, residual)
         if math.prod(self.kernel_size) == 1 and np.any(self.padding):
             raise ValueError(f"padding = {self.padding} of a kernel of one tap is no use")
-        form = (tuple(self.kernel_size), self.strides, self.padding)
-        if self.upsampled and form != ((3, 3), (1, 1), ((1, 1), (1, 1))):
+        if self.upsampled and not self.is_padded_3x3:
             raise ValueError(
-                "a convolution of an upsampled input must be 3x3, padded by 1, not of "
-                "kernel, strides and padding {}, {}, {}".format(*form)
+                "a convolution of an upsampled input must be 3x3, padded by 1, not of kernel, "
+                f"strides and padding {tuple(self.kernel_size)}, {self.strides}, {self.padding}"
             )
         rank, channels = len(self.kernel_size), x.shape[-1]
         record, bits = _read(self, spec, channels, self.kernel_size), spec.activation_bits
@@ -254,9 +259,8 @@ class QuantConv(StoredParams, Conv):
         operands = x, record, residual
         if self.fits_kernel(x, jnp.int8):
             return on_tpu(fused, in_passes, *operands)
-        # This one is for what comes out of a GroupNorm and a SiLU, every position once.
-        activated = isinstance(x, Normalized) and x.activated and x.epsilon is None
-        if activated and not doubled and layers_tpu.can_use(x.shape):
+        # This one is for every position once.
+        if is_activated_group_norm(x) and not doubled and layers_tpu.can_use(x.shape):
             return on_tpu(quantized_in_kernel, in_passes, *operands)
         return in_passes(*operands)
 

@@ -28,7 +28,7 @@ from qvd_jax.cli import add_size_arguments, command, command_line, positive_int
 from qvd_jax.environment import environment, version
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
-from qvd_jax.pipelines.components import DTYPES
+from qvd_jax.pipelines.components import DTYPES, latents_size
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
 
@@ -148,11 +148,10 @@ def _modelled_device(args: argparse.Namespace) -> str | None:
 def _unet_case(args: argparse.Namespace) -> unet.Case:
     frames, pixels = (16, 512) if args.what == "compiled" else (8, 128)
     frames, height, width = args.frames or frames, args.height or pixels, args.width or pixels
-    case = unet.Case(args.size, args.batch, frames, height // _VAE_STRIDE, width // _VAE_STRIDE)
+    case = unet.Case(args.size, args.batch, frames, *latents_size(height, width, _VAE_STRIDE))
     limit = case.config.max_frames or frames
     if frames > limit:
         raise InputError(f"--frames {frames}: the UNet takes at most {limit} at once")
-    _check_size(height, width, _VAE_STRIDE)
     return case
 
 
@@ -178,14 +177,9 @@ def _sample_case(args: argparse.Namespace) -> tuple[sampling.SampleCase, list[Va
         height=args.height or defaults.height,
         width=args.width or defaults.width,
     )
-    _check_size(case.height, case.width, configs.components.vae.stride)
+    configs.components.latents_shape(case.frames, case.height, case.width)
     variants = itertools.product([unet.OURS], args.checkpoint, args.dtype)
     return case, list(dict.fromkeys(itertools.starmap(Variant, variants)))
-
-
-def _check_size(height: int, width: int, stride: int) -> None:
-    if height % stride or width % stride:
-        raise InputError(f"{height}x{width} pixels: both sides must be multiples of {stride}")
 
 
 def installed(names: Sequence[str]) -> list[str]:

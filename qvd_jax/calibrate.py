@@ -45,6 +45,9 @@ from qvd_jax.quant.policy import (
 )
 from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
 
+# The search of one layer's ranges compiles about as long as so many layers of the network.
+_SOLVER_LAYERS = 14
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -136,7 +139,8 @@ def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
         # The search of its ranges tries about so many candidates.
         candidates = SEARCH_ROUNDS * (RANGE_CANDIDATES + len(CLIP_CANDIDATES))
         label, size = f"layer {number} of {len(plan.specs)}", (layer.kernel, spec)
-        solving.append(Part(label, "solving", size=size, work=candidates * product))
+        work, compilation = candidates * product, _SOLVER_LAYERS / len(plan.layers)
+        solving.append(Part(label, "solving", size=size, work=work, compilation=compilation))
     return [
         Part("sampling", "forward", "sampling", ticks=steps, work=inputs),
         Part("observing", "forward", "observing", ticks=steps * inputs),

@@ -1,12 +1,16 @@
 """Progress of long work: what is done, what compiles first, and how long the rest may take."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import tqdm
+
+DECODER_COMPILATION = 0.25
+"""What a decoder compiles, where a UNet's sampling is one."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Part:
       size: of its arrays; the first tick of each task, subject and size compiles.
       ticks: how many there are.
       work: of a tick, in a unit that all tasks share as far as can be known beforehand.
+      compilation: of the program, in another such unit.
     """
 
     label: str
@@ -28,6 +33,7 @@ class Part:
     size: Hashable = None
     ticks: int = 1
     work: float = 1.0
+    compilation: float = 1.0
 
     @property
     def program(self) -> Hashable:
@@ -39,8 +45,8 @@ class Estimate:
     """How long the rest of a plan takes, by what its ticks took so far.
 
     The first tick of a program compiles it. That says nothing of how fast it is; but what it took
-    beyond the others' time, programs of the same task that are still to come are expected to take
-    as well. A subject or task of which nothing is known yet counts as the average of those known.
+    beyond the others' time tells how long programs that are still to come compile. A subject or
+    task of which nothing is known yet counts as the average of those known.
     """
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -79,12 +85,18 @@ class Estimate:
         """What the rest may take; None while nothing but first ticks were seen."""
         if not self._spent:
             return None
-        took: dict[str, list[float]] = {}
+        compiled: dict[str, list[float]] = {}
         for part, seconds in self._first.values():
-            took.setdefault(part.task, []).append(max(0.0, seconds - self._needed(part)))
-        programs = {part.program: part.task for part in self.rest}
-        tasks = [task for program, task in programs.items() if program not in self._first]
-        compiling = (math.fsum(took[task]) / len(took[task]) for task in tasks if task in took)
+            rate = max(0.0, seconds - self._needed(part)) / part.compilation
+            compiled.setdefault(part.task, []).append(rate)
+        every = [rate for rates in compiled.values() for rate in rates]
+        # The first of a task compiles what the others share: the median leaves that out.
+        programs = {part.program: part for part in self.rest}
+        compiling = (
+            part.compilation * statistics.median(compiled.get(part.task, every))
+            for program, part in programs.items()
+            if program not in self._first
+        )
         return math.fsum(map(self._needed, self.rest)) + math.fsum(compiling)
 
     def _needed(self, part: Part) -> float:

@@ -38,7 +38,7 @@ from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.progress import Part, Progress
+from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 
 _OPTIONS = (
     "negative_prompts",
@@ -123,7 +123,10 @@ def sample(
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Videos uint8 `[B, F, H, W, 3]` of the inputs, and where the seconds went."""
     started, before = time.perf_counter(), compile_seconds()
-    plan = [Part("sampling", "sampling", ticks=options["steps"]), Part("decoding", "decoding")]
+    plan = [
+        Part("sampling", "sampling", ticks=options["steps"]),
+        Part("decoding", "decoding", compilation=DECODER_COMPILATION),
+    ]
     with Progress(plan) as progress:
         latents = pipe(
             # Without prompts there are embeddings among the options.

@@ -195,7 +195,7 @@ def test_an_unknown_policy_is_refused_before_anything_runs(capsys):
 
 def test_sizes_that_are_no_multiples_of_the_vaes_stride_are_refused(capsys):
     assert benchmark.main(["unet", "--height", "100"]) == 2
-    assert "100x128 pixels: both sides must be multiples of 8" in capsys.readouterr().err
+    assert "height = 100: it must be a positive multiple of 8" in capsys.readouterr().err
 
 
 def test_peak_memory_is_what_is_alive_at_once():

@@ -363,7 +363,7 @@ def test_kernels_written_by_hand_are_counted_by_their_bundles(tmp_path):
             ["--part", "unet", "1.spatial"],
             r"unknown part '1.spatial'; known are unet, vae, 0",
         ),
-        (["--height", "20"], "20x16 pixels: both sides must be multiples of 8"),
+        (["--height", "20"], "height = 20: it must be a positive multiple of 8"),
         (["--policy", "w9"], "unknown policy 'w9'"),
     ],
 )

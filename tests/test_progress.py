@@ -12,19 +12,19 @@ PLAN = [
     for name in ("float", "int8")
     for part in (
         Part(name, "sampling", name, ticks=20, work=16),
-        Part(name, "decoding", name, work=16),
+        Part(name, "decoding", name, work=16, compilation=0.25),
     )
 ]
 
 
 def seconds_of(plan):
-    """Of each tick: int8 is faster, a decoding takes three steps and compiles ten times faster."""
+    """Of each tick: int8 is faster, a decoding takes three steps and compiles five times faster."""
     compiled = set()
     for part in plan:
         decodes = part.task == "decoding"
         for _ in range(part.ticks):
             first = part.program not in compiled
-            compiling = first * {"float": 15.0, "int8": 20.0}[part.subject] / (10 if decodes else 1)
+            compiling = first * {"float": 15.0, "int8": 20.0}[part.subject] / (5 if decodes else 1)
             yield compiling + {"float": 0.5, "int8": 0.3}[part.subject] * (3 if decodes else 1)
             compiled.add(part.program)
 
@@ -60,14 +60,17 @@ def test_a_program_that_is_still_to_come_compiles_as_long_as_those_seen():
 
 
 def test_the_bar_says_model_step_and_time(capsys):
-    plan = [Part("shapes", "sampling", ticks=3), Part("shapes, decoding", "decoding")]
+    plan = [
+        Part("shapes", "sampling", ticks=3),
+        Part("shapes, decoding", "decoding", compilation=0.25),
+    ]
     ticks = itertools.accumulate([0.0, 60.0, 2.0, 2.0, 30.0])
     with Progress(plan, lambda: next(ticks)) as progress:
         for _ in range(4):
             progress.advance()
     shown = capsys.readouterr().err
     assert "| shapes, compiling" in shown
-    assert "| shapes, decoding, compiling, about 00:02 left" in shown
+    assert "| shapes, decoding, compiling, about 00:16 left" in shown
     assert "100%|" in shown
     assert "| done in 01:34" in shown
     assert progress._text() == "done in 01:34"

@@ -18,7 +18,7 @@ from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.metrics import paired, temporal
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
-from qvd_jax.progress import Part, Progress
+from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 from qvd_jax.quant.solve import LayerReport, sqnr
 
 # Sampled together: enough to keep an accelerator busy.
@@ -216,7 +216,14 @@ def _plan(
         count = len(cases.inputs[start : start + BATCH])
         parts += [
             Part(name, "sampling", name, count, want.steps, work=count),
-            Part(f"{name}, decoding", "decoding", name, count, work=count),
+            Part(
+                f"{name}, decoding",
+                "decoding",
+                name,
+                count,
+                work=count,
+                compilation=DECODER_COMPILATION,
+            ),
         ]
     return parts
 

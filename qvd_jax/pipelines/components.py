@@ -92,15 +92,7 @@ class ComponentConfigs:
         """
         if frames < 1:
             raise InputError(f"frames = {frames}: at least one is needed")
-        pixels = self.vae.stride
-        for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % pixels:
-                below = max(size // pixels, 1) * pixels
-                raise InputError(
-                    f"{name} = {size}: it must be a positive multiple of {pixels}, the VAE's "
-                    f"pixels per latent position, such as {below} or {below + pixels}"
-                )
-        return frames, height // pixels, width // pixels, self.vae.latent_channels
+        return frames, *latents_size(height, width, self.vae.stride), self.vae.latent_channels
 
     def unet_shapes(
         self, frames: int, height: int, width: int, context_length: int
@@ -139,6 +131,27 @@ class ComponentConfigs:
                 lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), gains
             )
         return shapes
+
+
+def latents_size(height: int, width: int, stride: int) -> tuple[int, int]:
+    """Height and width of the latents of a frame.
+
+    Args:
+      height: H in pixels.
+      width: W in pixels.
+      stride: of the VAE, pixels for each latent position.
+
+    Raises:
+      InputError: a side is no multiple of the stride.
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size < 1 or size % stride:
+            below = max(size // stride, 1) * stride
+            raise InputError(
+                f"{name} = {size}: it must be a positive multiple of {stride}, the VAE's pixels "
+                f"per latent position, such as {below} or {below + stride}"
+            )
+    return height // stride, width // stride
 
 
 @functools.lru_cache(maxsize=8)

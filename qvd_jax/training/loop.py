@@ -164,11 +164,17 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
     described = {"loop": to_dict(config), "task": to_dict(task.config)}
     with Checkpoints(out, described) as checkpoints:
         state, done = checkpoints.restore(state)
-        with tqdm.tqdm(total=config.steps, initial=done, desc="training", unit="step") as bar:
+        with tqdm.tqdm(total=config.steps, initial=done, desc="compiling", unit="step") as bar:
             for step in range(done, config.steps):
                 rng = np.random.default_rng([config.seed, step])
                 batch = jax.device_put(dict(task.batch(rng, config.batch_size)), over_batch)
-                state, loss = step_once(state, batch, jnp.int32(step))
+                inputs = state, batch, jnp.int32(step)
+                if step == done:
+                    compiled = step_once.lower(*inputs).compile()
+                    bar.set_description_str("training", refresh=False)
+                    # The bar's clock begins with the steps.
+                    bar.unpause()
+                state, loss = compiled(*inputs)
                 if not math.isfinite(value := float(loss)):
                     raise InputError(
                         f"step {step + 1}: the loss is {value}; {checkpoints.latest()}. A lower "

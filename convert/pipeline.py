@@ -17,7 +17,7 @@ from convert.lora import merge_loras
 from convert.names import Names
 from convert.parts import Parts, open_parts
 from convert.tensors import Tensors
-from qvd_jax import checkpoint, memory
+from qvd_jax import checkpoint, items, memory
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
@@ -211,7 +211,7 @@ def write_checkpoint(
                 on_progress(BytesRead(name, done, total))
 
             params = names.build_params(shapes[name], _NAMES[name], tensors, dtype, on_bytes)
-            checkpoint.save_params(folder, name, params)
+            items.save_params(folder, name, params)
             # Freed before the next component is read.
             jax.tree.map(lambda array: array.delete(), params)
         if source.tokenizer is not None:
@@ -220,6 +220,7 @@ def write_checkpoint(
             source.configs,
             source.scheduler,
             source.defaults,
+            shapes,
             family=source.family,
             description=source.description,
         )

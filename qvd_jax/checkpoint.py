@@ -9,31 +9,28 @@ A checkpoint is written beside its place and moved there when it is whole.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import flax
-import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from qvd_jax import config as configs
-from qvd_jax import files
+from qvd_jax import files, items
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
-_COMMIT_MARK = "commit_success.txt"
 LAYER_REPORTS = "layers.json"
 LAYER_ARRAYS = "layers.npz"
 # No part of a module path.
@@ -54,6 +51,8 @@ class Manifest:
       description: one line for people: where the weights came from.
       versions: of the packages that wrote the checkpoint.
       quantization: policy and layer specifications of a quantized UNet; None is float.
+      checked: `shapes_digest` of what the networks were found to fit when this was written; None
+        where nobody looked.
       format_version: of this layout.
     """
 
@@ -64,7 +63,24 @@ class Manifest:
     description: str
     versions: dict[str, str]
     quantization: dict[str, Any] | None = None
+    checked: str | None = None
     format_version: int = FORMAT_VERSION
+
+
+def shapes_digest(manifest: Manifest, shapes: Mapping[str, Params]) -> str:
+    """Of all that decides which arrays the networks need, and of the arrays' paths and shapes.
+
+    Args:
+      manifest: of the checkpoint.
+      shapes: tree of what has a shape, of each item.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    described = {
+        "components": manifest.components,
+        "quantization": manifest.quantization,
+        "shapes": {name: list(leaf.shape) for name, leaf in flat.items()},
+    }
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def package_versions() -> dict[str, str]:
@@ -159,70 +175,6 @@ def read_manifest(path: Path) -> Manifest:
     return configs.from_dict(Manifest, data, str(file))
 
 
-def save_params(folder: Path, name: str, params: Params) -> None:
-    """Writes the parameters of one component as the Orbax item `folder/name`.
-
-    Args:
-      folder: the checkpoint.
-      name: the component.
-      params: tree of `jax.Array`; Orbax would copy numpy arrays, all of them at once.
-    """
-    # TensorStore gives a byte to each int4, half of which compression takes back; what fills its
-    # bytes is not worth the time and the memory.
-    has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
-    # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=has_int4)
-    arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
-    item = folder.absolute() / name
-    with ocp.Checkpointer(handler) as checkpointer:
-        try:
-            checkpointer.save(item, args=arguments)
-        except ValueError as error:  # What TensorStore raises when the disk is full, for one.
-            raise InputError(f"{item} could not be written: {first_line(error)}") from error
-    # Orbax marks a finished item where no rename is atomic, and writes the absolute path into it.
-    for mark in item.glob(_COMMIT_MARK):
-        mark.write_text(f"{name} is complete\n", encoding="utf-8")
-
-
-def restore_params(
-    folder: Path, name: str, expected: Params, sharding: jax.sharding.Sharding | None = None
-) -> Params:
-    """Restores one component's parameters.
-
-    Args:
-      folder: the checkpoint.
-      name: the component.
-      expected: tree of `jax.ShapeDtypeStruct`; arrays arrive in these dtypes.
-      sharding: where every array is put, without a copy on the host device; None is the default
-        device.
-
-    Raises:
-      InputError: the item is missing or damaged, or its tree or shapes are not the expected.
-    """
-    item = folder.absolute() / name
-    if not item.is_dir():
-        raise InputError(f"{folder}: the component {name!r} is missing")
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(item).item_metadata
-            shapes = jax.tree.map(lambda leaf: tuple(leaf.shape), stored.tree)
-        except Exception as error:
-            raise InputError(f"{item} is damaged: its index cannot be read") from error
-        check_tree(shapes, jax.tree.map(lambda leaf: leaf.shape, expected), str(item))
-        if sharding is None:
-            sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), expected
-        )
-        try:
-            return checkpointer.restore(item, target)
-        except Exception as error:
-            # Orbax's own message says nothing of use.
-            raise InputError(
-                f"{item} is damaged, or too large for the memory: its arrays cannot be read"
-            ) from error
-
-
 def save_component(folder: Path, name: str, config: Any, params: Params, description: str) -> None:
     """Writes a checkpoint of one component alone, whose name is the family; replaces one there.
 
@@ -242,7 +194,7 @@ def save_component(folder: Path, name: str, config: Any, params: Params, descrip
         versions=package_versions(),
     )
     with write_directory(folder, overwrite=True) as partial:
-        save_params(partial, name, params)
+        items.save_params(partial, name, params)
         write_manifest(partial, manifest)
 
 
@@ -265,7 +217,7 @@ def load_component(
         raise InputError(f"{folder} is of the family {manifest.family!r}; {name!r} is needed")
     where = f"{folder / MANIFEST}: {name}"
     config = configs.from_dict(config_type, manifest.components.get(name), where)
-    return config, restore_params(folder, name, shapes(config))
+    return config, items.restore_params(folder, name, shapes(config))
 
 
 def write_layer_reports(
@@ -300,40 +252,3 @@ def read_layer_reports(
         raise InputError(f"{file} is damaged: {first_line(error)}") from error
     flat = files.read_arrays(path / LAYER_ARRAYS)
     return figures, flax.traverse_util.unflatten_dict(flat, sep=_BESIDE_PATH)
-
-
-def stored_dtype(folder: Path, name: str) -> np.dtype:
-    """The dtype of a component's parameters on disk.
-
-    Raises:
-      InputError: the item is missing or damaged.
-    """
-    item = folder.absolute() / name
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            tree = checkpointer.metadata(item).item_metadata.tree
-            return np.dtype(jax.tree.leaves(tree)[0].dtype)
-        except Exception as error:
-            raise InputError(f"{item} is missing or damaged") from error
-
-
-def check_tree(found: Any, expected: Any, where: str) -> None:
-    """Compares two trees of shapes by path.
-
-    Raises:
-      InputError: listing every missing (-), extra (+) and misshapen (!) name at once.
-    """
-    have = flax.traverse_util.flatten_dict(found, sep="/")
-    want = flax.traverse_util.flatten_dict(expected, sep="/")
-    lines = [f"- {name} {tuple(want[name])}" for name in want if name not in have]
-    lines += [f"+ {name} {tuple(have[name])}" for name in have if name not in want]
-    lines += [
-        f"! {name}: {tuple(have[name])}, expected {tuple(want[name])}"
-        for name in want
-        if name in have and tuple(have[name]) != tuple(want[name])
-    ]
-    if lines:
-        raise InputError(
-            f"{where} does not fit ({len(lines)} names; - missing, + extra, ! other shape):\n  "
-            + "\n  ".join(sorted(lines))
-        )

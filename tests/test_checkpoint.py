@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import chex
@@ -19,7 +20,7 @@ import pytest
 from pytorch_sources import edit_json
 
 import qvd_jax
-from qvd_jax import checkpoint, cli, memory
+from qvd_jax import checkpoint, cli, items, memory
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -86,7 +87,7 @@ def test_loading_casts_to_the_asked_dtype_and_no_other(reference, tiny_checkpoin
 def test_four_bits_take_little_more_than_half_a_byte_on_disk(tmp_path):
     codes = np.random.default_rng(0).integers(-7, 8, 500_000)
     for dtype in (jnp.int4, jnp.int8):
-        checkpoint.save_params(tmp_path, dtype.dtype.name, {"kernel": jnp.asarray(codes, dtype)})
+        items.save_params(tmp_path, dtype.dtype.name, {"kernel": jnp.asarray(codes, dtype)})
     assert checkpoint.disk_bytes(tmp_path / "int4") < 0.6 * len(codes)
     assert checkpoint.disk_bytes(tmp_path / "int8") >= len(codes)
 
@@ -176,8 +177,8 @@ def component(name: str, **changes: object) -> Callable[[Path], None]:
             id="array",
         ),
         pytest.param(
-            manifest(format_version=3),
-            "manifest.json has format version 3, this qvd_jax reads up to 2; install a newer "
+            manifest(format_version=4),
+            "manifest.json has format version 4, this qvd_jax reads up to 3; install a newer "
             "qvd_jax",
             id="newer",
         ),
@@ -245,7 +246,9 @@ def component(name: str, **changes: object) -> Callable[[Path], None]:
             "the component 'unet' is missing",
             id="no UNet",
         ),
-        pytest.param(lambda path: shutil.rmtree(path / "vae"), "/vae is missing", id="no VAE"),
+        pytest.param(
+            lambda path: shutil.rmtree(path / "vae"), "the component 'vae' is missing", id="no VAE"
+        ),
     ],
 )
 def test_what_is_wrong_with_a_checkpoint_is_said_in_one_line(spoiled, edit, message):
@@ -327,7 +330,7 @@ def test_a_damaged_item_is_named_or_restores_whole(tmp_path, damage):
         "norm": {"scale": jnp.arange(5.0)},
     }
     expected = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    checkpoint.save_params(tmp_path, "good", params)
+    items.save_params(tmp_path, "good", params)
     files = [path for path in (tmp_path / "good").rglob("*") if path.is_file()]
     messages = []
     item = tmp_path / "bad"
@@ -335,7 +338,7 @@ def test_a_damaged_item_is_named_or_restores_whole(tmp_path, damage):
         shutil.copytree(tmp_path / "good", item)
         DAMAGES[damage](item / file.relative_to(tmp_path / "good"))
         try:
-            restored = checkpoint.restore_params(tmp_path, "bad", expected)
+            restored = items.restore_params(tmp_path, "bad", expected)
         except InputError as error:
             messages.append(str(error))
         else:
@@ -364,7 +367,40 @@ def test_damaged_layer_reports_are_named(tmp_path):
 
 
 def test_no_file_tells_where_it_was_written(tmp_path):
-    checkpoint.save_params(tmp_path, "item", {"kernel": jnp.ones((2, 3))})
+    items.save_params(tmp_path, "item", {"kernel": jnp.ones((2, 3))})
     files = [path for path in (tmp_path / "item").rglob("*") if path.is_file()]
     assert files
     assert not [path for path in files if str(tmp_path).encode() in path.read_bytes()]
+
+
+def test_a_load_traces_the_networks_only_where_nobody_did(tiny_checkpoint, tmp_path, monkeypatch):
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    traced = []
+    shapes = ComponentConfigs.param_shapes
+    monkeypatch.setattr(
+        ComponentConfigs,
+        "param_shapes",
+        lambda *given: traced.append(given) or shapes(*given),
+    )
+    for dtype in ("float32", "bfloat16"):
+        pipe = qvd_jax.load(folder, dtype=dtype)
+        assert not traced
+        want = shapes(pipe.configs, dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(pipe.params, want)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"checked": None}))
+    assert_bitwise_equal(
+        qvd_jax.load(folder, dtype="float32").params["vae"],
+        qvd_jax.load(tiny_checkpoint, dtype="float32").params["vae"],
+    )
+    assert len(traced) == 1
+
+
+def test_parameters_that_do_not_fit_are_not_saved(tiny_checkpoint, tmp_path):
+    pipe = qvd_jax.load(tiny_checkpoint)
+    vae = {**pipe.params["vae"], "extra": {"kernel": jnp.ones(3)}}
+    with pytest.raises(
+        InputError, match=r"the pipeline does not fit \(1 names.*\n  \+ vae/extra/kernel \(3,\)"
+    ):
+        qvd_jax.save(replace(pipe, params={**pipe.params, "vae": vae}), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

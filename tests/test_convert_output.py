@@ -12,7 +12,7 @@ import random_animatediff
 from refusals import assert_one_line_error
 
 from convert.__main__ import main as convert
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, items
 
 
 def test_existing_output_is_not_replaced_unless_asked(source, parent, tiny_checkpoint, run):
@@ -58,7 +58,7 @@ def test_output_in_a_missing_folder_is_refused(source, parent, run):
 def test_lack_of_space_is_seen_before_anything_is_written(source, parent, run, monkeypatch):
     free = SimpleNamespace(total=10**9, used=10**9 - 1000, free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    monkeypatch.setattr(checkpoint, "save_params", None)
+    monkeypatch.setattr(items, "save_params", None)
     outcome = run(source)
     assert_one_line_error(outcome, f"{parent}: 0.01 GB are needed, 0.00 GB are free")
 
@@ -66,7 +66,7 @@ def test_lack_of_space_is_seen_before_anything_is_written(source, parent, run, m
 @pytest.fixture
 def fail_at_vae(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Makes the writing of the second component raise."""
-    save = checkpoint.save_params
+    save = items.save_params
 
     def set_failure(error: BaseException) -> None:
         def failing(folder: Path, name: str, params: Any) -> None:
@@ -75,7 +75,7 @@ def fail_at_vae(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], No
                 raise error
             save(folder, name, params)
 
-        monkeypatch.setattr(checkpoint, "save_params", failing)
+        monkeypatch.setattr(items, "save_params", failing)
 
     return set_failure
 

@@ -20,19 +20,20 @@ ALLOWED = {
     "files": {"errors"},
     "config": {"errors", "files"},
     "memory": {"axes", "errors"},
-    "checkpoint": GROUND | {"memory"},
+    "items": {"axes", "errors"},
+    "checkpoint": GROUND | {"items", "memory"},
     "kernels": {"axes", "errors"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND,
     "data": GROUND,
     "metrics": set(),
     "quant": GROUND | {"kernels", "models"},
-    "pipelines": GROUND | {"checkpoint", "memory", "models", "diffusion", "quant"},
+    "pipelines": GROUND | {"checkpoint", "items", "memory", "models", "diffusion", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
     "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.
     "shapes": GROUND
-    | {"checkpoint", "data", "diffusion", "evaluation", "metrics", "models", "pipelines"},
+    | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "kernels", "memory", "models", "pipelines", "quant"},

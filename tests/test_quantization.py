@@ -17,7 +17,7 @@ from parity import relative_error
 from rescaling import rescale_channels
 
 import qvd_jax
-from qvd_jax import calibrate, checkpoint
+from qvd_jax import calibrate, checkpoint, items
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
@@ -308,17 +308,17 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
         "--report", str(tmp_path / "report"),
     ]  # fmt: skip
     before = {path.name for path in tmp_path.iterdir()}
-    write = checkpoint.save_params
+    write = items.save_params
 
     def interrupt(folder, name, params):
         write(folder, name, params)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_params", interrupt)
+    monkeypatch.setattr(items, "save_params", interrupt)
     assert calibrate.main(arguments) == 130
     assert "interrupted; nothing half-written is left" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == before
-    monkeypatch.setattr(checkpoint, "save_params", write)
+    monkeypatch.setattr(items, "save_params", write)
     assert calibrate.main(arguments) == 0
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html"}
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import Quantization
-from qvd_jax.quant.record import layouts, replace_layers
+from qvd_jax.quant.record import layout, layouts, replace_layers
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -52,6 +53,11 @@ class ComponentConfigs:
     def networks(self) -> tuple[str, ...]:
         """The names of the networks there are."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def items(self, quantization: Quantization | None = None) -> tuple[str, ...]:
+        """The names of a checkpoint's trees of arrays."""
+        specs = quantization.specs.values() if quantization else ()
+        return (*self.networks, *([GAINS] if any(spec.step_aware for spec in specs) else []))
 
     def modules(
         self, dtype: DTypeLike, quantization: Quantization | None = None
@@ -131,6 +137,38 @@ class ComponentConfigs:
                 lambda leaf: jax.ShapeDtypeStruct((steps, *leaf.shape), leaf.dtype), gains
             )
         return shapes
+
+
+def in_dtype(
+    stored: Mapping[str, Params], dtype: DTypeLike, quantization: Quantization | None
+) -> dict[str, Params]:
+    """`ComponentConfigs.param_shapes` of arrays that are known to fit, without a trace.
+
+    Args:
+      stored: trees of `jax.ShapeDtypeStruct`, by name.
+      dtype: of the float networks.
+      quantization: of the UNet.
+    """
+    specs = quantization.specs if quantization else {}
+    unet = flax.traverse_util.flatten_dict(stored["unet"], sep="/")
+    dtypes: dict[str, DTypeLike] = {}
+    for path, spec in specs.items():
+        features, *kernel_size, channels = unet[f"{path}/kernel"].shape
+        record = layout(spec, channels, features, kernel_size).params()
+        dtypes |= {f"{path}/{name}": leaf.dtype for name, leaf in record.items()}
+    shapes = {
+        name: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+        for name, tree in stored.items()
+        if name not in ("unet", GAINS)
+    }
+    structs = {
+        name: jax.ShapeDtypeStruct(leaf.shape, dtypes.get(name, dtype))
+        for name, leaf in unet.items()
+    }
+    shapes["unet"] = flax.traverse_util.unflatten_dict(structs, sep="/")
+    if GAINS in stored:
+        shapes[GAINS] = stored[GAINS]
+    return shapes
 
 
 def latents_size(height: int, width: int, stride: int) -> tuple[int, int]:

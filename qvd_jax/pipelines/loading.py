@@ -1,8 +1,10 @@
 """Checkpoints to pipelines and back."""
 
+import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,19 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, items
 from qvd_jax.axes import Params
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line, naming
 from qvd_jax.memory import tree_bytes
 from qvd_jax.models.clip import CLIPTextConfig
-from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
+from qvd_jax.pipelines.components import DTYPES, ComponentConfigs, in_dtype
 from qvd_jax.pipelines.families import FAMILIES, Family, Takes
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, schedule_for
 from qvd_jax.pipelines.text import TextPipeline
 from qvd_jax.quant.policy import Quantization
 from qvd_jax.quant.solve import LayerReport, examples
+
+# Of transformers, by what a tokenizer's config calls them.
+_TOKENIZERS = {
+    "CLIPTokenizer": "CLIPTokenizer",
+    "CLIPTokenizerFast": "CLIPTokenizer",
+    "PreTrainedTokenizerFast": "PreTrainedTokenizerFast",
+    "TokenizersBackend": "PreTrainedTokenizerFast",
+}
 
 
 def load(
@@ -49,15 +59,19 @@ def load(
     if configs.text_encoder is not None:
         tokenizer["tokenizer"] = load_tokenizer(path / checkpoint.TOKENIZER)
         check_vocabulary(tokenizer["tokenizer"], configs.text_encoder, str(path))
+    stored = {name: items.StoredItem(path, name) for name in configs.items(quantization)}
     # The VAE is float in every checkpoint.
-    dtype = jnp.dtype(dtype or checkpoint.stored_dtype(path, "vae"))
+    dtype = jnp.dtype(dtype or jax.tree.leaves(stored["vae"].shapes)[0].dtype)
     check_choice("dtype", dtype.name, tuple(DTYPES))
-    with naming(str(path)):
-        shapes = configs.param_shapes(dtype, quantization)
-    params = {
-        name: checkpoint.restore_params(path, name, expected, sharding)
-        for name, expected in shapes.items()
-    }
+    shapes = {name: item.shapes for name, item in stored.items()}
+    if manifest.checked == checkpoint.shapes_digest(manifest, shapes):
+        expected = in_dtype(shapes, dtype, quantization)
+    else:
+        with naming(str(path)):
+            expected = configs.param_shapes(dtype, quantization)
+        for name, item in stored.items():
+            item.check(expected[name])
+    params = {name: item.read(expected[name], sharding) for name, item in stored.items()}
     if quantization is not None:
         _check_finite(params["unet"], path)
     return family.pipeline(
@@ -168,20 +182,24 @@ def save(
       reports: of the layers of a quantized pipeline.
 
     Raises:
-      InputError: the folder exists, its parent does not, or space is short.
+      InputError: the parameters do not fit the networks, the folder exists, its parent does not,
+        or space is short.
     """
-    manifest = make_manifest(
-        pipe.configs,
-        pipe.scheduler,
-        pipe.defaults,
-        family=pipe.family,
-        description=pipe.description,
-        quantization=pipe.quantization,
-    )
     with checkpoint.write_directory(Path(path), overwrite=overwrite) as folder:
         checkpoint.check_space(folder, tree_bytes(pipe.params))
+        shapes = pipe.configs.param_shapes(pipe.vae.layers.dtype, pipe.quantization)
+        items.check_tree(pipe.params, shapes, "the pipeline")
+        manifest = make_manifest(
+            pipe.configs,
+            pipe.scheduler,
+            pipe.defaults,
+            shapes,
+            family=pipe.family,
+            description=pipe.description,
+            quantization=pipe.quantization,
+        )
         for name, params in pipe.params.items():
-            checkpoint.save_params(folder, name, params)
+            items.save_params(folder, name, params)
         if isinstance(pipe, TextPipeline):
             pipe.tokenizer.save_pretrained(folder / checkpoint.TOKENIZER)
         if reports:
@@ -209,13 +227,14 @@ def make_manifest(
     configs: ComponentConfigs,
     scheduler: SchedulerConfig,
     defaults: VideoDefaults,
+    shapes: Mapping[str, Params],
     *,
     family: str,
     description: str,
     quantization: Quantization | None = None,
 ) -> checkpoint.Manifest:
-    """The manifest of a pipeline's checkpoint."""
-    return checkpoint.Manifest(
+    """The manifest of a pipeline's checkpoint, whose arrays have the shapes of `param_shapes`."""
+    manifest = checkpoint.Manifest(
         family=family,
         components=to_dict(configs),
         scheduler=to_dict(scheduler),
@@ -224,6 +243,7 @@ def make_manifest(
         versions=checkpoint.package_versions(),
         quantization=None if quantization is None else to_dict(quantization),
     )
+    return replace(manifest, checked=checkpoint.shapes_digest(manifest, shapes))
 
 
 def _check_finite(params: Params, path: Path) -> None:
@@ -251,9 +271,17 @@ def load_tokenizer(folder: Path) -> Any:
       InputError: there is none, or it is damaged.
     """
     checkpoint.check_tokenizer(folder)
-    from transformers import AutoTokenizer
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        # The registry that finds any class imports torch, if it is there, and takes seconds.
+        name = _TOKENIZERS.get(config.get("tokenizer_class"), "AutoTokenizer")
+    except (OSError, ValueError, AttributeError):
+        name = "AutoTokenizer"
+    try:
+        return getattr(transformers, name).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # The tokenizers library raises a bare one.
         raise InputError(f"{folder} holds no tokenizer: {first_line(error)}") from error

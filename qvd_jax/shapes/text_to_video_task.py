@@ -13,7 +13,7 @@ import numpy as np
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qvd_jax import checkpoint
+from qvd_jax import items
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
@@ -349,9 +349,5 @@ def _merge(fresh: Params, trained: Params, where: str) -> Params:
     """
     have = flax.traverse_util.flatten_dict(fresh, sep="/")
     given = flax.traverse_util.flatten_dict(trained, sep="/")
-    checkpoint.check_tree(
-        {name: leaf.shape for name, leaf in given.items()},
-        {name: have[name].shape for name in given if name in have},
-        where,
-    )
+    items.check_tree(given, {name: have[name] for name in given if name in have}, where)
     return flax.traverse_util.unflatten_dict({**have, **given}, sep="/")

@@ -14,9 +14,12 @@ Videos are channels-last everywhere, `[B, F, H, W, C]`; H and W count pixels, or
 positions where the text says so. Other layouts exist only inside `convert/`.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.export
+
+T = TypeVar("T")
 
 Array = jax.Array
 Params = Any
@@ -30,3 +33,11 @@ Positions = Literal["sinusoidal", "stored"]
 
 Transposes = Literal["input", "output"] | None
 """Which of a layer's input and output lies in memory with the tokens last, as attention has it."""
+
+
+def exportable(tree: type[T]) -> type[T]:
+    """Names a NamedTuple of arrays for `jax.export`, which writes no tree it has no name of."""
+    jax.export.register_namedtuple_serialization(
+        tree, serialized_name=f"{tree.__module__}.{tree.__qualname__}"
+    )
+    return tree

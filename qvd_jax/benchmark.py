@@ -106,7 +106,7 @@ def measure_sample(args: argparse.Namespace) -> Measured:
     starts = sampling.measure_start(case, variants)
     timed = rounds.measure({unet.OURS: sampling.build}, case, variants, args.rounds)
     results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
-    shown = f"{sampling.table(starts)}\n\n{rounds.table(timed, variants[0])}"
+    shown = f"{sampling.start_table(starts)}\n\n{rounds.table(timed, variants[0])}"
     return case, results, shown
 
 

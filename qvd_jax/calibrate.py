@@ -17,7 +17,6 @@ from qvd_jax.cli import (
     asked_scheduler,
     check_videos,
     command,
-    enable_compilation_cache,
     note_unknown_words,
     passed,
     positive_int,
@@ -67,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
-    enable_compilation_cache()
     with restoring(argv):
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)

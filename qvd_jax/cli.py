@@ -15,7 +15,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 
 from qvd_jax import files, memory
@@ -114,15 +113,6 @@ def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
 def command_line(module: str, argv: Sequence[str] | None) -> str:
     """What runs the command again, quoted for a shell."""
     return f"python -m {module} {shlex.join(sys.argv[1:] if argv is None else argv)}"
-
-
-def enable_compilation_cache() -> str:
-    """Keeps compiled programs between runs, where JAX_COMPILATION_CACHE_DIR says or at home."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(home / "qvd_jax" / "xla")
-    jax.config.update("jax_compilation_cache_dir", place)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    return place
 
 
 def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:

@@ -19,7 +19,6 @@ from qvd_jax.cli import (
     check_videos,
     command,
     command_line,
-    enable_compilation_cache,
     note_unknown_words,
     positive_int,
     read_control,
@@ -48,7 +47,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = read_cases(args)
     cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
-    enable_compilation_cache()
 
     sharding = devices_for(min(BATCH, len(cases.inputs)))
     with restoring(argv):

@@ -22,7 +22,6 @@ from qvd_jax.cli import (
     check_videos,
     command,
     control_fps,
-    enable_compilation_cache,
     note_unknown_words,
     passed,
     positive_int,
@@ -38,6 +37,7 @@ from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.loading import devices_for, load
 from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 
 _OPTIONS = (
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
-    print(f"compilation cache: {enable_compilation_cache()}")
+    print(f"compilation cache: {enable_compilation_cache() or 'none'}")
 
     with restoring(argv):
         loaded = [timed_load(name, args, len(inputs.names)) for name in names]

@@ -26,7 +26,7 @@ from rescaling import rescale_channels
 
 import qvd_jax
 from qvd_jax import checkpoint, markdown
-from qvd_jax.cli import enable_compilation_cache, read_prompts
+from qvd_jax.cli import read_prompts
 from qvd_jax.environment import environment
 from qvd_jax.evaluation import pairs
 from qvd_jax.evaluation.cases import Cases
@@ -58,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.videos > BATCH and args.videos % BATCH:
         parser.error(f"--videos {args.videos} is no multiple of {BATCH}")
-    enable_compilation_cache()
     digest = run_digest()
     # What other code did, of another model or on another machine, is not taken for this run's.
     out = args.out / digest[:8]

@@ -62,7 +62,6 @@ def test_what_was_measured_reaches_the_aims():
 
 def test_without_arguments_it_is_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     assert sample.main(["--steps", "1", "--frames", "2"]) == 0
     assert {"video.mp4", "video.gif", "video.png"} <= {path.name for path in tmp_path.iterdir()}
     assert "moving shapes" in capsys.readouterr().out

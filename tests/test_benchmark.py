@@ -73,7 +73,14 @@ def test_checkpoints_are_timed_and_weighed(tiny_checkpoint, tmp_path, capsys, wh
     (result,) = json.loads(out.read_text())["results"]
     if what == "sample":
         assert result["cold_s"] > result["warm_s"] > result["median_s"] > 0
-        assert result["cold_s"] > result["cold_compile_s"] > result["warm_compile_s"]
+        for start in ("cold", "warm"):
+            parts = sampling.PARTS
+            spent = [result[f"{start}_{part}_s"] for part in parts]
+            assert min(spent) >= 0
+            assert sum(spent) == pytest.approx(result[f"{start}_s"])
+        # The same is compiled and traced; only once it is kept.
+        assert result["cold_compile_s"] > result["warm_compile_s"]
+        assert result["cold_trace_s"] > result["warm_trace_s"]
     else:
         assert 1e8 < result["load_bytes"] < result["sample_2_bytes"]
     assert "| checkpoint | dtype |" in capsys.readouterr().out

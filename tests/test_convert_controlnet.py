@@ -194,7 +194,6 @@ def walk(tmp_path) -> Path:
 
 
 def test_the_command_follows_a_video_at_its_rate(converted, walk, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     given = {}
 
     def without_sampling(_pipe, _inputs, options, *_):

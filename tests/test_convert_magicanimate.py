@@ -292,7 +292,6 @@ def test_names_are_those_of_the_real_model():
 
 @pytest.mark.slow
 def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     imageio.imwrite(tmp_path / "dancer.png", pixels(0))
     (tmp_path / "poses").mkdir()
     for number, pose in enumerate(pixels(1, 3)):

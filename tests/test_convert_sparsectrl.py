@@ -130,7 +130,6 @@ def test_an_original_file_is_its_folder(folders, kind):
 
 @pytest.mark.slow
 def test_calibrate_and_sample_with_a_condition(converted, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     _, folder = converted
     imageio.imwrite(tmp_path / "first.png", picture(0, 8, 12))
     (tmp_path / "prompts.txt").write_text("a\n")

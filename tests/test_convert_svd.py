@@ -259,7 +259,6 @@ def rounded_to_8_bits(unet: UNetSpatioTemporalConditionModel) -> torch.nn.Module
 @pytest.mark.slow
 def test_calibrate_and_sample_from_an_image(tiny, converted, tmp_path, monkeypatch, capsys):
     """Nearer to float than PyTorch's own rounding of every input over the range it has."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     imageio.imwrite(tmp_path / "cat.png", picture())
     size = ["--image", str(tmp_path / "cat.png"), "--height", "16", "--width", "24", "--steps", "2"]
     int8 = tmp_path / "int8"

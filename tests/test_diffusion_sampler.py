@@ -232,7 +232,7 @@ def test_one_scan_equals_scans_of_one_step_each(params, table):
 
 def test_prompts_seed_and_guidance_scale_change_the_video_without_compiling(params, table):
     before, _ = sample(params, table)
-    compiled = sample_steps._cache_size()
+    compiled = len(sample_steps.known)
     for change in (
         {"context": normal(7, 2 * VIDEOS, 5, 6)},
         {"seed": SEED + 1},
@@ -240,7 +240,7 @@ def test_prompts_seed_and_guidance_scale_change_the_video_without_compiling(para
     ):
         after, _ = sample(params, table, **change)
         assert relative_error(after.latents, before.latents) > 1e-3
-    assert sample_steps._cache_size() == compiled
+    assert len(sample_steps.known) == compiled
 
 
 def test_latents_that_are_not_finite_are_reported_by_step(params, table):

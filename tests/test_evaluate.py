@@ -51,7 +51,6 @@ class Tags(HTMLParser):
 
 @pytest.mark.slow
 def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("a red circle\n<b>a blue square\nx\n")
     out = tmp_path / "out"
     options = ["--reference", str(models[0]), "--candidate", *map(str, models[1:]), *SIZE]

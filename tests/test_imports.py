@@ -20,15 +20,17 @@ ALLOWED = {
     "files": {"errors"},
     "config": {"errors", "files"},
     "memory": {"axes", "errors"},
+    "programs": {"errors", "files"},
     "items": {"axes", "errors"},
     "checkpoint": GROUND | {"items", "memory"},
     "kernels": {"axes", "errors"},
     "models": GROUND | {"kernels"},
-    "diffusion": GROUND,
+    "diffusion": GROUND | {"programs"},
     "data": GROUND,
     "metrics": set(),
     "quant": GROUND | {"kernels", "models"},
-    "pipelines": GROUND | {"checkpoint", "items", "memory", "models", "diffusion", "quant"},
+    "pipelines": GROUND
+    | {"checkpoint", "diffusion", "items", "memory", "models", "programs", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
     "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.
@@ -36,7 +38,7 @@ ALLOWED = {
     | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
     "benchmarks": GROUND
-    | {"checkpoint", "cli", "kernels", "memory", "models", "pipelines", "quant"},
+    | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},
 }
 VERBS = {"calibrate", "sample", "evaluate", "benchmark", "train"}
 

@@ -73,10 +73,10 @@ def test_sampling_survives_save_and_load(pipe, tmp_path):
 def test_one_shape_compiles_once(pipe):
     options = {**SMALL, "output_type": "latents"}
     pipe("one", guidance_scale=5.0, **options)
-    compiled = sampler.sample_steps._cache_size()
+    compiled = len(sampler.sample_steps.known)
     pipe("two", "other", guidance_scale=3.0, seed=5, **options)
     pipe("three", latents=noise(1, 3, 4, 6, 4), **options)
-    assert sampler.sample_steps._cache_size() == compiled
+    assert len(sampler.sample_steps.known) == compiled
 
 
 def test_the_callback_sees_every_step_and_changes_nothing(pipe):

@@ -84,7 +84,6 @@ def test_the_tokenizer_may_be_shorter_than_the_encoder(tiny, pipe):
 
 
 def test_the_command_names_cut_words_once(tiny_checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
 
     def without_sampling(pipe, inputs, options, *_):
         pipe.encode_text(inputs)
@@ -180,7 +179,6 @@ def save_embeds(folder: Path) -> None:
 
 
 def test_the_command_takes_files_of_embeddings(tiny_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     save_embeds(tmp_path)
     given = {}
 

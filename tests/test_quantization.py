@@ -125,7 +125,7 @@ def test_a_checkpoint_loaded_again_is_not_traced_again(kind, tiny_checkpoint, qu
             given = pipe.unet, params, (context,), None
             return lambda: observation._observe.trace(*given, method="context_features")
         given = pipe.unet, params, jnp.arange(3.0), Conditions(context)
-        return lambda: sampler.prepare.trace(*given)
+        return lambda: sampler.prepare.jitted.trace(*given)
 
     first, second = (traces(use()) for _ in range(2))
     assert first > 0
@@ -296,7 +296,6 @@ def test_quantized_pipelines_are_not_quantized_again(quantized):
 def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
     tiny_checkpoint, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "own.yaml").write_text(
         "name: own\nrules:\n- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"
     )
@@ -324,7 +323,6 @@ def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
 
 
 def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "own.yaml").write_text(
         "name: own\nrules:\n- {pattern: '*/ff/*', spec: {method: scri}}\n"
         "- {pattern: '*/time_emb_proj', spec: {method: htdq}}\n"

@@ -13,11 +13,6 @@ from qvd_jax import sample
 SMALL = ["--frames", "3", "--height", "8", "--width", "12", "--steps", "2"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-
-
 def run(checkpoint, *arguments):
     return sample.main(["--checkpoint", str(checkpoint), *SMALL, *map(str, arguments)])
 

@@ -1,16 +1,16 @@
 """Whole videos from checkpoints: start-up without and with a cache, time, peak memory."""
 
 import itertools
-import os
+import math
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,11 +18,17 @@ import tqdm
 
 from qvd_jax import markdown, memory
 from qvd_jax.benchmarks.rounds import Run, Variant, in_fresh_process
-from qvd_jax.cli import enable_compilation_cache
+from qvd_jax.data import video_io
 from qvd_jax.memory import buffers_freed_at_once, tree_bytes
 from qvd_jax.pipelines.components import DTYPES
 from qvd_jax.pipelines.families import Takes
 from qvd_jax.pipelines.loading import load, read_configs
+from qvd_jax.pipelines.pipeline import VideoPipeline
+
+T = TypeVar("T")
+
+PARTS = ("import", "load", "trace", "compile", "sample", "decode", "write")
+"""What a process does until its first videos are written."""
 
 MEMORY_STEPS = (2, 8)
 """Numbers of steps whose peak memory is measured."""
@@ -54,22 +60,35 @@ class SampleCase:
 
 def build(case: SampleCase, variant: Variant) -> Run:
     """Sampling and decoding with the checkpoint that is the variant's mode."""
+    pipe, sample = _open(case, variant)
+
+    def run() -> None:
+        pipe.decode(sample())
+
+    return run
+
+
+def _open(
+    case: SampleCase, variant: Variant
+) -> tuple[VideoPipeline[Any], Callable[[], np.ndarray]]:
+    """The pipeline, and what samples latents with it."""
     with buffers_freed_at_once():
         pipe = load(variant.mode, dtype=DTYPES[variant.dtype])
     configs = read_configs(variant.mode)
     inputs, options = make_inputs(case, configs.takes, configs.defaults.prompts)
 
-    def run() -> None:
-        pipe(
+    def sample() -> np.ndarray:
+        return pipe(
             inputs,
             **options,
             steps=case.steps,
             frames=case.frames,
             height=case.height,
             width=case.width,
+            output_type="latents",
         )
 
-    return run
+    return pipe, sample
 
 
 def make_inputs(
@@ -139,8 +158,9 @@ def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[st
     """Seconds from a fresh process to its first videos, with an empty cache and with a full one.
 
     Returns:
-      For each variant `cold_s` and `warm_s`, imports and loading included, and `cold_compile_s`
-      and `warm_compile_s`, which is how much longer than the second videos the first ones took.
+      For each variant `cold_s` and `warm_s`, in which the videos were written, the parts of these
+      (`cold_import_s`, and so on: see `_first_videos`), and `second_s` of sampling and decoding the
+      same videos again in the same process.
     """
     results = []
     with tqdm.tqdm(total=2 * len(variants), desc="starting", unit="process") as bar:
@@ -148,9 +168,12 @@ def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[st
             spent: dict[str, float] = {}
             with tempfile.TemporaryDirectory() as cache:
                 for start in ("cold", "warm"):
-                    spent[f"{start}_s"], spent[f"{start}_compile_s"] = in_fresh_process(
+                    parts = in_fresh_process(
                         f"starting {variant.mode}", _first_videos, case, variant, cache, time.time()
                     )
+                    spent["second_s"] = parts.pop("second")
+                    spent[f"{start}_s"] = math.fsum(parts.values())
+                    spent |= {f"{start}_{part}_s": seconds for part, seconds in parts.items()}
                     bar.update()
             results.append({**asdict(variant), **spent})
     return results
@@ -185,8 +208,19 @@ def measure_cost(case: SampleCase, variant: Variant) -> dict[str, float]:
     return {"seconds": seconds, "peak_bytes": peak}
 
 
+def start_table(results: Sequence[dict[str, Any]]) -> str:
+    """Results of `measure_start` as Markdown: a line for each start, and what it is made of."""
+    rows = []
+    for r, start in itertools.product(results, ("cold", "warm")):
+        row = {"checkpoint": r["mode"], "dtype": r["dtype"], "cache": start}
+        for name, title in {"": "together", **{f"{part}_": part for part in PARTS}}.items():
+            row[title] = f"{r[f'{start}_{name}s']:.1f} s"
+        rows.append({**row, "again": f"{r['second_s']:.1f} s"})
+    return markdown.table(rows)
+
+
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results of either measurement as Markdown."""
+    """Results of the other measurements as Markdown."""
     rows = []
     for r in results:
         row = {"checkpoint": r["mode"], "dtype": r["dtype"]}
@@ -202,15 +236,57 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 def _first_videos(
     case: SampleCase, variant: Variant, cache: str, started: float
-) -> tuple[float, float]:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
-    enable_compilation_cache()
-    run = build(case, variant)
-    loaded = time.time()
-    run()
-    first = time.time()
-    run()
-    return first - started, (first - loaded) - (time.time() - first)
+) -> dict[str, float]:
+    """Seconds by what a process does until its first videos are written, and `second`.
+
+    What jax says of its own work is told apart: `trace` is tracing and lowering, or reading what
+    was kept of these; `compile` is XLA, or reading what was kept. `load`, `sample` and `decode`
+    are the rest of each.
+    """
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Seconds at which jax began and ended with something.
+    tracing: list[tuple[float, float]] = []
+    compiling: list[tuple[float, float]] = []
+
+    def note(event: str, duration_secs: float, **_: Any) -> None:
+        kind, interval = event.rpartition("/")[2], (time.time() - duration_secs, time.time())
+        if kind in ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration"):
+            tracing.append(interval)
+        elif kind == "backend_compile_duration":
+            compiling.append(interval)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    spent = {"import": time.time() - started, "trace": 0.0, "compile": 0.0}
+
+    def run(part: str, function: Callable[..., T], *arguments: Any) -> T:
+        begun = time.time()
+        result = function(*arguments)
+        traced, compiled = _covered(tracing), _covered(compiling)
+        spent["trace"] += traced
+        spent["compile"] += compiled
+        spent[part] = time.time() - begun - traced - compiled
+        tracing.clear()
+        compiling.clear()
+        return result
+
+    pipe, sample = run("load", _open, case, variant)
+    videos = run("decode", pipe.decode, run("sample", sample))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "videos.mp4"
+        run("write", video_io.write_video, file, np.concatenate(videos), pipe.defaults.fps)
+    begun = time.time()
+    pipe.decode(sample())
+    return {**spent, "second": time.time() - begun}
+
+
+def _covered(intervals: Sequence[tuple[float, float]]) -> float:
+    """How much time intervals cover, which may lie within one another."""
+    total, end = 0.0, 0.0
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def _load_only(case: SampleCase, variant: Variant) -> int:

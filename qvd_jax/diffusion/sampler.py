@@ -11,10 +11,12 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from qvd_jax.axes import Array, Params
+from qvd_jax.axes import Array, Params, exportable
 from qvd_jax.diffusion.solvers import StepTable, step
+from qvd_jax.programs import program
 
 
+@exportable
 class SamplerState(NamedTuple):
     """What one step hands to the next.
 
@@ -68,6 +70,7 @@ def window_frames(frames: int, window: int, *, closed: bool = False) -> np.ndarr
     return (np.array(starts)[:, None] + np.arange(window)) % frames
 
 
+@exportable
 class Conditions(NamedTuple):
     """What a pipeline makes of its inputs for the UNet.
 
@@ -91,6 +94,7 @@ class Conditions(NamedTuple):
     control_scale: Array | None = None
 
 
+@exportable
 class Prepared(NamedTuple):
     """What the UNet needs of the conditions and the steps, computed once before the loop.
 
@@ -113,7 +117,7 @@ class Prepared(NamedTuple):
     control_scale: Array | None = None
 
 
-@functools.partial(jax.jit, static_argnames="unet")
+@program(static=("unet",))
 def prepare(
     unet: nn.Module, params: Params, timesteps: Array, conditions: Conditions, gains: Any = None
 ) -> Prepared:
@@ -176,7 +180,7 @@ class SamplerConfig:
 
 
 # The state is donated: the loop then needs no second copy of the latents.
-@functools.partial(jax.jit, static_argnames=("unet", "config"), donate_argnames="state")
+@program(static=("unet", "config"), donated=("state",))
 def sample_steps(
     unet: nn.Module,
     params: Params,

@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, cast
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax.axes import Array
+from qvd_jax.axes import Array, exportable
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig, Solver
 from qvd_jax.errors import InputError
 
 
+@exportable
 class StepTable(NamedTuple):
     """Coefficients of all steps, float32, and numpy's until it is jitted.
 

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from qvd_jax.axes import Array, NormScope, Positions
+from qvd_jax.axes import Array, NormScope, Positions, exportable
 from qvd_jax.kernels.attention import (
     attention_over_frames,
     attention_over_positions,
@@ -23,6 +23,7 @@ from qvd_jax.models.layers import (
 from qvd_jax.models.norms import Normalized
 
 
+@exportable
 class Context(NamedTuple):
     """What a spatial transformer is told beside its own input.
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from qvd_jax.axes import Array
+from qvd_jax.axes import Array, exportable
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.layers import LayerSet, TimestepEmbedding, silu, sinusoidal_embedding
 from qvd_jax.models.stages import (
@@ -19,6 +19,7 @@ from qvd_jax.models.stages import (
 )
 
 
+@exportable
 class Residuals(NamedTuple):
     """What a ControlNet adds.
 

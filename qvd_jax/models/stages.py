@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax.numpy as jnp
 
-from qvd_jax.axes import Array
+from qvd_jax.axes import Array, exportable
 from qvd_jax.models.attention import (
     SpatialTransformer,
     SpatioTemporalTransformer,
@@ -60,6 +60,7 @@ def shortcut_splits(config: UNet3DConfig) -> dict[str, int]:
     }
 
 
+@exportable
 class Features(NamedTuple):
     """What the layers need and the latents do not change, computed before the sampling loop.
 

@@ -1,6 +1,5 @@
 """Image to video: an image becomes the UNet's context and part of its input (2311.15127)."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from qvd_jax.pipelines.pipeline import (
     VideoPipeline,
     check_images,
 )
+from qvd_jax.programs import program
 
 # Of the images CLIP was trained on.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -223,6 +223,6 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
     return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
 
 
-@functools.partial(jax.jit, static_argnames="encoder")
+@program(static=("encoder",))
 def _embed(encoder: CLIPVisionEncoder, params: Params, pixels: Array) -> Array:
     return encoder.apply({"params": params}, pixels[None])[0].astype(jnp.float32)

@@ -24,6 +24,7 @@ from qvd_jax.pipelines.components import DTYPES, ComponentConfigs, in_dtype
 from qvd_jax.pipelines.families import FAMILIES, Family, Takes
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, schedule_for
 from qvd_jax.pipelines.text import TextPipeline
+from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.quant.policy import Quantization
 from qvd_jax.quant.solve import LayerReport, examples
 
@@ -43,6 +44,9 @@ def load(
 ) -> VideoPipeline:
     """Loads a checkpoint.
 
+    What is compiled to sample with it is kept for other processes: see
+    `programs.enable_compilation_cache`.
+
     Args:
       path: its folder, or the name of a model of the package ("shapes").
       dtype: float32 or bfloat16, for parameters and computation; None keeps the stored one.
@@ -52,6 +56,7 @@ def load(
     Raises:
       InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
     """
+    enable_compilation_cache()
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
     family, configs, scheduler, defaults, quantization = parse_configs(path, manifest)

@@ -25,6 +25,7 @@ from qvd_jax.memory import tree_bytes
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, to_bytes
 from qvd_jax.pipelines.components import GAINS, ComponentConfigs
+from qvd_jax.programs import program
 from qvd_jax.quant.policy import Quantization
 
 _logger = logging.getLogger(__name__)
@@ -414,13 +415,13 @@ def check_images(
     return found
 
 
-@functools.partial(jax.jit, static_argnames="vae")
+@program(static=("vae",))
 def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
     mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")
     return mean[:, 0], log_variance[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("vae", "place"))
+@program(static=("vae", "place"))
 def _decode(
     vae: AutoencoderKL,
     params: Params,

@@ -1,6 +1,5 @@
 """What pipelines with a text encoder share."""
 
-import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPTextEncoder
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
+from qvd_jax.programs import program
 
 _logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _start(text: str, length: int = 40) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
-@functools.partial(jax.jit, static_argnames="encoder")
+@program(static=("encoder",))
 def _encode_text(encoder: CLIPTextEncoder, params: Params, ids: Array) -> Array:
     # Prompt by prompt: what one is embedded as must not depend on the others, even in rounding.
     return jax.lax.map(lambda row: encoder.apply({"params": params}, row[None])[0], ids)

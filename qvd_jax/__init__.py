@@ -13,6 +13,7 @@ from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig
 from qvd_jax.pipelines.animation import AnimationPipeline
+from qvd_jax.pipelines.export import export
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
 from qvd_jax.pipelines.loading import devices_for, load, save
 from qvd_jax.pipelines.observation import CalibrationConfig
@@ -45,6 +46,7 @@ __all__ = [
     "VideoDefaults",
     "VideoPipeline",
     "devices_for",
+    "export",
     "load",
     "quantize",
     "save",

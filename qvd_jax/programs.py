@@ -116,7 +116,7 @@ class Program:
             _describe(dict(static)),
             str(tree),
             *map(_shape, leaves),
-            f"{device.platform} {device.device_kind} {jax.device_count()}",
+            f"{device.platform} {device.device_kind} {jax.device_count()} {_cpu_features()}",
             *(f"{name} {jax.config.values[name]}" for name in sorted(_settings())),
             _code_digest(),
         ]
@@ -168,6 +168,14 @@ def _settings() -> frozenset[str]:
     """The names of jax's settings, but for those of its cache and its logs."""
     kept = {name for name in jax.config.values if not name.startswith("jax_compilation_cache")}
     return frozenset(kept - {"jax_logging_level", "jax_log_compiles"})
+
+
+@functools.cache
+def _cpu_features() -> str:
+    """What this CPU can do, by which int8 products are chosen."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 @functools.cache

@@ -21,6 +21,7 @@ ALLOWED = {
     "config": {"errors", "files"},
     "memory": {"axes", "errors"},
     "programs": {"errors", "files"},
+    "exported": set(),
     "items": {"axes", "errors"},
     "checkpoint": GROUND | {"items", "memory"},
     "kernels": {"axes", "errors"},
@@ -30,7 +31,7 @@ ALLOWED = {
     "metrics": set(),
     "quant": GROUND | {"kernels", "models"},
     "pipelines": GROUND
-    | {"checkpoint", "diffusion", "items", "memory", "models", "programs", "quant"},
+    | {"checkpoint", "diffusion", "exported", "items", "memory", "models", "programs", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
     "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.

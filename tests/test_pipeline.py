@@ -109,13 +109,13 @@ def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     # As if a quarter of the memory held two and a half frames.
     needed = tree_bytes(pipe.params["vae"]) + memory.total_bytes() // 10
     monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
-    decode, seen = pipeline._decode, []
+    decode, seen = pipeline.decode_frames, []
 
     def spy(vae, params, part, *place):
         seen.append(part.shape[1])
         return decode(vae, params, part, *place)
 
-    monkeypatch.setattr(pipeline, "_decode", spy)
+    monkeypatch.setattr(pipeline, "decode_frames", spy)
     np.testing.assert_array_equal(pipe.decode(latents), whole)
     assert seen == [2, 2, 2] * 2
 

@@ -35,13 +35,13 @@ def initial_state(latents: Array, table: StepTable) -> SamplerState:
     return SamplerState(latents, tuple(history))
 
 
-def initial_noise(seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+def initial_noise(seed: int | Array, videos: int, shape: tuple[int, ...]) -> Array:
     """Unit-normal noise `[B, *shape]`; a video's depends on the seed and its index alone."""
     keys = video_keys(seed, videos)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def video_keys(seed: int, videos: int) -> Array:
+def video_keys(seed: int | Array, videos: int) -> Array:
     """One random key for each video, `[B]`."""
     base = jax.random.key(seed)
     return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))

@@ -74,7 +74,7 @@ class AnimationPipeline(TextPipeline):
           InputError: an argument does not fit, before anything is computed; or a step produced
             values that are not finite.
         """
-        want = self._replace_defaults(
+        want = self.wanted(
             frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
         )
         images = check_images(images, want.height, want.width)

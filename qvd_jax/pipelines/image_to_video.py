@@ -107,7 +107,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
           InputError: an argument does not fit, before anything is computed; or a step produced
             values that are not finite.
         """
-        want = self._replace_defaults(
+        want = self.wanted(
             frames=frames,
             height=height,
             width=width,

@@ -192,12 +192,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """
         videos, frames, *_ = latents.shape
         weights, temporal = self.params["vae"], self.vae.config.temporal_decoder
-        decode_one = functools.partial(_decode, self.vae)
-        needed = memory.peak_bytes(decode_one, weights, latents[:1, :1]) - tree_bytes(weights)
-        share = _TEMPORAL_DECODE_SHARE if temporal else _DECODE_SHARE
-        together = int(share * memory.total_bytes() // needed)
-        chunks = math.ceil(frames / max(1, together))
-        size = math.ceil(frames / chunks)
+        size = self.decoded_together(latents.shape[1:])
         # A decoder that looks at neighboring frames has the whole chunk on each device.
         mesh, place = _mesh(weights), None
         if mesh is not None:
@@ -212,10 +207,22 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 chunk = video[None, first : first + size]
                 if place is not None:
                     chunk = jax.device_put(chunk, place)
-                part = _decode(self.vae, weights, chunk, place)
+                part = decode_frames(self.vae, weights, chunk, place)
                 decoded.append(np.asarray(part[0, start - first :]))
         result = np.concatenate(decoded)
         return result.reshape(videos, frames, *result.shape[1:])
+
+    def decoded_together(self, latents_shape: Sequence[int]) -> int:
+        """How many frames of a video, whose latents are `[F, h, w, C]`, are decoded at once."""
+        frames, *of_frame = latents_shape
+        weights, temporal = self.params["vae"], self.vae.config.temporal_decoder
+        one = jax.ShapeDtypeStruct((1, 1, *of_frame), jnp.float32)
+        decode_one = functools.partial(decode_frames, self.vae)
+        needed = memory.peak_bytes(decode_one, weights, one) - tree_bytes(weights)
+        share = _TEMPORAL_DECODE_SHARE if temporal else _DECODE_SHARE
+        together = int(share * memory.total_bytes() // needed)
+        chunks = math.ceil(frames / max(1, together))
+        return math.ceil(frames / chunks)
 
     def encode(self, images: np.ndarray | Array) -> tuple[Array, Array]:
         """Posterior of the latents of images.
@@ -228,8 +235,8 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """
         return _encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
 
-    def _replace_defaults(self, **asked: Any) -> Defaults:
-        """The defaults with what was asked for.
+    def wanted(self, **asked: Any) -> Defaults:
+        """What a video is to be like: the defaults with what was asked for.
 
         Raises:
           InputError: a number is not finite.
@@ -273,6 +280,21 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
 
+    def sampler_config(
+        self, want: VideoDefaults, schedule: Schedule, *, on_cpu: bool
+    ) -> SamplerConfig:
+        """What the loop over all steps is compiled for."""
+        return SamplerConfig(
+            count=len(schedule.table.timestep),
+            window=self.window(want.frames),
+            guided=want.guided,
+            closed=self.closed_windows,
+            # A batch saves no time on the CPU, and its rounding would depend on its size.
+            one_by_one=on_cpu,
+            noisy=bool(schedule.table.to_noise.any()),
+            clip=schedule.clip,
+        )
+
     def _note_windows(self, frames: int, want: Defaults) -> None:
         """Says of windows over a long video what shows where they meet."""
         window = self.window(want.frames)
@@ -312,17 +334,8 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
         prepared = sampler.prepare(unet, params, table.timestep, conditions, gains)
-        config = SamplerConfig(
-            count=count,
-            window=self.window(want.frames),
-            guided=want.guided,
-            closed=self.closed_windows,
-            # A batch saves no time on the CPU, and its rounding would depend on its size.
-            one_by_one=jax.default_backend() == "cpu",
-            noisy=bool(schedule.table.to_noise.any()),
-            clip=schedule.clip,
-            mesh=mesh,
-        )
+        config = self.sampler_config(want, schedule, on_cpu=jax.default_backend() == "cpu")
+        config = replace(config, count=count, mesh=mesh)
         for start in range(0, steps, count):
             state, finite = sampler.sample_steps(
                 unet,
@@ -422,7 +435,7 @@ def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, A
 
 
 @program(static=("vae", "place"))
-def _decode(
+def decode_frames(
     vae: AutoencoderKL,
     params: Params,
     latents: Array,

@@ -69,7 +69,7 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
         if not prompts:
             raise InputError("there are no prompts; at least one is needed")
         ids = jnp.asarray(self.token_ids(prompts, length), jnp.int32)
-        return _encode_text(self.text_encoder, self.params["text_encoder"], ids)
+        return encode_tokens(self.text_encoder, self.params["text_encoder"], ids)
 
     def token_ids(self, prompts: Sequence[str], length: int | None = None) -> np.ndarray:
         """Token ids `[B, L]` of the prompts; arguments as of `encode_text`."""
@@ -180,6 +180,7 @@ def _start(text: str, length: int = 40) -> str:
 
 
 @program(static=("encoder",))
-def _encode_text(encoder: CLIPTextEncoder, params: Params, ids: Array) -> Array:
+def encode_tokens(encoder: CLIPTextEncoder, params: Params, ids: Array) -> Array:
+    """Embeddings `[B, L, C]` of token ids `[B, L]`."""
     # Prompt by prompt: what one is embedded as must not depend on the others, even in rounding.
     return jax.lax.map(lambda row: encoder.apply({"params": params}, row[None])[0], ids)

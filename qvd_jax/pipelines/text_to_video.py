@@ -98,7 +98,7 @@ class TextToVideoPipeline(TextPipeline):
         )
         _check_lengths(inputs, negatives, self.context_length)
         is_negated = bool(negative_prompts) or negative_prompt_embeds is not None
-        want = self._replace_defaults(
+        want = self.wanted(
             frames=frames,
             height=height,
             width=width,

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import tqdm
 
-from convert.animatediff import PRESETS
-from convert.embeddings import parse_embedding
-from convert.lora import parse_lora
-from convert.pipeline import BytesRead, open_source, write_checkpoint
 from qvd_jax import checkpoint
 from qvd_jax.cli import command
 from qvd_jax.pipelines.components import DTYPES
+
+from .animatediff import PRESETS
+from .embeddings import parse_embedding
+from .lora import parse_lora
+from .pipeline import BytesRead, open_source, write_checkpoint
 
 
 @command

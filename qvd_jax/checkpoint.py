@@ -158,9 +158,9 @@ def read_manifest(path: Path) -> Manifest:
             f"package, is expected{hint}"
         )
     if not file.is_file():
-        hint = (
-            "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""
-        )
+        hint = ""
+        if (path / "model_index.json").exists():
+            hint = "; convert it first: python -m qvd_jax.convert"
         raise InputError(f"{path} is no qvd_jax checkpoint: it has no {MANIFEST}{hint}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

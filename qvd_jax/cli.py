@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import qvd_jax
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
@@ -110,9 +111,27 @@ def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
         otherwise(lost)
 
 
+def program(module: str) -> str:
+    """What a command is called: by `qvd`, which then names itself and its verb, or by Python."""
+    called = sys.argv[0]
+    return called if called.startswith("qvd ") else f"python -m {module}"
+
+
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, which can tell its version.
+
+    Args:
+      module: which Python can run as the command.
+      description: what the command does.
+    """
+    parser = argparse.ArgumentParser(prog=program(module), description=description)
+    parser.add_argument("--version", action="version", version=f"qvd_jax {qvd_jax.__version__}")
+    return parser
+
+
 def command_line(module: str, argv: Sequence[str] | None) -> str:
     """What runs the command again, quoted for a shell."""
-    return f"python -m {module} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    return f"{program(module)} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:

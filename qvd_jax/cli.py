@@ -75,7 +75,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
 
 
 class _Notes(logging.Handler):
-    """Prints what is logged as notes, the same one once."""
+    """Prints what is logged, the same once: warnings as notes, errors where errors stand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,10 @@ class _Notes(logging.Handler):
         message = record.getMessage()
         if message not in self._seen:
             self._seen.add(message)
-            print(f"note: {message}")
+            if record.levelno >= logging.ERROR:
+                print(f"WARNING: {message}", file=sys.stderr)
+            else:
+                print(f"note: {message}")
 
 
 @contextlib.contextmanager

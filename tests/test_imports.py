@@ -9,14 +9,24 @@ import pytest
 import qvd_jax
 
 ROOT = Path(qvd_jax.__file__).parent
-GROUND = {"axes", "config", "environment", "errors", "files", "markdown", "progress"}
+GROUND = {
+    "accelerators",
+    "axes",
+    "config",
+    "environment",
+    "errors",
+    "files",
+    "markdown",
+    "progress",
+}
 ALLOWED = {
+    "accelerators": {"environment"},
     "axes": set(),
     "environment": set(),
     "errors": set(),
     "markdown": set(),
     "progress": set(),
-    "quiet": {"remarks"},
+    "quiet": {"accelerators", "remarks"},
     "remarks": set(),
     "files": {"errors"},
     "config": {"errors", "files"},

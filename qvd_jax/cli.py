@@ -20,6 +20,7 @@ import numpy as np
 import qvd_jax
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
+from qvd_jax.data.prompts import read_prompts
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
 from qvd_jax.errors import InputError, naming
 from qvd_jax.pipelines.animation import check_motion
@@ -145,23 +146,6 @@ def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[N
     return memory.buffers_freed_at_once() if argv is None else contextlib.nullcontext()
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt for each line that is not blank.
-
-    Raises:
-      InputError: the file is missing, no UTF-8, or has no prompt.
-    """
-    files.check_readable(path, "a text file with one prompt a line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{path} has no prompts; one a line is expected")
-    return prompts
-
-
 class Inputs(NamedTuple):
     """What videos are made from.
 
@@ -179,7 +163,12 @@ class Inputs(NamedTuple):
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --prompt, --prompts-file, --image, --condition and --motion-video."""
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
-    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="F|NAME",
+        help="one prompt a line; the small model was calibrated with the package's (shapes)",
+    )
     parser.add_argument(
         "--image",
         type=Path,

@@ -127,6 +127,8 @@ def test_public_names_are_those_that_type_checkers_see():
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen.keys() == set(qvd_jax.__all__)
     for name, module in seen.items():
+        # Else the import of a module would put it in the place of what it defines.
+        assert module != f"qvd_jax.{name}"
         assert getattr(qvd_jax, name) is getattr(sys.modules[module], name)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         _ = qvd_jax.lode

@@ -1,4 +1,4 @@
-"""`python -m convert SOURCE --out DIR`: PyTorch checkpoint in, Orbax checkpoint out."""
+"""`python -m qvd_jax.convert SOURCE --out DIR`: PyTorch checkpoint in, Orbax checkpoint out."""
 
 import argparse
 import sys
@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 import tqdm
 
-from convert.animatediff import PRESETS
-from convert.embeddings import parse_embedding
-from convert.lora import parse_lora
-from convert.pipeline import BytesRead, open_source, write_checkpoint
 from qvd_jax import checkpoint
-from qvd_jax.cli import command
+from qvd_jax.cli import command, make_parser
 from qvd_jax.pipelines.components import DTYPES
+
+from .animatediff import PRESETS
+from .embeddings import parse_embedding
+from .lora import parse_lora
+from .pipeline import BytesRead, open_source, write_checkpoint
 
 
 @command
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m convert", description=__doc__)
+    parser = make_parser(__package__, __doc__)
     parser.add_argument(
         "source",
         type=Path,

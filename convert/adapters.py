@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.tensors import LazyTensor
+from .tensors import LazyTensor
 
 _EPSILON = np.finfo(np.float32).eps
 

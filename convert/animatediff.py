@@ -3,15 +3,16 @@
 import re
 from typing import Any
 
-from convert import config_classes as classes
-from convert import configs, keys, kinds, positions
-from convert.configs import Json
-from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
+
+from . import config_classes as classes
+from . import configs, keys, kinds, positions
+from .configs import Json
+from .tensors import Tensors
 
 PRESETS: dict[str, tuple[SchedulerConfig, dict[str, Any]]] = {
     "animatelcm": (schedules.ANIMATELCM, {"steps": 6, "guidance_scale": 2.0}),

@@ -6,13 +6,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from convert import config_classes as classes
-from convert import configs, keys
-from convert.configs import Json
-from convert.tensors import LazyTensor, Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from qvd_jax.models.vae import VAEConfig
+
+from . import config_classes as classes
+from . import configs, keys
+from .configs import Json
+from .tensors import LazyTensor, Tensors
 
 T = TypeVar("T")
 Read = tuple[T, tuple[str, ...]]

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from convert.configs import ConfigClass
+from .configs import ConfigClass
 
 _TRAINING = "acts in training only"
 _PRECISION = "concerns half precision; --dtype decides"

@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert import animatediff, configs, keys, kinds, ldm, positions
-from convert import config_classes as classes
-from convert.configs import Json
-from convert.tensors import LazyTensor, Tensors, open_model, read_json
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import ControlNetConfig, UNet3DConfig
 from qvd_jax.models.stages import skip_widths
+
+from . import animatediff, configs, keys, kinds, ldm, positions
+from . import config_classes as classes
+from .configs import Json
+from .tensors import LazyTensor, Tensors, open_model, read_json
 
 _ORIGINAL = "control_model."
 _EMBEDDING = "controlnet_cond_embedding"

@@ -5,15 +5,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert import animatediff, kinds, modelscope, positions, svd
-from convert import config_classes as classes
-from convert.configs import Json
-from convert.parts import Parts
-from convert.tensors import Tensors, Weights, open_model, read_json
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.pipelines.families import FAMILIES
 from qvd_jax.pipelines.pipeline import VideoDefaults
+
+from . import animatediff, kinds, modelscope, positions, svd
+from . import config_classes as classes
+from .configs import Json
+from .parts import Parts
+from .tensors import Tensors, Weights, open_model, read_json
 
 
 class OpenedUNet(NamedTuple):

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import pickles
-from convert.tensors import PICKLES, LazyTensor, Tensors, open_file
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
+
+from . import pickles
+from .tensors import PICKLES, LazyTensor, Tensors, open_file
 
 TABLE = "embeddings.token_embedding.weight"
 _IN_FOLDER = ("learned_embeds.safetensors", "learned_embeds.bin")

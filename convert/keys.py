@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from convert.kinds import describe
-from convert.tensors import Tensors
 from qvd_jax.errors import InputError
+
+from .kinds import describe
+from .tensors import Tensors
 
 
 def require(tensors: Tensors, name: str, problem: str) -> tuple[int, ...]:

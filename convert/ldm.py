@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert import keys
-from convert.companions import identity
-from convert.tensors import LazyTensor, Tensors
+from . import keys
+from .companions import identity
+from .tensors import LazyTensor, Tensors
 
 _OUTSIDE = {
     "time_embed.0.": "time_embedding.linear_1.",

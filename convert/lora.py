@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from convert import adapters, lora_header, lora_names
-from convert.adapters import Adapter
-from convert.lora_names import Layers, Place
-from convert.tensors import LazyTensor, Tensors, open_file
 from qvd_jax.errors import InputError
+
+from . import adapters, lora_header, lora_names
+from .adapters import Adapter
+from .lora_names import Layers, Place
+from .tensors import LazyTensor, Tensors, open_file
 
 
 class Merged(NamedTuple):

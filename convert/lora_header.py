@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from convert import adapters
-from convert.lora_names import Place
-from convert.tensors import LazyTensor, read_json
 from qvd_jax.errors import InputError
+
+from . import adapters
+from .lora_names import Place
+from .tensors import LazyTensor, read_json
 
 _METADATA = "lora_adapter_metadata"
 _CONFIG = "adapter_config.json"

@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from convert import animatediff, ldm
-from convert.tensors import Tensors
+from . import animatediff, ldm
+from .tensors import Tensors
 
 
 class Place(NamedTuple):

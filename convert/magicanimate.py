@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
-from convert import config_classes as classes
-from convert import configs
-from convert.tensors import Tensors, open_model, read_json
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig
+
+from . import config_classes as classes
+from . import configs
+from .tensors import Tensors, open_model, read_json
 
 
 def open_appearance_encoder(folder: Path, unet: UNet3DConfig) -> tuple[Tensors, tuple[str, ...]]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from convert import config_classes as classes
-from convert.configs import BOOKKEEPING, Json
 from qvd_jax.errors import InputError
+
+from . import config_classes as classes
+from .configs import BOOKKEEPING, Json
 
 _UNETS = tuple(
     known.name

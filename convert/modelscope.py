@@ -1,12 +1,13 @@
 """ModelScope's and ZeroScope's UNet: its config read from the keys."""
 
-from convert import config_classes as classes
-from convert import configs, keys
-from convert.configs import Json
-from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import MODELSCOPE, UNet3DConfig
+
+from . import config_classes as classes
+from . import configs, keys
+from .configs import Json
+from .tensors import Tensors
 
 
 def is_modelscope(tensors: Tensors) -> bool:

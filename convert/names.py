@@ -13,9 +13,10 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from convert.tensors import Tensors
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError
+
+from .tensors import Tensors
 
 Names = Callable[[str], tuple[str, ...]]
 """Our path, slash-separated, to the PyTorch tensors that are concatenated for it."""

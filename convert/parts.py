@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from convert import companions, kinds, ldm, model_index, single_file
-from convert import config_classes as classes
-from convert.configs import Json
-from convert.configs import read as read_config
-from convert.tensors import (
+from qvd_jax import checkpoint
+from qvd_jax.errors import InputError
+
+from . import companions, kinds, ldm, model_index, single_file
+from . import config_classes as classes
+from .configs import Json
+from .configs import read as read_config
+from .tensors import (
     PICKLES,
     Tensors,
     Weights,
@@ -16,8 +19,6 @@ from convert.tensors import (
     open_model,
     read_json,
 )
-from qvd_jax import checkpoint
-from qvd_jax.errors import InputError
 
 
 class Parts(NamedTuple):

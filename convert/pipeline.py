@@ -8,15 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 from jax.typing import DTypeLike
 
-from convert import animatediff, companions, keys, magicanimate, names, scheduler
-from convert.configs import Json
-from convert.controlnet import begin_controlnet, check_config, open_controlnet
-from convert.converters import CONVERTERS, OpenedUNet, open_unet
-from convert.embeddings import TABLE, add_embeddings, open_embedding
-from convert.lora import merge_loras
-from convert.names import Names
-from convert.parts import Parts, open_parts
-from convert.tensors import Tensors
 from qvd_jax import checkpoint, items, memory
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
@@ -25,6 +16,16 @@ from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.families import FAMILIES, Family
 from qvd_jax.pipelines.loading import check_vocabulary, load_tokenizer, make_manifest
 from qvd_jax.pipelines.pipeline import VideoDefaults
+
+from . import animatediff, companions, keys, magicanimate, names, scheduler
+from .configs import Json
+from .controlnet import begin_controlnet, check_config, open_controlnet
+from .converters import CONVERTERS, OpenedUNet, open_unet
+from .embeddings import TABLE, add_embeddings, open_embedding
+from .lora import merge_loras
+from .names import Names
+from .parts import Parts, open_parts
+from .tensors import Tensors
 
 T = TypeVar("T")
 

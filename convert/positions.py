@@ -4,9 +4,10 @@ import re
 
 import numpy as np
 
-from convert.tensors import LazyTensor, Tensors
 from qvd_jax.axes import Positions
 from qvd_jax.errors import InputError
+
+from .tensors import LazyTensor, Tensors
 
 # diffusers has one table for a block, the original code one for each of its attentions.
 _TABLE = re.compile(r"(?P<block>.+)\.(?:pos_embed|attn(?P<number>\d)\.pos_encoder)\.pe")

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert import companions, configs, keys, kinds, ldm, svd
-from convert import config_classes as classes
-from convert.configs import Json
-from convert.tensors import LazyTensor, Tensors, Weights, open_file, read_json
 from qvd_jax import checkpoint
 from qvd_jax.errors import InputError
+
+from . import companions, configs, keys, kinds, ldm, svd
+from . import config_classes as classes
+from .configs import Json
+from .tensors import LazyTensor, Tensors, Weights, open_file, read_json
 
 CLIP_TOKENIZER = Path(__file__).parent / "clip_tokenizer"
 """The tokenizer of CLIP, whose vocabulary all models of Stable Diffusion 1.5 have."""

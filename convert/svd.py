@@ -2,14 +2,15 @@
 
 import re
 
-from convert import config_classes as classes
-from convert import configs, keys
-from convert.configs import Json
-from convert.tensors import Tensors
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION, UNet3DConfig
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
+
+from . import config_classes as classes
+from . import configs, keys
+from .configs import Json
+from .tensors import Tensors
 
 _HEAD_WIDTH = 64
 _ID_WIDTH = 256

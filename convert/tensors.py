@@ -11,10 +11,11 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from convert import pickles
-from convert.kinds import weights_format
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
+
+from . import pickles
+from .kinds import weights_format
 
 
 class LazyTensor(NamedTuple):

@@ -24,7 +24,7 @@ from qvd_jax.benchmarks import (
     unet,
 )
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
-from qvd_jax.cli import add_size_arguments, command, command_line, positive_int
+from qvd_jax.cli import add_size_arguments, command, command_line, make_parser, positive_int
 from qvd_jax.environment import environment, version
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
@@ -231,7 +231,7 @@ def _peers(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qvd_jax.benchmark", description=__doc__)
+    parser = make_parser("qvd_jax.benchmark", __doc__)
     what = parser.add_subparsers(dest="what", required=True)
     parsers = {
         "products": what.add_parser("products", help="every formulation of every product by shape"),

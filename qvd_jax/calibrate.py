@@ -17,6 +17,7 @@ from qvd_jax.cli import (
     asked_scheduler,
     check_videos,
     command,
+    make_parser,
     note_unknown_words,
     passed,
     positive_int,
@@ -147,7 +148,7 @@ def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qvd_jax.calibrate", description=__doc__)
+    parser = make_parser("qvd_jax.calibrate", __doc__)
     parser.add_argument(
         "--checkpoint",
         default="shapes",

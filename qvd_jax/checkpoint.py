@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import flax
 import numpy as np
 
+import qvd_jax
 from qvd_jax import config as configs
 from qvd_jax import files, items
 from qvd_jax.axes import Params
@@ -85,8 +86,9 @@ def shapes_digest(manifest: Manifest, shapes: Mapping[str, Params]) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages a result depends on."""
-    names = ("qvd_jax", "jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
-    return {name: importlib.metadata.version(name) for name in names}
+    names = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+    others = {name: importlib.metadata.version(name) for name in names}
+    return {"qvd_jax": qvd_jax.__version__, **others}
 
 
 def write_directory(path: Path, *, overwrite: bool) -> AbstractContextManager[Path]:
@@ -158,9 +160,9 @@ def read_manifest(path: Path) -> Manifest:
             f"package, is expected{hint}"
         )
     if not file.is_file():
-        hint = (
-            "; convert it first: python -m convert" if (path / "model_index.json").exists() else ""
-        )
+        hint = ""
+        if (path / "model_index.json").exists():
+            hint = "; convert it first: python -m qvd_jax.convert"
         raise InputError(f"{path} is no qvd_jax checkpoint: it has no {MANIFEST}{hint}")
     try:
         data = json.loads(file.read_text(encoding="utf-8"))

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+import qvd_jax
 from qvd_jax import files, memory
 from qvd_jax.data import video_io
+from qvd_jax.data.prompts import read_prompts
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
 from qvd_jax.errors import InputError, naming
 from qvd_jax.pipelines.animation import check_motion
@@ -74,7 +76,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Main:
 
 
 class _Notes(logging.Handler):
-    """Prints what is logged as notes, the same one once."""
+    """Prints what is logged, the same once: warnings as notes, errors where errors stand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +87,10 @@ class _Notes(logging.Handler):
         message = record.getMessage()
         if message not in self._seen:
             self._seen.add(message)
-            print(f"note: {message}")
+            if record.levelno >= logging.ERROR:
+                print(f"WARNING: {message}", file=sys.stderr)
+            else:
+                print(f"note: {message}")
 
 
 @contextlib.contextmanager
@@ -110,9 +115,27 @@ def _interrupt_again(otherwise: Callable[[Any], object], lost: Any) -> None:
         otherwise(lost)
 
 
+def program(module: str) -> str:
+    """What a command is called: by `qvd`, which then names itself and its verb, or by Python."""
+    called = sys.argv[0]
+    return called if called.startswith("qvd ") else f"python -m {module}"
+
+
+def make_parser(module: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, which can tell its version.
+
+    Args:
+      module: which Python can run as the command.
+      description: what the command does.
+    """
+    parser = argparse.ArgumentParser(prog=program(module), description=description)
+    parser.add_argument("--version", action="version", version=f"qvd_jax {qvd_jax.__version__}")
+    return parser
+
+
 def command_line(module: str, argv: Sequence[str] | None) -> str:
     """What runs the command again, quoted for a shell."""
-    return f"python -m {module} {shlex.join(sys.argv[1:] if argv is None else argv)}"
+    return f"{program(module)} {shlex.join(sys.argv[1:] if argv is None else argv)}"
 
 
 def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
@@ -121,23 +144,6 @@ def restoring(argv: Sequence[str] | None) -> contextlib.AbstractContextManager[N
     A program that passes `argv` itself keeps its allocator as it is.
     """
     return memory.buffers_freed_at_once() if argv is None else contextlib.nullcontext()
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt for each line that is not blank.
-
-    Raises:
-      InputError: the file is missing, no UTF-8, or has no prompt.
-    """
-    files.check_readable(path, "a text file with one prompt a line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"{path} has no prompts; one a line is expected")
-    return prompts
 
 
 class Inputs(NamedTuple):
@@ -157,7 +163,12 @@ class Inputs(NamedTuple):
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --prompt, --prompts-file, --image, --condition and --motion-video."""
     parser.add_argument("--prompt", nargs="+", default=[], metavar="TEXT", help="one video each")
-    parser.add_argument("--prompts-file", type=Path, metavar="F", help="one prompt a line")
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="F|NAME",
+        help="one prompt a line; the small model was calibrated with the package's (shapes)",
+    )
     parser.add_argument(
         "--image",
         type=Path,

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
+import qvd_jax
+
 _PACKAGES = (
-    "qvd_jax",
     "jax",
     "jaxlib",
     "flax",
@@ -35,12 +36,13 @@ def environment(device: str | None = None) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {name: found for name in _PACKAGES if (found := version(name))}
     return {
         "device": device or _device_kind(),
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {name: found for name in _PACKAGES if (found := version(name))},
+        "versions": {"qvd_jax": qvd_jax.__version__, **versions},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 

@@ -19,6 +19,7 @@ from qvd_jax.cli import (
     check_videos,
     command,
     command_line,
+    make_parser,
     note_unknown_words,
     positive_int,
     read_control,
@@ -78,7 +79,7 @@ def read_cases(args: argparse.Namespace) -> Cases:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qvd_jax.evaluate", description=__doc__)
+    parser = make_parser("qvd_jax.evaluate", __doc__)
     parser.add_argument(
         "--reference", required=True, metavar="DIR|NAME", help="what the others are compared with"
     )

@@ -6,6 +6,7 @@ is none; XLA alone cannot be told, and its remarks are left out of the standard 
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import jax
 
-from qvd_jax import remarks
+from qvd_jax import accelerators, remarks
 
-_ACCELERATORS = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "nvidiactl", "dxg", "kfd")
-"""Under /dev: those of TPUs, of NVIDIA's GPUs (also under WSL) and of AMD's."""
+_ACCELERATORS = (*itertools.chain(*accelerators.DEVICES.values()), "nvidiactl", "kfd")
+"""Under /dev, those of AMD's GPUs as well."""
 
 
 @contextlib.contextmanager

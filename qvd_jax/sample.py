@@ -22,6 +22,7 @@ from qvd_jax.cli import (
     check_videos,
     command,
     control_fps,
+    make_parser,
     note_unknown_words,
     passed,
     positive_int,
@@ -262,7 +263,7 @@ def _count_compile_seconds() -> Callable[[], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qvd_jax.sample", description=__doc__)
+    parser = make_parser("qvd_jax.sample", __doc__)
     parser.add_argument(
         "--checkpoint",
         default="shapes-w8a8",

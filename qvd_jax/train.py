@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qvd_jax.cli import command
+from qvd_jax.cli import command, make_parser
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.shapes.classifier_task import ClassifierConfig, ClassifierTask
@@ -63,7 +63,7 @@ def make_task(config: RunConfig) -> loop.Task:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m qvd_jax.train", description=__doc__)
+    parser = make_parser("qvd_jax.train", __doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml")
     parser.add_argument(
         "--out",

@@ -26,7 +26,7 @@ from rescaling import rescale_channels
 
 import qvd_jax
 from qvd_jax import checkpoint, markdown
-from qvd_jax.cli import read_prompts
+from qvd_jax.data.prompts import EXAMPLES, read_prompts
 from qvd_jax.environment import environment
 from qvd_jax.evaluation import pairs
 from qvd_jax.evaluation.cases import Cases
@@ -46,7 +46,7 @@ WIDTHS = ("w8a8", "w6a6", "w4a8")
 ORDER = ("float", *WIDTHS, "w8a16")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
-PROMPTS = TESTS.parent / "configs/shapes_prompts.txt"
+PROMPTS = EXAMPLES / "shapes.txt"
 SIZE = ("steps", "frames", "height", "width")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import convert.__main__ as convert
 from qvd_jax import benchmark, calibrate, evaluate, sample, train
+from qvd_jax.__main__ import VERBS
 from qvd_jax.quant.policy import LayerSpec, named_policy, policy_names
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
@@ -23,6 +24,15 @@ COMMANDS = {
     "qvd_jax.benchmark": benchmark,
     "qvd_jax.train": train,
 }
+_COMMANDS = """# Commands
+
+Once the package is installed:
+
+{verbs}
+`python -m qvd_jax.VERB` is the same, in a clone also `python -m convert`. `--help` prints what
+stands here, `--version` the version.
+
+"""
 _WRITTEN = "<!-- Written by `python tests/reference.py`. -->\n\n"
 
 
@@ -41,14 +51,14 @@ def commands() -> str:
     """Every option of every command."""
     sections = []
     for name, parser in parsers().items():
-        actions = [action for action in parser._actions if action.dest != "help"]
+        actions = [action for action in parser._actions if action.dest not in ("help", "version")]
         text = parser.description or _help_of_part(name)
         level = "###" if " " in name else "##"
         rows = [(_call(action), _meaning(action)) for action in actions]
         sections.append(f"{level} {name}\n\n{inspect.cleandoc(text)}\n\n")
         sections[-1] += _table(("option", "meaning"), rows)
-    head = "# Commands\n\nEvery option of every command; `--help` prints the same.\n\n"
-    return _WRITTEN + head + "\n".join(sections)
+    verbs = _table(("command", "what"), [(f"`qvd {v}`", what) for v, (_, what) in VERBS.items()])
+    return _WRITTEN + _COMMANDS.format(verbs=verbs) + "\n".join(sections)
 
 
 def policies() -> str:

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 from jax.experimental import pallas as pl
 
-from qvd_jax import benchmark
+from qvd_jax import accelerators, benchmark
 from qvd_jax.benchmarks import chips, compiled, compilers, footprint, hlo, roof, rounds
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.benchmarks.unet import Case
@@ -376,27 +376,27 @@ def test_bad_input_is_refused_in_one_line(capsys, arguments, message):
 @pytest.mark.parametrize(
     ("chip", "found", "message"),
     [
-        ("v5e", None, r"libtpu, which compiles for a v5e, is missing; .*'jax\[tpu\]=="),
+        ("v5e", None, r"compile for a v5e: libtpu is missing; .*'jax\[tpu\]=="),
         (
             "v6e",
             "0.0.1",
             r"libtpu 0.0.1 does not fit jax .* asks for .*'jax\[tpu\]==",
         ),
-        ("h200", None, r"jax-cuda12-plugin, .* is missing; .*pip install 'jax\[cuda12\]=="),
+        ("h200", None, r"jax-cuda12-plugin is missing; .*pip install 'jax\[cuda12\]=="),
         ("h200", "99.0", r"jax-cuda12-plugin 99.0 does not fit jax"),
     ],
 )
 def test_a_compiler_that_is_missing_or_does_not_fit_is_named(
     capsys, monkeypatch, chip, found, message
 ):
-    monkeypatch.setattr(compilers, "version", lambda package: found)
+    monkeypatch.setattr(accelerators, "version", lambda package: found)
     assert benchmark.main(["compiled", "--chip", chip, *TINY]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
 
 
 def test_a_newer_compiler_than_jax_asks_for_is_taken_on_a_tpu(monkeypatch):
-    monkeypatch.setattr(compilers, "version", lambda package: "99.0")
+    monkeypatch.setattr(accelerators, "version", lambda package: "99.0")
     compilers.check_installed(chips.find("v5e"))
 
 

@@ -158,7 +158,7 @@ def component(name: str, **changes: object) -> Callable[[Path], None]:
         ),
         pytest.param(
             lambda path: (path / "manifest.json").rename(path / "model_index.json"),
-            "it has no manifest.json; convert it first: python -m convert",
+            "it has no manifest.json; convert it first: python -m qvd_jax.convert",
             id="diffusers folder",
         ),
         pytest.param(

@@ -19,6 +19,7 @@ from reference import pages, parsers
 from tables import DOCUMENTS, refresh
 
 import qvd_jax
+from qvd_jax.__main__ import VERBS
 from qvd_jax.calibrate import read_policy
 from qvd_jax.config import from_dict
 from qvd_jax.quant.policy import Policy
@@ -28,7 +29,9 @@ REFERENCE = pages()
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
-_OTHERS = re.compile(r"python3? -m (venv|pytest)\b|python -c |(mkdocs|grep|ruff) |\. |mypy$")
+_OTHERS = re.compile(
+    r"python3? -m (venv|pytest)\b|python -c |(mkdocs|grep|ruff) |\. |mypy$|qvd --version$"
+)
 
 
 def named(document: Path) -> str:
@@ -53,7 +56,7 @@ def commands(document: Path) -> Iterator[str]:
         for line in block.replace("\\\n", " ").splitlines():
             yield from (part for part in line.split(" && ") if part and part[0] != "#")
     for code in _INLINE.findall(prose(document)):
-        if re.match(r"python -m (convert|qvd_jax\.\w+) .*--", code) and "..." not in code:
+        if re.match(r"(python -m (convert|qvd_jax\.\w+)|qvd) .*--", code) and "..." not in code:
             yield code
 
 
@@ -112,12 +115,22 @@ def test_commands_are_parsed_by_their_programs(document):
         elif found := re.match(r"python (tests/\w+\.py)", program):
             assert (ROOT / found[1]).is_file(), command
         elif not _OTHERS.match(program):
-            _, _, module, *arguments = shlex.split(program)
+            module, arguments = called(shlex.split(program))
             assert module in known, command
             complaint = io.StringIO()
             with contextlib.redirect_stderr(complaint), contextlib.suppress(SystemExit):
                 check_values(known[module].parse_args(arguments))
             assert not complaint.getvalue(), f"{command}\n{complaint.getvalue()}"
+
+
+def called(words: list[str]) -> tuple[str, list[str]]:
+    """The module of a command, as the reference names it, and its arguments."""
+    if words[0] == "qvd":
+        module, arguments = VERBS[words[1]][0], words[2:]
+    else:
+        assert words[:2] == ["python", "-m"], words
+        module, arguments = words[2], words[3:]
+    return re.sub(r"^qvd_jax\.convert(\.__main__)?$", "convert", module), arguments
 
 
 def check_values(arguments) -> None:

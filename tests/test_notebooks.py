@@ -1,13 +1,16 @@
 """The notebooks run as they stand, in a process of their own for each."""
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -39,6 +42,29 @@ def test_notebooks_are_code_without_outputs(notebook):
     compile(program(notebook), notebook.name, "exec")
     for cell in json.loads(notebook.read_text())["cells"]:
         assert not cell.get("outputs"), "clear the outputs before committing"
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_install_for_their_device_beside_the_runtimes_torch_and_show_it(notebook):
+    """Without an upgrade pip leaves what fits; jax comes with the accelerator's part of itself."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    cells = json.loads(notebook.read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (line,) = re.findall(r"^%pip install -q (.*)$", code, re.MULTILINE)
+    assert not re.search(r"-U|--upgrade|torch", line)
+    choice = re.search(r"^extra = (.*)$", code, re.MULTILINE)
+    for runtime in ("cuda", "tpu", ""):
+        has = {"gpu": runtime == "cuda", "tpu": runtime == "tpu"}
+        extra = eval(choice[1], has) if choice else ""
+        asked = re.match(r"[\"']\.(?:\[([\w,]+)\])?[\"']", line.replace("{extra}", extra))
+        named = set((asked[1] or "").split(",")) - {""}
+        assert named <= extras.keys()
+        assert runtime in {*named, ""} or notebook.stem == "tpu"
+        for requirement in map(Requirement, itertools.chain(*(extras[name] for name in named))):
+            assert requirement.name != "torch" or requirement.specifier.contains("2.8.0")
+    assert "jax.devices()" in code
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from qvd_jax import calibrate, cli, evaluate, files, sample
-from qvd_jax.data import video_io
+from qvd_jax import calibrate, evaluate, files, sample
+from qvd_jax.data import prompts, video_io
+from qvd_jax.errors import InputError
 from qvd_jax.quant.policy import METHODS, WIDTHS, named_policy
 
 COMMANDS = {
@@ -63,7 +64,7 @@ def write_image(path: Path) -> None:
 
 
 READ = {
-    "prompts": (cli.read_prompts, lambda path: path.write_text("a\n\nb\n"), ["a", "b"]),
+    "prompts": (prompts.read_prompts, lambda path: path.write_text("a\n\nb\n"), ["a", "b"]),
     "policy": (
         lambda path: calibrate.read_policy(str(path)).rules[0].pattern,
         lambda path: path.write_text("name: own\nrules: [{pattern: '*/ff/*'}]\n"),
@@ -96,3 +97,16 @@ def test_a_policy_whose_name_a_file_has_is_the_named_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("qvd-w8a8").write_text("no policy")
     assert calibrate.read_policy("qvd-w8a8") == named_policy("qvd-w8a8")
+
+
+def test_the_packages_prompts_have_a_name_which_a_file_comes_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = prompts.read_prompts(Path("shapes"))
+    assert len(found) == 32
+    assert "a large pink star moving down on a gray background" in found
+    Path("shapes").write_text("a corgi")
+    assert prompts.read_prompts(Path("shapes")) == ["a corgi"]
+    with pytest.raises(
+        InputError, match=r"^\.\./shapes does not .*, or the name of the package's \(shapes\)"
+    ):
+        prompts.read_prompts(Path("../shapes"))

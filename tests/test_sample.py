@@ -77,7 +77,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompts-file", "{tmp}/none.txt"], "none.txt does not exist"),
         (
             ["--prompts-file", "{tmp}"],
-            "is a folder; a text file with one prompt a line is expected",
+            "is a folder; a text file with one prompt a line, or the name of",
         ),
         (["--prompts-file", "{tmp}/empty.txt"], "empty.txt has no prompts"),
         (["--prompts-file", "{tmp}/binary.txt"], "binary.txt is no UTF-8 text"),

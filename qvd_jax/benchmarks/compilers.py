@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.metadata
 import os
 import re
 from collections.abc import Iterator
@@ -14,9 +13,8 @@ import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from packaging.requirements import Requirement
-from packaging.version import Version
 
+from qvd_jax import accelerators
 from qvd_jax.benchmarks import hlo
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.environment import version
@@ -33,39 +31,9 @@ _TARGETS = Path(__file__).parent
 def check_installed(chip: Chip) -> None:
     """Raises `InputError` if a chip's compiler is missing, or not of a version for this JAX."""
     package, extra = _PACKAGES[chip.platform]
-    ours, found = importlib.metadata.version("jax"), version(package)
-    command = f"pip install 'jax[{extra}]=={ours}'"
-    if found is None:
-        raise InputError(
-            f"{package}, which compiles for a {chip.name}, is missing; on Linux: {command}"
-        )
-    asked = _asked_of(package, extra)
-    if asked is not None and not _fits(asked, found, newer=chip.platform == "tpu"):
-        raise InputError(
-            f"{package} {found} does not fit jax {ours}, which asks for {asked.specifier}: "
-            f"{command}"
-        )
-
-
-def _asked_of(package: str, extra: str) -> Requirement | None:
-    """What the installed JAX asks of a package, if anything."""
-    asked = map(Requirement, importlib.metadata.requires("jax") or ())
-    return next(
-        (
-            one
-            for one in asked
-            if one.name == package and one.marker and one.marker.evaluate({"extra": extra})
-        ),
-        None,
-    )
-
-
-def _fits(asked: Requirement, found: str, *, newer: bool) -> bool:
-    """Whether a version is one of those that are asked for, or a newer one where that works too."""
-    if asked.specifier.contains(found):
-        return True
-    wanted = [Version(one.version.removesuffix(".*")) for one in asked.specifier]
-    return newer and Version(found) >= max(wanted)
+    missing = accelerators.lack(package, extra, newer_works=chip.platform == "tpu")
+    if missing:
+        raise InputError(f"to compile for a {chip.name}: {missing}")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import tqdm
 from jax import lax
 from jax.typing import DTypeLike
 
-from qvd_jax import markdown, memory
+from qvd_jax import accelerators, markdown, memory
 from qvd_jax.axes import Array
 from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import first_line
@@ -137,6 +137,7 @@ def formulations(product: Product) -> dict[str, Formulation]:
 
 def check_fits(case: Case) -> None:
     """Raises `InputError` if memory cannot hold the largest."""
+    accelerators.check_used()
     memory.check_fits(needed_bytes(case), "the largest product")
 
 

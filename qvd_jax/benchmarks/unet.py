@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qvd_jax import memory
+from qvd_jax import accelerators, memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.memory import tree_bytes
@@ -124,6 +124,7 @@ def layers(case: Case, variant: Variant) -> LayerSet:
 
 def check_fits(case: Case, variants: Sequence[Variant]) -> None:
     """Raises `InputError` if memory cannot hold them."""
+    accelerators.check_used()
     what = f"the UNet at {case.height}x{case.width} latents"
     memory.check_fits(needed_bytes(case, variants), what)
 

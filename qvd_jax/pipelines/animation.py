@@ -11,6 +11,7 @@ from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.models.vae import to_unit_range
+from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
@@ -31,6 +32,7 @@ class AnimationPipeline(TextPipeline):
 
     closed_windows = True
 
+    @by_either_name
     def __call__(
         self,
         images: np.ndarray | Sequence[np.ndarray],

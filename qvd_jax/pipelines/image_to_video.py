@@ -13,6 +13,7 @@ from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPVisionEncoder
 from qvd_jax.models.vae import to_unit_range
+from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.pipeline import (
     OutputType,
@@ -61,6 +62,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
 
     networks = ("unet", "vae", "image_encoder")
 
+    @by_either_name
     def __call__(
         self,
         images: np.ndarray | Sequence[np.ndarray],

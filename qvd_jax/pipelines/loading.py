@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qvd_jax import checkpoint, items
+from qvd_jax import accelerators, checkpoint, items
 from qvd_jax.axes import Params
 from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
@@ -68,6 +68,7 @@ def load(
     # The VAE is float in every checkpoint.
     dtype = jnp.dtype(dtype or jax.tree.leaves(stored["vae"].shapes)[0].dtype)
     check_choice("dtype", dtype.name, tuple(DTYPES))
+    accelerators.check_used()
     shapes = {name: item.shapes for name, item in stored.items()}
     if manifest.checked == checkpoint.shapes_digest(manifest, shapes):
         expected = in_dtype(shapes, dtype, quantization)

@@ -14,6 +14,7 @@ from qvd_jax.axes import Array
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
+from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
@@ -29,6 +30,7 @@ _logger = logging.getLogger(__name__)
 class TextToVideoPipeline(TextPipeline):
     """A text-to-video model: AnimateDiff, ModelScope, ZeroScope."""
 
+    @by_either_name
     def __call__(
         self,
         prompts: str | Sequence[str] | None = None,

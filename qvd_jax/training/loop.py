@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import tqdm
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qvd_jax import checkpoint
+from qvd_jax import accelerators, checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
@@ -197,6 +197,7 @@ def data_mesh(config: LoopConfig) -> Mesh:
     Raises:
       InputError: it does not.
     """
+    accelerators.check_used()
     mesh = Mesh(np.array(jax.devices()), ("data",))
     if config.batch_size % mesh.size:
         raise InputError(

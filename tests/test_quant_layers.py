@@ -73,7 +73,7 @@ def case(conv, seed=0):
 def quantized(net, params, x, spec):
     """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
     places = draw_places(jax.random.key(0), 64)
-    _, found = observe(net, params, x, method="__call__", places=places)
+    _, found = observe(net, {"params": params}, x, places=places)
     assert list(found) == ["layer"]
     quantizer, rows = None, found["layer"].rows
     if needs_quantizer(spec):
@@ -325,7 +325,7 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     net = Net(FLOAT)
     params = net.init(jax.random.key(0), x)["params"]
     spec = LayerSpec("htdq")
-    _, found = observe(net, params, x, method="__call__", places=None)
+    _, found = observe(net, {"params": params}, x, places=None)
     np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
     record, report = solve_layer("layer", params["layer"], found["layer"], spec)
     layer = record.params()
@@ -388,7 +388,7 @@ def test_layers_without_a_spec_are_flax_own():
 def test_statistics_of_a_conv_are_patches_inside_the_image():
     net, params, x = case("3x3")
     places = draw_places(jax.random.key(1), 32)
-    _, found = observe(net, params, x, method="__call__", places=places)
+    _, found = observe(net, {"params": params}, x, places=places)
     images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
     patches = {
         images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)

@@ -333,6 +333,7 @@ def test_what_does_not_fit_is_one_message():
         quantize_module(norm, norm.init(KEY, x), [x])
 
 
+@pytest.mark.slow
 def test_the_page_runs_as_written(capsys):
     page = Path(__file__).parent.parent / "docs/how-to/your-own-model.md"
     for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S):

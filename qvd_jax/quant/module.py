@@ -178,7 +178,10 @@ class _Run(NamedTuple):
 def _check(module: nn.Module, variables: Any, batches: Any) -> Params:
     """The module's parameters, without what stands around them."""
     if not isinstance(module, nn.Module):
-        raise InputError(f"a flax.linen module is needed, not a {type(module).__name__}")
+        raise InputError(
+            f"a flax.linen module is needed, not a {type(module).__name__}; from_nnx makes one of "
+            f"a module of flax.nnx"
+        )
     if not isinstance(variables, Mapping) or not isinstance(variables.get("params"), Mapping):
         raise InputError('variables: a dict of collections is needed, with "params" among them')
     if isinstance(batches, jax.Array | np.ndarray | Mapping | str):

@@ -14,7 +14,7 @@ from parity import relative_error
 from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Configured
 from qvd_jax.quant import htdq
-from qvd_jax.quant.layers import QuantDense, SpecTable, layer_set
+from qvd_jax.quant.layers import QuantConv, QuantDense, SpecTable, layer_set
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import layouts, replace_layers
 from qvd_jax.quant.solve import find_quantizer, needs_quantizer, solve_layer
@@ -232,6 +232,31 @@ def test_only_a_padded_3x3_convolution_can_make_use_of_upsampling():
     module = layers.conv(OUTPUTS, (3, 3), strides=(2, 2), upsampled=True)
     with pytest.raises(ValueError, match="of an upsampled input must be 3x3, padded by 1, not of "):
         module.init(jax.random.key(0), jnp.ones((1, 4, 4, CHANNELS)))
+
+
+def test_a_layer_that_cannot_be_int8_is_refused_by_name():
+    specs = SpecTable(FrozenDict({"": LayerSpec("minmax")}))
+    grouped = QuantConv(8, (3,), feature_group_count=2, specs=specs)
+    with pytest.raises(InputError, match="QuantConv: its channels are in 2 groups"):
+        grouped.init(jax.random.key(0), jnp.ones((1, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"strides": 2, "padding": "VALID", "use_bias": False},
+        {"padding": "CAUSAL", "kernel_dilation": 2},
+        {"padding": "CIRCULAR"},
+        {"padding": 1, "feature_group_count": 4},
+        {"padding": ((2, 0),), "input_dilation": 2},
+        {"mask": np.tri(8)[None] * np.ones((3, 1, 1))},
+    ],
+)
+def test_float_convolutions_take_what_linens_own_takes(form):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    expected, variables = nn.Conv(8, (3,), **form).init_with_output(jax.random.key(1), x)
+    found = QuantConv(8, (3,), **form).apply(variables, x)
+    assert relative_error(found, expected) < 1e-6
 
 
 def test_inputs_round_halves_to_even_and_stop_at_the_last_code():

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
     from qvd_jax.pipelines.quantization import quantize
     from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+    from qvd_jax.quant.module import ModuleReport, QuantizedModule, quantize_module
+    from qvd_jax.quant.nnx import from_nnx
     from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 
 __version__ = "0.1.0"
@@ -42,7 +44,9 @@ __all__ = [
     "InputError",
     "LayerSet",
     "LayerSpec",
+    "ModuleReport",
     "Policy",
+    "QuantizedModule",
     "Rule",
     "SchedulerConfig",
     "TextToVideoPipeline",
@@ -53,8 +57,10 @@ __all__ = [
     "VideoPipeline",
     "devices_for",
     "export",
+    "from_nnx",
     "load",
     "quantize",
+    "quantize_module",
     "save",
 ]
 
@@ -74,6 +80,8 @@ _PLACES = {
     "pipelines.pipeline": ("VideoDefaults", "VideoPipeline"),
     "pipelines.quantization": ("quantize",),
     "pipelines.text_to_video": ("TextToVideoPipeline",),
+    "quant.module": ("ModuleReport", "QuantizedModule", "quantize_module"),
+    "quant.nnx": ("from_nnx",),
     "quant.policy": ("LayerSpec", "Policy", "Rule"),
 }
 """The public names by the module they are defined in, which is imported when one is asked for."""

@@ -43,6 +43,7 @@ ALLOWED = {
     "quant": GROUND | {"kernels", "models"},
     "pipelines": GROUND
     | {"checkpoint", "diffusion", "exported", "items", "memory", "models", "programs", "quant"},
+    "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
     "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.

@@ -90,6 +90,22 @@ def test_conv_equals_64_bit_integers(size, kernel, strides, padding, kind):
         np.testing.assert_array_equal(found, expected, implementation)
 
 
+@pytest.mark.parametrize(
+    ("size", "dilation", "strides"),
+    [((11,), (3,), (1,)), ((9, 8), (2, 3), (1, 2)), ((17, 16), (2, 1), (1, 1))],
+)
+def test_dilated_conv_is_that_of_a_kernel_with_zeros_between_its_taps(size, dilation, strides):
+    rng, rank = np.random.default_rng(0), len(size)
+    x, w = codes(rng, (2, *size, 5), "random"), codes(rng, (4, *(3,) * rank, 5), "random")
+    spread = np.zeros((4, *(2 * d + 1 for d in dilation), 5), np.int8)
+    spread[(slice(None), *(slice(None, None, d) for d in dilation))] = w
+    padding = ((2, 1),) * rank
+    expected = conv_in_64_bits(x, spread, strides, padding)
+    for implementation in (None, *int8.runnable_convs()):
+        found = int8.conv(x, w, sums(w), strides, padding, implementation, dilation)
+        np.testing.assert_array_equal(found, expected, implementation)
+
+
 @pytest.mark.parametrize(("size", "kernel", "strides", "padding"), CONVS)
 def test_patches_padded_as_on_accelerators_equal_64_bit_integers(
     size, kernel, strides, padding, monkeypatch

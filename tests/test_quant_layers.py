@@ -14,7 +14,7 @@ from parity import relative_error
 from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Configured
 from qvd_jax.quant import htdq
-from qvd_jax.quant.layers import QuantDense, SpecTable, layer_set
+from qvd_jax.quant.layers import QuantConv, QuantDense, SpecTable, layer_set
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import layouts, replace_layers
 from qvd_jax.quant.solve import find_quantizer, needs_quantizer, solve_layer
@@ -73,7 +73,7 @@ def case(conv, seed=0):
 def quantized(net, params, x, spec):
     """The quantized net, its parameters, the report and the rows it was calibrated on, of `x`."""
     places = draw_places(jax.random.key(0), 64)
-    _, found = observe(net, params, x, method="__call__", places=places)
+    _, found = observe(net, {"params": params}, x, places=places)
     assert list(found) == ["layer"]
     quantizer, rows = None, found["layer"].rows
     if needs_quantizer(spec):
@@ -234,6 +234,31 @@ def test_only_a_padded_3x3_convolution_can_make_use_of_upsampling():
         module.init(jax.random.key(0), jnp.ones((1, 4, 4, CHANNELS)))
 
 
+def test_a_layer_that_cannot_be_int8_is_refused_by_name():
+    specs = SpecTable(FrozenDict({"": LayerSpec("minmax")}))
+    grouped = QuantConv(8, (3,), feature_group_count=2, specs=specs)
+    with pytest.raises(InputError, match="QuantConv: its channels are in 2 groups"):
+        grouped.init(jax.random.key(0), jnp.ones((1, 4, 8)))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"strides": 2, "padding": "VALID", "use_bias": False},
+        {"padding": "CAUSAL", "kernel_dilation": 2},
+        {"padding": "CIRCULAR"},
+        {"padding": 1, "feature_group_count": 4},
+        {"padding": ((2, 0),), "input_dilation": 2},
+        {"mask": np.tri(8)[None] * np.ones((3, 1, 1))},
+    ],
+)
+def test_float_convolutions_take_what_linens_own_takes(form):
+    x = jax.random.normal(jax.random.key(0), (2, 7, 8))
+    expected, variables = nn.Conv(8, (3,), **form).init_with_output(jax.random.key(1), x)
+    found = QuantConv(8, (3,), **form).apply(variables, x)
+    assert relative_error(found, expected) < 1e-6
+
+
 def test_inputs_round_halves_to_even_and_stop_at_the_last_code():
     module = layer_set({"": LayerSpec("minmax")}).dense(1, use_bias=False)
     x = np.concatenate([np.arange(-520, 520) / 4, np.nextafter(np.arange(-127, 127) + 0.5, 0)])
@@ -325,7 +350,7 @@ def test_htdq_layer_equals_its_quantizer_in_float64():
     net = Net(FLOAT)
     params = net.init(jax.random.key(0), x)["params"]
     spec = LayerSpec("htdq")
-    _, found = observe(net, params, x, method="__call__", places=None)
+    _, found = observe(net, {"params": params}, x, places=None)
     np.testing.assert_array_equal(found["layer"].rows[:, 0], x)
     record, report = solve_layer("layer", params["layer"], found["layer"], spec)
     layer = record.params()
@@ -388,7 +413,7 @@ def test_layers_without_a_spec_are_flax_own():
 def test_statistics_of_a_conv_are_patches_inside_the_image():
     net, params, x = case("3x3")
     places = draw_places(jax.random.key(1), 32)
-    _, found = observe(net, params, x, method="__call__", places=places)
+    _, found = observe(net, {"params": params}, x, places=places)
     images = np.asarray(x).reshape(-1, 6, 5, CHANNELS)
     patches = {
         images[n, i : i + 3, j : j + 3].tobytes() for n, i, j in np.ndindex(len(images), 4, 3)

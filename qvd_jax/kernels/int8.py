@@ -74,6 +74,7 @@ def conv(
     strides: Sequence[int],
     padding: Padding,
     implementation: str | None = None,
+    dilation: Sequence[int] | None = None,
 ) -> Array:
     """Correlates channels-last codes with a kernel; what is padded has code 0.
 
@@ -84,6 +85,7 @@ def conv(
       strides: one for each spatial axis.
       padding: (low, high) for each spatial axis.
       implementation: one of `runnable_convs()`; None chooses by platform.
+      dilation: distance of the kernel's elements along each spatial axis; None is 1.
 
     Returns:
       int32 `[B, *out, O]`.
@@ -91,7 +93,8 @@ def conv(
     Raises:
       InputError: this machine cannot run the implementation.
     """
-    where = (tuple(strides), tuple(tuple(amounts) for amounts in padding))
+    dilation = tuple(dilation or (1,) * len(strides))
+    where = (tuple(strides), tuple(tuple(amounts) for amounts in padding), dilation)
     if implementation is not None:
         _check_runnable(implementation, runnable_convs())
         return _multiply(codes, weights, sums, implementation, (), where)
@@ -175,7 +178,7 @@ def _multiply(
     """A product by the implementation of each platform, `default`'s on all others.
 
     All of them are traced, whichever is compiled: by way of jit once for each shape, not for each
-    layer. `where` is strides and padding of a convolution.
+    layer. `where` is strides, padding and dilation of a convolution.
     """
     weights = weights.astype(jnp.int8)
 
@@ -195,7 +198,13 @@ def _multiply(
         )
 
 
-def xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padding) -> Array:
+def xla_conv(
+    codes: Array,
+    weights: Array,
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int] | None = None,
+) -> Array:
     """`conv` as XLA's own; on the GPU it exists only with a conversion to float32 behind it."""
     spatial = "DHW"[-(codes.ndim - 2) :]
     return lax.conv_general_dilated(
@@ -203,6 +212,7 @@ def xla_conv(codes: Array, weights: Array, strides: Sequence[int], padding: Padd
         weights,
         strides,
         padding,
+        rhs_dilation=dilation,
         dimension_numbers=(f"N{spatial}C", f"O{spatial}I", f"N{spatial}C"),
         preferred_element_type=jnp.int32,
     )
@@ -221,10 +231,15 @@ def _cpu_conv(spatial: Sequence[int], kernel: Sequence[int], strides: Sequence[i
 
 
 def _direct_conv(
-    codes: Array, weights: Array, sums: Array, strides: Sequence[int], padding: Padding
+    codes: Array,
+    weights: Array,
+    sums: Array,
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
 ) -> Array:
     del sums
-    return xla_conv(codes, weights, strides, padding)
+    return xla_conv(codes, weights, strides, padding, dilation)
 
 
 def _gathered_conv(
@@ -233,6 +248,7 @@ def _gathered_conv(
     sums: Array,
     strides: Sequence[int],
     padding: Padding,
+    dilation: Sequence[int],
     *,
     unsigned: bool,
     by_rows: bool,
@@ -251,14 +267,17 @@ def _gathered_conv(
     """
     product, fill = (_mixed_dot, _ZERO) if unsigned else (_signed_dot, 0)
     codes = _unsigned(codes) if unsigned else codes
-    kernel, step, parts = weights.shape[1:-1], 1, 1
+    kernel, step, parts, distance = weights.shape[1:-1], 1, 1, dilation[0]
     if by_rows:
         (parts, *width), (step, *steps) = kernel, strides
         kernel, strides = (1, *width), (1, *steps)
-    patches = jnp.concatenate(taps(codes, kernel, strides, padding, fill), axis=-1)
+    patches = jnp.concatenate(taps(codes, kernel, strides, padding, fill, dilation), axis=-1)
     rows = weights.reshape(len(weights), parts, -1)
-    last = patches.shape[1] - parts
-    products = (product(patches[:, i : i + last + 1 : step], rows[:, i]) for i in range(parts))
+    places = patches.shape[1] - (parts - 1) * distance
+    products = (
+        product(patches[:, i * distance : i * distance + places : step], rows[:, i])
+        for i in range(parts)
+    )
     total = functools.reduce(jnp.add, products)
     return _take_off_zeros(total, sums) if unsigned else total
 

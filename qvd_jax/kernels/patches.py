@@ -13,17 +13,27 @@ Padding = Sequence[tuple[int, int]]
 
 
 def output_sizes(
-    sizes: Sequence[int], kernel: Sequence[int], strides: Sequence[int], padding: Padding
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int] | None = None,
 ) -> list[int]:
     """Positions a convolution puts out along each spatial axis."""
+    axes = zip(sizes, kernel, strides, padding, dilation or (1,) * len(kernel), strict=True)
     return [
-        (size + sum(pad) - k) // stride + 1
-        for size, k, stride, pad in zip(sizes, kernel, strides, padding, strict=True)
+        (size + sum(pad) - (k - 1) * distance - 1) // stride + 1
+        for size, k, stride, pad, distance in axes
     ]
 
 
 def taps(
-    x: Array, kernel: Sequence[int], strides: Sequence[int], padding: Padding, fill: int = 0
+    x: Array,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Padding,
+    fill: int = 0,
+    dilation: Sequence[int] | None = None,
 ) -> list[Array]:
     """What each element of the kernel is multiplied with.
 
@@ -33,11 +43,13 @@ def taps(
       strides: one for each spatial axis.
       padding: (low, high) for each spatial axis.
       fill: what is padded.
+      dilation: distance of the kernel's elements along each spatial axis; None is 1.
 
     Returns:
       `[B, *out, C]` for each element, in row-major order.
     """
-    sizes = output_sizes(x.shape[1:-1], kernel, strides, padding)
+    dilation = dilation or (1,) * len(kernel)
+    sizes = output_sizes(x.shape[1:-1], kernel, strides, padding, dilation)
     # XLA would compute the producer of `x` anew for every tap: the barrier keeps it from that, and
     # on the CPU a concatenation, where `jnp.pad` would not. On the GPU `jnp.pad` is no pass of its
     # own: int8 convolutions move 0.75 to 0.9 of the bytes (compiled for an H200, not run).
@@ -49,8 +61,10 @@ def taps(
 
     def tap(offsets: Sequence[int]) -> Array:
         window = (
-            slice(start, start + (size - 1) * stride + 1, stride)
-            for start, size, stride in zip(offsets, sizes, strides, strict=True)
+            slice(offset * distance, offset * distance + (size - 1) * stride + 1, stride)
+            for offset, distance, size, stride in zip(
+                offsets, dilation, sizes, strides, strict=True
+            )
         )
         return padded[(slice(None), *window)]
 

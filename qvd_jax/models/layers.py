@@ -16,6 +16,14 @@ from qvd_jax.axes import Array, NormScope, Transposes
 from qvd_jax.kernels import conv_tpu, floating, layers_tpu
 from qvd_jax.kernels.activations import gelu
 from qvd_jax.kernels.tpu import on_tpu
+from qvd_jax.models.geometry import (
+    PADDED_3X3,
+    copies_edges,
+    extend,
+    geometry,
+    is_plain,
+    kernel_size,
+)
 from qvd_jax.models.norms import (
     GroupNorm,
     LayerNorm,
@@ -128,8 +136,11 @@ class Conv(nn.Conv):
     @nn.compact
     def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
-        channels, rank = x.shape[-1], len(self.kernel_size)
-        shape = (*self.kernel_size, channels, self.features)
+        if not is_plain(self):
+            y = super().__call__(value_of(x))
+            return y if residual is None else residual + y
+        channels, rank = x.shape[-1], len(kernel_size(self))
+        shape = (*kernel_size(self), channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
@@ -139,13 +150,16 @@ class Conv(nn.Conv):
             x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
         ) -> Array:
             values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
+            values = extend(self, values)
             batch = x.shape[: -rank - 1]
+            strides, padding, dilation = geometry(self, values.shape[-rank - 1 : -1])
             spatial = "DHW"[-rank:]
             y = floating.conv_general_dilated(
-                values.reshape(-1, *x.shape[-rank - 1 :]),
+                values.reshape(-1, *values.shape[-rank - 1 :]),
                 kernel,
-                self.strides,
-                self.padding,
+                strides,
+                padding,
+                rhs_dilation=dilation,
                 dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
             )
             y = _plus_bias(y, bias).reshape(*batch, *y.shape[1:])
@@ -169,7 +183,7 @@ class Conv(nn.Conv):
         return (
             is_activated_group_norm(x)
             and not self.upsampled
-            and self.is_padded_3x3
+            and self.is_padded_3x3(x.shape[-3:-1])
             and conv_tpu.can_use(x.shape[-3:-1], x.shape[-1], self.features, dtype)
         )
 
@@ -207,11 +221,10 @@ class Conv(nn.Conv):
         )
         return y.reshape(*x.shape[:-1], outputs)
 
-    @property
-    def is_padded_3x3(self) -> bool:
-        """Whether the result has the input's size, by a kernel of 3x3."""
-        form = (tuple(self.kernel_size), self.strides, self.padding)
-        return form == ((3, 3), (1, 1), ((1, 1), (1, 1)))
+    def is_padded_3x3(self, spatial: tuple[int, ...]) -> bool:
+        """Whether the result has the input's size, by a kernel of 3x3 on zeros around it."""
+        is_3x3 = kernel_size(self) == (3, 3) and not copies_edges(self)
+        return is_3x3 and geometry(self, spatial) == PADDED_3X3
 
     def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
         """Whether every position of an input stands twice: an odd side was cut."""

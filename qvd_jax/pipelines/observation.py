@@ -186,7 +186,7 @@ def _observe(
     *,
     method: str,
 ) -> tuple[Any, dict[str, Statistics]]:
-    return observe(unet, params, *arguments, method=method, places=places)
+    return observe(unet, {"params": params}, *arguments, method=method, places=places)
 
 
 def _add(parts: dict[str, list[Statistics]], found: dict[str, Statistics], where: str) -> None:

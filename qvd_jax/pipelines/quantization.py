@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import flax
-
 from qvd_jax.errors import InputError
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.unet3d import UNet3D
@@ -29,14 +27,7 @@ from qvd_jax.quant.policy import (
     named_policy,
 )
 from qvd_jax.quant.record import QuantizedParams, replace_layers
-from qvd_jax.quant.scri import ActivationQuantizer
-from qvd_jax.quant.solve import (
-    LayerReport,
-    find_quantizer,
-    needs_quantizer,
-    solve_layer,
-    step_gains,
-)
+from qvd_jax.quant.solve import LayerReport, solve_layers, step_gains
 from qvd_jax.quant.statistics import trace_layers
 
 _DEFAULT = CalibrationConfig()
@@ -109,6 +100,10 @@ def make_plan(
             f"the checkpoint is quantized already ({pipe.quantization.policy}); "
             f"a float one is needed"
         )
+    if not isinstance(pipe.unet, UNet3D):
+        raise InputError(
+            "the UNet has an adapter attached; merge it into the float weights (lora.merge) first"
+        )
     layers = unet_layers(pipe, options)
     specs = match(policy, layers)
     outside = _check_specs(pipe, specs)
@@ -148,34 +143,19 @@ def solve_plan(
       As `quantize`.
     """
     # What no data reached stays float.
-    layers = plan.layers
     specs = {path: spec for path, spec in plan.specs.items() if path in observed.joined}
     splits = shortcut_splits(pipe.unet.config)
-    flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     reports = []
     records: dict[str, QuantizedParams] = {}
-    shared: dict[Any, ActivationQuantizer] = {}
-    for done, (path, spec) in enumerate(specs.items()):
-        progress("layers", done, len(specs))
-        # Layers that read one tensor, in the same way, share its quantizer.
-        reader = layers[path].source, layers[path].kernel[:-2], spec
-        if needs_quantizer(spec) and reader not in shared:
-            readers = [
-                other
-                for other in specs
-                if (layers[other].source, layers[other].kernel[:-2], specs[other]) == reader
-            ]
-            kernels = [flat[f"{other}/kernel"] for other in readers]
-            shared[reader] = find_quantizer(observed.joined[path], kernels, spec, splits.get(path))
-        names = ("kernel", "bias")
-        layer = {name: flat[f"{path}/{name}"] for name in names if f"{path}/{name}" in flat}
-        record, report = solve_layer(path, layer, observed.joined[path], spec, shared.get(reader))
-        if spec.step_aware:
-            gain = step_gains(*observed.by_step[path], record, spec.activation_bits)
+    solved = solve_layers(plan.layers, specs, observed.joined, pipe.params["unet"], splits)
+    progress("layers", 0, len(specs))
+    for path, record, report in solved:
+        if specs[path].step_aware:
+            gain = step_gains(*observed.by_step[path], record, specs[path].activation_bits)
             record = record._replace(gain=gain)
         records[path] = record
         reports.append(report)
-    progress("layers", len(specs), len(specs))
+        progress("layers", len(records), len(specs))
     unet = UNet3D(pipe.unet.config, layer_set(specs, pipe.unet.layers.dtype))
     quantized, gains = replace_layers(pipe.params["unet"], records)
     params = {**pipe.params, "unet": quantized}

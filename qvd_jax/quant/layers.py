@@ -9,7 +9,6 @@ not clip it, and none where it does. The codes of the weights are integers and h
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
+from qvd_jax.errors import InputError
 from qvd_jax.kernels import floating, int8, layers_tpu
 from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.kernels.tpu import on_tpu
+from qvd_jax.models.geometry import copies_edges, extend, geometry, kernel_size
 from qvd_jax.models.layers import (
     Configured,
     Conv,
@@ -42,6 +43,7 @@ from qvd_jax.models.norms import (
     value_of,
 )
 from qvd_jax.quant.codec import channel_codes, max_code, two_range_codes
+from qvd_jax.quant.linen import why_float
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, layout
 
@@ -126,27 +128,31 @@ class QuantDense(StoredParams, Dense):
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        record, bits = _read(self, spec, x.shape[-1]), spec.activation_bits
+        record, bits = _read(self, spec, x), spec.activation_bits
         if bits == 16:
-            return self._finish(residual, _float_dot, value_of(x).astype(self.dtype), record)
+            values = value_of(x).astype(_result_dtype(self, x))
+            return self._finish(residual, _float_dot, values, record, values.dtype)
         if spec.method == "htdq":
             multiply = functools.partial(_two_range_dot, bits)
 
             def product(steps: Array, kernel: Array, sums: Array) -> Array:
                 return _straight_through(multiply, _float_dot, steps, kernel, sums, record.coarse)
 
-            return self._finish(residual, product, _steps(value_of(x), record, bits), record)
+            steps = _steps(value_of(x), record, bits)
+            return self._finish(residual, product, steps, record, _result_dtype(self, x))
 
         def in_passes(
             x: Array | Normalized, record: QuantizedParams, residual: Array | None
         ) -> Array:
             multiply = functools.partial(_product_of_codes, int8.dot)
             product = functools.partial(_straight_through, multiply, _float_dot)
-            return self._finish(residual, product, _steps(value_of(x), record, bits), record)
+            steps = _steps(value_of(x), record, bits)
+            return self._finish(residual, product, steps, record, _result_dtype(self, x))
 
         def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
             added = None if residual is None else as_images(residual)
-            output = layers_tpu.Output(record.scale, record.bias, self.dtype, self.gated, added)
+            dtype = _result_dtype(self, x)
+            output = layers_tpu.Output(record.scale, record.bias, dtype, self.gated, added)
             given = tpu_input(x, *record.quantizer, max_code(bits))
             y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, self.transposes)
             return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -163,6 +169,7 @@ class QuantDense(StoredParams, Dense):
         product: Callable[..., Array],
         inputs: Array,
         record: QuantizedParams,
+        dtype: DTypeLike,
     ) -> Array:
         """What is done behind a product of the inputs with kernel and, of codes, its sums."""
         by_output: tuple[Array, ...] = record.kernel, record.scale, record.bias
@@ -170,17 +177,17 @@ class QuantDense(StoredParams, Dense):
             by_output += (record.sums,)
 
         def scaled(inputs: Array, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
-            return _to_output(product(inputs, kernel, *sums), scale, bias).astype(self.dtype)
+            return _to_output(product(inputs, kernel, *sums), scale, bias).astype(dtype)
 
         if self.gated:
-            y = gated_product(scaled, inputs, by_output, axis=0).astype(self.dtype)
+            y = gated_product(scaled, inputs, by_output, axis=0).astype(dtype)
         else:
             y = scaled(inputs, *by_output)
         return y if residual is None else residual + y
 
 
 class QuantConv(StoredParams, Conv):
-    """`Conv` with explicit padding whose product is int8 where `specs` names its path.
+    """`Conv` whose product is int8 where `specs` names its path.
 
     Attributes:
       specs: of all layers.
@@ -194,16 +201,17 @@ class QuantConv(StoredParams, Conv):
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        if math.prod(self.kernel_size) == 1 and np.any(self.padding):
-            raise ValueError(f"padding = {self.padding} of a kernel of one tap is no use")
-        if self.upsampled and not self.is_padded_3x3:
+        if self.upsampled and not self.is_padded_3x3(x.shape[-3:-1]):
             raise ValueError(
                 "a convolution of an upsampled input must be 3x3, padded by 1, not of kernel, "
-                f"strides and padding {tuple(self.kernel_size)}, {self.strides}, {self.padding}"
+                f"strides and padding {kernel_size(self)}, {self.strides}, {self.padding}"
             )
-        rank, channels = len(self.kernel_size), x.shape[-1]
-        record, bits = _read(self, spec, channels, self.kernel_size), spec.activation_bits
+        rank, channels, dtype = len(kernel_size(self)), x.shape[-1], _result_dtype(self, x)
+        record, bits = _read(self, spec, x), spec.activation_bits
+        if copies_edges(self):
+            x = extend(self, value_of(x))
         batch, spatial = x.shape[: -rank - 1], x.shape[-rank - 1 : -1]
+        strides, padding, dilation = geometry(self, spatial)
 
         def as_batch(x: Array) -> Array:
             return x.reshape(-1, *spatial, channels)
@@ -211,21 +219,21 @@ class QuantConv(StoredParams, Conv):
         def border(record: QuantizedParams) -> Array | None:
             if record.taps is None:
                 return None
-            return border_bias(record.taps, spatial, self.strides, self.padding)
+            return border_bias(record.taps, spatial, strides, padding, dilation)
 
         def finish(product: Array, record: QuantizedParams, residual: Array | None) -> Array:
             y = _to_output(product, record.scale, record.bias)
             outside = border(record)
             y = y if outside is None else y + outside[None]
-            y = y.reshape(*batch, *y.shape[1:]).astype(self.dtype)
+            y = y.reshape(*batch, *y.shape[1:]).astype(dtype)
             return y if residual is None else residual + y
 
-        float_conv = functools.partial(_float_conv, self.strides, self.padding)
+        float_conv = functools.partial(_float_conv, strides, padding, dilation)
         if bits == 16:
-            values = as_batch(value_of(x)).astype(self.dtype)
+            values = as_batch(value_of(x)).astype(dtype)
             return finish(float_conv(values, record.kernel), record, residual)
         int8_conv: Callable[..., Array] = functools.partial(
-            int8.conv, strides=self.strides, padding=self.padding
+            int8.conv, strides=strides, padding=padding, dilation=dilation
         )
         differentiate: Callable[..., Array] = float_conv
         doubled = self.repeats_positions(spatial)
@@ -270,6 +278,7 @@ def border_bias(
     spatial: Sequence[int],
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
 ) -> Array:
     """What the input's shift adds at each output position.
 
@@ -281,30 +290,44 @@ def border_bias(
       spatial: the input's size along each axis.
       strides: one for each axis.
       padding: (low, high) for each axis.
+      dilation: distance of the taps along each axis.
 
     Returns:
       `[*out, O]`.
     """
-    sizes = output_sizes(spatial, taps.shape[:-1], strides, padding)
+    sizes = output_sizes(spatial, taps.shape[:-1], strides, padding, dilation)
     for axis, (size, out) in enumerate(zip(spatial, sizes, strict=True)):
         first = np.arange(out)[:, None] * strides[axis] - padding[axis][0]
-        place = first + np.arange(taps.shape[axis])[None]
+        place = first + np.arange(taps.shape[axis])[None] * dilation[axis]
         inside = ((place >= 0) & (place < size)).astype(np.float32)
         summed = jnp.tensordot(inside, taps, (1, axis), precision=lax.Precision.HIGHEST)
         taps = jnp.moveaxis(summed, 0, axis)
     return taps
 
 
-def _read(
-    layer: nn.Module, spec: LayerSpec, channels: int, kernel_size: Sequence[int] = ()
-) -> QuantizedParams:
-    """A layer's record, with scales as products need them."""
+def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> QuantizedParams:
+    """A layer's record, with scales as products need them.
+
+    Raises:
+      InputError: the layer is one that cannot be int8.
+    """
+    if reason := why_float(layer, x.shape):
+        raise InputError(f"{'/'.join(layer.path) or type(layer).__name__}: {reason}")
+    taps = kernel_size(layer) if isinstance(layer, nn.Conv) else ()
+    shapes = layout(spec, x.shape[-1], layer.features, taps).params()
     params = {
         name: layer.param(name, _INITIAL.get(name, nn.initializers.zeros), leaf.shape, leaf.dtype)
-        for name, leaf in layout(spec, channels, layer.features, kernel_size).params().items()
+        for name, leaf in shapes.items()
     }
     gain = layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else None
     return QuantizedParams(**params, gain=gain).in_float32()
+
+
+def _result_dtype(layer: nn.Module, x: Array | Normalized) -> jnp.dtype:
+    """That of a layer's result: its own, or what linen makes of its input's and its weights'."""
+    if layer.dtype is not None:
+        return jnp.dtype(layer.dtype)
+    return jnp.result_type(value_of(x).dtype, layer.param_dtype)
 
 
 def _steps(x: Array, record: QuantizedParams, bits: int) -> Array:
@@ -374,12 +397,15 @@ def _float_dot(x: Array, kernel: Array) -> Array:
 def _float_conv(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
     x: Array,
     kernel: Array,
 ) -> Array:
     weights = jnp.moveaxis(kernel, 0, -1).astype(x.dtype)
     numbers = _channels_last(kernel.ndim - 2)
-    return floating.conv_general_dilated(x, weights, strides, padding, dimension_numbers=numbers)
+    return floating.conv_general_dilated(
+        x, weights, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers
+    )
 
 
 def _float_conv_of_upsampled(

@@ -143,13 +143,8 @@ def named_policy(name: str) -> Policy:
     Raises:
       InputError: the method or the width is unknown.
     """
-    method, _, width = name.rpartition("-")
-    if method not in _NAMED or width not in WIDTHS:
-        raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
-    weight_bits, activation_bits = WIDTHS[width]
-    # With a float input there is nothing to be done about it.
-    methods = _NAMED["minmax" if activation_bits == 16 else method]
-    ordinary, temporal = (LayerSpec(kind, weight_bits, activation_bits) for kind in methods)
+    ordinary, temporal = _named_specs(name)
+    weight_bits = ordinary.weight_bits
     return Policy(
         name,
         (
@@ -160,6 +155,27 @@ def named_policy(name: str) -> Policy:
             Rule("*", ordinary),
         ),
     )
+
+
+def module_policy(name: str) -> Policy:
+    """The policy of a name for a module that is no UNet of these: one spec for all its layers.
+
+    Raises:
+      InputError: the method or the width is unknown.
+    """
+    ordinary, _ = _named_specs(name)
+    return Policy(name, (Rule("*", ordinary),))
+
+
+def _named_specs(name: str) -> tuple[LayerSpec, LayerSpec]:
+    """How a policy of a name quantizes ordinary layers, and those of temporal features."""
+    method, _, width = name.rpartition("-")
+    if method not in _NAMED or width not in WIDTHS:
+        raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
+    bits = WIDTHS[width]
+    # With a float input there is nothing to be done about it.
+    ordinary, temporal = _NAMED["minmax" if bits[1] == 16 else method]
+    return LayerSpec(ordinary, *bits), LayerSpec(temporal, *bits)
 
 
 @dataclass(frozen=True)
@@ -183,10 +199,11 @@ class TracedLayer:
 
     Attributes:
       path: module path, parts joined by "/".
-      kernel: shape of the kernel, `[*taps, C, O]`.
+      kernel: shape of the kernel as one matrix for each tap, `[*taps, C, O]`.
       inputs: shape of what it is called with in one forward, `[..., C]`.
       outputs: shape of what it returns, `[..., O]`.
-      source: number of the tensor it is called with; layers that share it read the same one.
+      source: number of the tensor it is called with; layers that share it read the same one,
+        along the same axes.
       upsampled: whether that is a nearest-neighbour upsampling.
     """
 

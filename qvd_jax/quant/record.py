@@ -160,14 +160,19 @@ def layouts(shapes: Params, specs: Mapping[str, LayerSpec]) -> dict[str, Quantiz
       InputError: the network has no such layer.
     """
     flat = flax.traverse_util.flatten_dict(shapes, sep="/")
-    unknown = [path for path in specs if f"{path}/kernel" not in flat]
+    unknown = [path for path in specs if leaf(path, "kernel") not in flat]
     if unknown:
         raise InputError(f"quantized layers that the UNet does not have: {', '.join(unknown)}")
     found = {}
     for path, spec in specs.items():
-        *kernel_size, channels, features = flat[f"{path}/kernel"].shape
+        *kernel_size, channels, features = flat[leaf(path, "kernel")].shape
         found[path] = layout(spec, channels, features, kernel_size)
     return found
+
+
+def leaf(path: str, name: str) -> str:
+    """The name of a layer's parameter among those of a network; a path may be that of the root."""
+    return f"{path}/{name}" if path else name
 
 
 def replace_layers(params: Params, records: Mapping[str, QuantizedParams]) -> tuple[Params, Params]:
@@ -180,12 +185,14 @@ def replace_layers(params: Params, records: Mapping[str, QuantizedParams]) -> tu
     Returns:
       The collections "params" and "quant", the latter empty without step-aware layers.
     """
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
-    kept = {name: leaf for name, leaf in flat.items() if name.rpartition("/")[0] not in records}
+    parts = {path: tuple(path.split("/")) if path else () for path in records}
+    flat = flax.traverse_util.flatten_dict(params)
+    layers = set(parts.values())
+    kept = {place: value for place, value in flat.items() if place[:-1] not in layers}
+    gains = {}
     for path, record in records.items():
-        kept |= {f"{path}/{name}": leaf for name, leaf in record.params().items()}
-    gains = {f"{path}/gain": r.gain for path, r in records.items() if r.gain is not None}
-    return (
-        flax.traverse_util.unflatten_dict(kept, sep="/"),
-        flax.traverse_util.unflatten_dict(gains, sep="/"),
-    )
+        kept |= {(*parts[path], name): value for name, value in record.params().items()}
+        if record.gain is not None:
+            gains[*parts[path], "gain"] = record.gain
+    unflatten = flax.traverse_util.unflatten_dict
+    return unflatten(kept), unflatten(gains)

@@ -8,10 +8,11 @@ bias of a layer with quantized inputs takes that constant (bias correction: Nage
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+import flax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,8 +26,8 @@ from qvd_jax.quant.codec import (
     max_code,
     quantize_weights,
 )
-from qvd_jax.quant.policy import LayerSpec
-from qvd_jax.quant.record import QuantizedParams, layout
+from qvd_jax.quant.policy import LayerSpec, TracedLayer
+from qvd_jax.quant.record import QuantizedParams, layout, leaf
 from qvd_jax.quant.statistics import Statistics
 
 # Of the layers that pictures show.
@@ -103,6 +104,46 @@ class _FloatLayer(NamedTuple):
     bias: Array
     kernel_size: tuple[int, ...]
     exact: Array
+
+
+def solve_layers(
+    layers: Mapping[str, TracedLayer],
+    specs: Mapping[str, LayerSpec],
+    statistics: Mapping[str, Statistics],
+    params: Params,
+    splits: Mapping[str, int],
+) -> Iterator[tuple[str, QuantizedParams, LayerReport]]:
+    """Quantizes layer after layer.
+
+    Args:
+      layers: by module path.
+      specs: of those that are quantized.
+      statistics: of their inputs.
+      params: of the float network.
+      splits: where a layer's input is a concatenation, of how many channels its first part is.
+
+    Yields:
+      Path, record and report of each layer.
+    """
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+
+    def kernel(path: str) -> Array:
+        return jnp.asarray(flat[leaf(path, "kernel")]).reshape(layers[path].kernel)
+
+    def reader(path: str) -> Any:
+        """Layers that read one tensor, in the same way, share its quantizer."""
+        return layers[path].source, layers[path].kernel[:-1], specs[path]
+
+    shared: dict[Any, scri.ActivationQuantizer] = {}
+    for path, spec in specs.items():
+        key = reader(path)
+        if needs_quantizer(spec) and key not in shared:
+            kernels = [kernel(other) for other in specs if reader(other) == key]
+            shared[key] = find_quantizer(statistics[path], kernels, spec, splits.get(path))
+        layer = {"kernel": kernel(path)}
+        if (bias := flat.get(leaf(path, "bias"))) is not None:
+            layer["bias"] = jnp.asarray(bias).reshape(-1)
+        yield path, *solve_layer(path, layer, statistics[path], spec, shared.get(key))
 
 
 def solve_layer(

@@ -1,17 +1,23 @@
 """What a layer's input is like: channel ranges and sampled rows, collected without the layer."""
 
+import contextlib
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import union_filters
 
 from qvd_jax.axes import Array
+from qvd_jax.models.geometry import geometry, kernel_size
 from qvd_jax.models.layers import Conv
 from qvd_jax.models.norms import Normalized, value_of
+from qvd_jax.quant.linen import channels_last, contracted, intercepting, kernel_shape
 from qvd_jax.quant.policy import TracedLayer
 
 
@@ -31,46 +37,75 @@ class Statistics(NamedTuple):
     finite: Array
 
 
+Traced = dict[str, TracedLayer]
+"""Layers by module path."""
+
+STATISTICS = "qvd_statistics"
+"""The collection in which layers leave the statistics of their inputs while they are observed.
+
+A collection passes flax's own transformations (`nn.remat`, `nn.jit`), and is not mutable inside
+those it does not pass.
+"""
+
+See = Callable[[nn.Module, Array | Normalized, Array], None]
+"""Called with a layer, its input and its result."""
+
+
+Select = Callable[[nn.Module, Array | Normalized], bool]
+"""Whether a layer that is called with an input is looked at."""
+
+
 def observe(
-    module: nn.Module, params: Any, *arguments: Any, method: str, places: Array | None
+    module: nn.Module,
+    variables: Any,
+    *arguments: Any,
+    places: Array | None,
+    select: Select = lambda layer, x: True,
+    mutable: Any = False,
+    **options: Any,
 ) -> tuple[Any, dict[str, Statistics]]:
     """Applies a module and collects the statistics of its Dense and conv layers' inputs.
 
     Args:
       module: built of float layers.
-      params: its parameters.
-      *arguments: of the method.
-      method: name of the method to apply.
+      variables: its own.
+      *arguments: of its call.
       places: where rows are sampled in every layer's input, as `draw_places` gives them; None
         takes all rows, in order.
+      select: which layers are observed.
+      mutable: which of the module's own collections may change.
+      **options: of `nn.Module.apply`, and the call's keyword arguments.
 
     Returns:
-      What the method returns, and the statistics by module path.
+      What the call returns, and the statistics by module path.
     """
-    found: dict[str, Statistics] = {}
 
     def collect(layer: nn.Module, x: Array | Normalized, _: Array) -> None:
-        path, seen = "/".join(layer.path), _statistics(layer, value_of(x), places)
-        # A layer may be called again for a reference.
-        found[path] = join([found[path], seen]) if path in found else seen
+        if not select(layer, x):
+            return
+        seen = _statistics(layer, value_of(x), places)
+        # A layer may be called again.
+        before = layer.get_variable(STATISTICS, "input")
+        seen = seen if before is None else join([before, seen])
+        layer.put_variable(STATISTICS, "input", seen)
 
-    with _watching(collect):
-        result = module.apply({"params": params}, *arguments, method=method)
-    return result, found
+    with watching(collect):
+        result, state = module.apply(
+            variables, *arguments, mutable=union_filters(mutable, STATISTICS), **options
+        )
+    found = flax.traverse_util.flatten_dict(state.get(STATISTICS, {}))
+    return result, {"/".join(path[:-1]): seen for path, seen in found.items()}
 
 
-def _watching(
-    see: Callable[[nn.Module, Array | Normalized, Array], None],
-) -> AbstractContextManager[Any]:
-    """Shows `see` every Dense and conv layer that is called, with its input and result."""
+def watching(see: See) -> AbstractContextManager[Any]:
+    """Shows `see` every layer of linen with weights that is called, with its input and result."""
 
-    def intercept(call: Any, arguments: Any, options: Any, context: Any) -> Any:
-        result = call(*arguments, **options)
-        if isinstance(context.module, nn.Dense | nn.Conv) and context.method_name == "__call__":
-            see(context.module, arguments[0], result)
+    def handle(layer: nn.Module, x: Array | Normalized, call: Callable[[], Array]) -> Array:
+        result = call()
+        see(layer, x, result)
         return result
 
-    return nn.intercept_methods(intercept)
+    return intercepting(handle)
 
 
 def draw_places(key: Array, rows: int) -> Array:
@@ -87,7 +122,7 @@ def _indices(shares: Array, size: int) -> Array:
 
 
 def _statistics(layer: nn.Module, x: Array, places: Array | None) -> Statistics:
-    x = x.astype(jnp.float32)
+    x = channels_last(layer, x.astype(jnp.float32))
     axes = tuple(range(x.ndim - 1))
     sampled = x.reshape(-1, 1, x.shape[-1])
     if places is not None and isinstance(layer, nn.Conv):
@@ -99,15 +134,17 @@ def _statistics(layer: nn.Module, x: Array, places: Array | None) -> Statistics:
 
 def _conv_rows(layer: nn.Conv, x: Array, places: Array) -> Array:
     """Patches of whole kernels, inside the image only: what is padded is no input."""
-    rank, rows = len(layer.kernel_size), len(places)
+    rank, rows = len(kernel_size(layer)), len(places)
     spatial, channels = x.shape[-rank - 1 : -1], x.shape[-1]
+    dilation = geometry(layer, spatial).dilation
     images = x.reshape(-1, *spatial, channels)
     image = _indices(places[:, 0], len(images))
     grids = []
-    for axis, (size, taken) in enumerate(zip(spatial, layer.kernel_size, strict=True)):
+    sizes = zip(spatial, kernel_size(layer), dilation, strict=True)
+    for axis, (size, taken, distance) in enumerate(sizes):
         # An image smaller than the kernel repeats its edge.
-        start = _indices(places[:, axis + 1], max(size - taken, 0) + 1)
-        place = jnp.minimum(start[:, None] + jnp.arange(taken)[None], size - 1)
+        start = _indices(places[:, axis + 1], max(size - (taken - 1) * distance - 1, 0) + 1)
+        place = jnp.minimum(start[:, None] + jnp.arange(taken)[None] * distance, size - 1)
         shape = [rows] + [1] * rank
         shape[axis + 1] = taken
         grids.append(place.reshape(shape))
@@ -127,28 +164,39 @@ def trace_layers(
       *inputs: what it is called with, or the shapes of it.
       method: which of its methods is called, or a function of the module and the inputs.
     """
-    found: dict[str, TracedLayer] = {}
-    # By identity, and kept, so that no other gets it.
-    sources: list[Array | Normalized] = []
-
-    def note(layer: nn.Module, x: Array | Normalized, result: Array) -> None:
-        path = "/".join(layer.path)
-        if path in found:
-            return
-        taps = tuple(layer.kernel_size) if isinstance(layer, nn.Conv) else ()
-        same = [number for number, source in enumerate(sources) if source is x]
-        sources.append(x)
-        source = same[0] if same else len(sources) - 1
-        kernel = (*taps, x.shape[-1], layer.features)
-        upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
-        # Of a gated layer the result is half of the outputs.
-        shape = result.shape if taps else (*x.shape[:-1], layer.features)
-        found[path] = TracedLayer(path, kernel, x.shape, shape, source, upsampled)
-
-    with _watching(note):
+    with tracing() as found:
         init = functools.partial(module.init, method=method)
         jax.eval_shape(init, jax.random.key(0), *inputs)
     return list(found.values())
+
+
+@contextlib.contextmanager
+def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
+    """Notes the layers that are called meanwhile, by path, with the shapes of the first call."""
+    found: Traced = {}
+    # By identity, and kept, so that no other gets it.
+    sources: list[tuple[Array | Normalized, tuple[int, ...]]] = []
+
+    def note(layer: nn.Module, x: Array | Normalized, result: Array) -> None:
+        path = "/".join(layer.path)
+        if path in found or not select(layer, x):
+            return
+        axes = contracted(layer, len(x.shape))
+        same = [n for n, (given, along) in enumerate(sources) if given is x and along == axes]
+        sources.append((x, axes))
+        source = same[0] if same else len(sources) - 1
+        kernel = kernel_shape(layer, math.prod(x.shape[axis] for axis in axes))
+        upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
+        if isinstance(layer, nn.Conv):
+            outputs = result.shape
+        else:
+            # Of a gated layer the result is half of the outputs.
+            kept = [size for axis, size in enumerate(x.shape) if axis not in axes]
+            outputs = (*kept, kernel[-1])
+        found[path] = TracedLayer(path, kernel, x.shape, outputs, source, upsampled)
+
+    with watching(note):
+        yield found
 
 
 def join(parts: list[Statistics]) -> Statistics:

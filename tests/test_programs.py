@@ -144,7 +144,11 @@ def test_layers_that_differ_are_told_apart():
     assert texts[1] == programs._describe(layer_set({}))
 
 
-@pytest.mark.parametrize("value", [lambda x: x, object(), Scale(1.0), {1.0, 2.0}], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [lambda x: x, object(), Scale(1.0), {1.0, 2.0}],
+    ids=["lambda", "object", "class", "set"],
+)
 def test_what_another_process_could_not_tell_apart_has_no_description(value):
     with pytest.raises(programs._UnknownError):
         programs._describe(value)

@@ -1,30 +1,47 @@
 """`python -m qvd_jax.convert SOURCE --out DIR`: PyTorch checkpoint in, Orbax checkpoint out."""
 
 import argparse
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import tqdm
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, files
 from qvd_jax.cli import command, make_parser
+from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import DTYPES
 
+from . import model_index
 from .animatediff import PRESETS
 from .embeddings import parse_embedding
 from .lora import parse_lora
 from .pipeline import BytesRead, open_source, write_checkpoint
+from .to_diffusers import open_checkpoint, write_folder
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, converts, prints what was written."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     started = time.perf_counter()
+    if args.to_diffusers is not None:
+        _write_back(parser, args)
+    elif args.source is None or args.out is None:
+        parser.error("SOURCE and --out are required, or --to-diffusers DIR OUT")
+    else:
+        _convert(args)
+    out = args.to_diffusers[1] if args.to_diffusers else args.out
+    size = checkpoint.disk_bytes(out)
+    print(f"{out}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
+
+
+def _convert(args: argparse.Namespace) -> None:
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     loras = [parse_lora(lora) for lora in args.lora]
     source = open_source(
@@ -39,16 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         appearance_encoder=args.appearance_encoder,
         config=args.config,
     )
-    print(source.description)
-    for note in source.notes:
-        print(f"note: {note}")
-    with tqdm.tqdm(unit="B", unit_scale=True, delay=0.5) as bar:
-
-        def on_progress(progress: BytesRead) -> None:
-            bar.total = progress.total
-            bar.set_description(progress.component, refresh=False)
-            bar.update(progress.done - bar.n)
-
+    _show(source.description, source.notes)
+    with _bar() as on_progress:
         write_checkpoint(
             source,
             args.out,
@@ -56,8 +65,48 @@ def main(argv: Sequence[str] | None = None) -> None:
             overwrite=args.overwrite,
             on_progress=on_progress,
         )
-    size = checkpoint.disk_bytes(args.out)
-    print(f"{args.out}: {size / 1e9:.2f} GB in {time.perf_counter() - started:.1f} s")
+
+
+def _write_back(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Writes a checkpoint as a pipeline folder of diffusers."""
+    given = [
+        action.option_strings[0] if action.option_strings else "SOURCE"
+        for action in parser._actions
+        if action.dest not in ("to_diffusers", "dtype", "overwrite", "help", "version")
+        and getattr(args, action.dest) != action.default
+    ]
+    if given:
+        raise InputError(f"--to-diffusers writes a checkpoint as it is, without {', '.join(given)}")
+    path, out = args.to_diffusers
+    files.check_folder(out, model_index.NAME, overwrite=args.overwrite)
+    pipeline = open_checkpoint(path)
+    _show(pipeline.pipeline, pipeline.notes)
+    with _bar() as on_progress:
+        write_folder(
+            pipeline,
+            out,
+            dtype=DTYPES[args.dtype],
+            overwrite=args.overwrite,
+            on_progress=on_progress,
+        )
+
+
+def _show(description: str, notes: Sequence[str]) -> None:
+    print(description)
+    for note in notes:
+        print(f"note: {note}")
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[BytesRead], None]]:
+    with tqdm.tqdm(unit="B", unit_scale=True, delay=0.5) as bar:
+
+        def on_progress(progress: BytesRead) -> None:
+            bar.total = progress.total
+            bar.set_description(progress.component, refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield on_progress
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,11 +114,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         type=Path,
+        nargs="?",
         metavar="SOURCE",
         help="diffusers folder of any family; Stable Diffusion 1.5 with --motion, a folder or one "
         "file; an original file of Stable Video Diffusion",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument(
+        "--to-diffusers",
+        nargs=2,
+        type=Path,
+        metavar=("DIR", "OUT"),
+        help="the way back: the checkpoint DIR, float or int8, as OUT, a pipeline folder of "
+        "diffusers; instead of SOURCE and --out",
+    )
     parser.add_argument(
         "--motion",
         type=Path,
@@ -124,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     return parser
 
 

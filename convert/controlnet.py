@@ -17,7 +17,7 @@ from qvd_jax.models.stages import skip_widths
 from . import animatediff, configs, keys, kinds, ldm, positions
 from . import config_classes as classes
 from .configs import Json
-from .tensors import LazyTensor, Tensors, open_model, read_json
+from .tensors import LazyTensor, Tensors, open_model, read_json, zeros
 
 _ORIGINAL = "control_model."
 _EMBEDDING = "controlnet_cond_embedding"
@@ -75,12 +75,27 @@ def open_controlnet(path: Path, begun: Mapping[str, LazyTensor]) -> ControlNet:
     if not any(name.startswith("controlnet_down_blocks.") for name in renamed):
         kind = kinds.describe(renamed) or "no ControlNet"
         raise InputError(f"{path} is {kind}: it has no controlnet_down_blocks")
-    frames = positions.length(renamed)
-    renamed, tables = positions.take(renamed)
-    config = _config(renamed, animatediff.is_original(tensors), str(path))
     json = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    original = animatediff.is_original(tensors)
+    found = read_controlnet(renamed, json, str(path), original_norms=original)
+    return found._replace(notes=(*tensors.notes, *notes))
+
+
+def read_controlnet(
+    tensors: Tensors, json: Json, where: str, *, original_norms: bool = False
+) -> ControlNet:
+    """Reads a ControlNet's shape from its tensors.
+
+    Args:
+      tensors: by diffusers' names, the motion modules' positional tables among them.
+      json: its `config.json`, which `check_config` compares; empty where there is none.
+      where: how messages name it.
+      original_norms: whether the norms follow the original code's scopes, not diffusers'.
+    """
+    rest, tables = positions.take(tensors)
+    config = _config(rest, original_norms, where)
     return ControlNet(
-        renamed, replace(config, positions=tables), (*tensors.notes, *notes), json, frames
+        rest, replace(config, positions=tables), json=json, frames=positions.length(tensors)
     )
 
 
@@ -148,9 +163,9 @@ def begin_controlnet(unet: Tensors, config: UNet3DConfig, stride: int) -> Tensor
         convs[f"controlnet_down_blocks.{i}"] = (width, width, 1, 1)
     last = config.block_channels[-1]
     convs["controlnet_mid_block"] = (last, last, 1, 1)
-    zeros = {f"{name}.weight": _zeros(shape) for name, shape in convs.items()}
-    zeros |= {f"{name}.bias": _zeros(shape[:1]) for name, shape in convs.items()}
-    return encoder | zeros
+    added = {f"{name}.weight": zeros(shape) for name, shape in convs.items()}
+    added |= {f"{name}.bias": zeros(shape[:1]) for name, shape in convs.items()}
+    return encoder | added
 
 
 def _open_original(
@@ -188,10 +203,6 @@ def _open_original(
             f"are as before its training: the UNet's own, and zeros in what it adds"
         )
     return found | {name: begun[name] for name in lacking}, tuple(notes)
-
-
-def _zeros(shape: tuple[int, ...]) -> LazyTensor:
-    return LazyTensor(shape, lambda: np.zeros(shape, np.float32))
 
 
 def _sum(base: LazyTensor, difference: LazyTensor) -> LazyTensor:

@@ -4,9 +4,11 @@ The map runs from our side: every parameter of a Flax module names the PyTorch t
 of, so a checkpoint fits exactly if these names are its names.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import flax
 import jax
@@ -16,13 +18,19 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Params
 from qvd_jax.errors import InputError
 
-from .tensors import Tensors
+from .tensors import LazyTensor, Tensors
 
 Names = Callable[[str], tuple[str, ...]]
 """Our path, slash-separated, to the PyTorch tensors that are concatenated for it."""
 
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 """Patterns in our paths and what PyTorch has instead, applied in order."""
+
+Folded = tuple[tuple[str, tuple[int, ...]], ...]
+"""Patterns in PyTorch's modules, and the kernels of those convolutions that are a Dense here.
+
+Their stride is their size. A parameter does not tell them from a linear layer.
+"""
 
 _LEAVES = {
     "kernel": "weight",
@@ -135,6 +143,67 @@ def build_params(
         params[path] = jax.block_until_ready(jax.device_put(array))
         on_bytes(array.nbytes)
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def split_params(
+    shapes: Params, names: Names, value: Callable[[str], np.ndarray], folded: Folded
+) -> Tensors:
+    """The PyTorch tensors that parameters are made of: the way back of `build_params`.
+
+    Args:
+      shapes: tree of the parameters' shapes.
+      names: which tensors make up each parameter.
+      value: gives a parameter by its path.
+      folded: the convolutions that are a Dense here.
+    """
+    flat = flax.traverse_util.flatten_dict(shapes, sep="/")
+    tensors = {}
+    for path, leaf in flat.items():
+        parts = names(path)
+        for number, name in enumerate(parts):
+            part = _Part(path, number, len(parts), _kernel_size(name, folded))
+            tensors[name] = LazyTensor(part.shape(leaf.shape), functools.partial(part.read, value))
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A PyTorch tensor within a parameter.
+
+    Attributes:
+      path: of the parameter.
+      number: which of its tensors it is.
+      count: how many tensors are concatenated for it.
+      kernel_size: of a convolution that is a Dense here; empty for all others.
+    """
+
+    path: str
+    number: int
+    count: int
+    kernel_size: tuple[int, ...]
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The tensor's, of the parameter's."""
+        shape = (*shape[:-1], shape[-1] // self.count) if shape else shape
+        if not self.path.endswith("kernel"):
+            return shape
+        *taps, channels, features = shape
+        size = (*taps, *self.kernel_size)
+        return features, channels // math.prod(self.kernel_size), *size
+
+    def read(self, value: Callable[[str], np.ndarray]) -> np.ndarray:
+        """The tensor, out of the parameter."""
+        whole = value(self.path)
+        array = np.split(whole, self.count, axis=-1)[self.number] if self.count > 1 else whole
+        if not self.path.endswith("kernel"):
+            return array
+        features, channels, *size = self.shape(whole.shape)
+        return np.moveaxis(array.reshape(*size, channels, features), (-1, -2), (0, 1))
+
+
+def _kernel_size(name: str, folded: Folded) -> tuple[int, ...]:
+    module = name.rpartition(".")[0]
+    return next((size for pattern, size in folded if re.search(pattern, module)), ())
 
 
 def _axes(path: str, ndim: int) -> tuple[int, ...]:

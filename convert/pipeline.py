@@ -69,7 +69,7 @@ class BytesRead(NamedTuple):
     total: int
 
 
-_NAMES: dict[str, Names] = {
+NAMES: dict[str, Names] = {
     "unet": names.UNET,
     "vae": names.VAE,
     "text_encoder": names.CLIP_TEXT,
@@ -201,7 +201,7 @@ def write_checkpoint(
     total = memory.tree_bytes(shapes)
     checkpoint.check_space(out.parent, total)
     for name, tensors in source.tensors.items():
-        names.check_names(shapes[name], _NAMES[name], tensors, name)
+        names.check_names(shapes[name], NAMES[name], tensors, name)
     with checkpoint.write_directory(out, overwrite=overwrite) as folder:
         done = 0
         for name, tensors in source.tensors.items():
@@ -211,7 +211,7 @@ def write_checkpoint(
                 done += count
                 on_progress(BytesRead(name, done, total))
 
-            params = names.build_params(shapes[name], _NAMES[name], tensors, dtype, on_bytes)
+            params = names.build_params(shapes[name], NAMES[name], tensors, dtype, on_bytes)
             items.save_params(folder, name, params)
             # Freed before the next component is read.
             jax.tree.map(lambda array: array.delete(), params)

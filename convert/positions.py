@@ -1,5 +1,6 @@
 """The positional tables that motion modules store beside their weights."""
 
+import math
 import re
 
 import numpy as np
@@ -12,6 +13,7 @@ from .tensors import LazyTensor, Tensors
 # diffusers has one table for a block, the original code one for each of its attentions.
 _TABLE = re.compile(r"(?P<block>.+)\.(?:pos_embed|attn(?P<number>\d)\.pos_encoder)\.pe")
 _BLOCK = re.compile(r"(.+\.motion_modules\..+)\.attn(\d)\.to_q\.weight")
+_STORED = re.compile(r".+\.motion_modules\..+\.positions\.\d")
 _ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
@@ -65,6 +67,31 @@ def take(tensors: Tensors) -> tuple[Tensors, Positions]:
     return rest, "stored"
 
 
+def give(tensors: Tensors, frames: int) -> Tensors:
+    """The tensors with diffusers' tables, one for each block: the way back of `take`.
+
+    Args:
+      tensors: with tables as `take` names them, or without any, which are sinusoids then.
+      frames: length of sinusoids.
+
+    Raises:
+      InputError: attentions of one block have different tables.
+    """
+    given = {name: t for name, t in tensors.items() if not _STORED.fullmatch(name)}
+    for block, number in (match.groups() for match in map(_BLOCK.fullmatch, tensors) if match):
+        table, name = tensors.get(f"{block}.positions.{int(number) - 1}"), f"{block}.pos_embed.pe"
+        if table is None:
+            width = tensors[f"{block}.attn{number}.to_q.weight"].shape[1]
+            table = _computed(frames, width)
+        elif name in given and not np.array_equal(given[name].read(), table.read()):
+            raise InputError(
+                f"the attentions of {block} have different positional tables; diffusers has one "
+                f"table for all of them"
+            )
+        given[name] = table
+    return given
+
+
 def _is_sinusoid(tensor: LazyTensor) -> bool:
     table = tensor.read()[0]
     return bool(
@@ -83,4 +110,14 @@ def _sinusoid(length: int, width: int) -> np.ndarray:
 
 
 def _computed(length: int, width: int) -> LazyTensor:
-    return LazyTensor((1, length, width), lambda: _sinusoid(length, width)[None].astype(np.float32))
+    """The table of diffusers, bit for bit, which has its angles in float32."""
+
+    def read() -> np.ndarray:
+        import torch
+
+        rates = torch.exp(torch.arange(0, width, 2) * (-math.log(1e4) / width))
+        angles = torch.arange(length)[:, None] * rates
+        table = torch.stack([angles.sin(), angles.cos()], dim=-1)
+        return table.reshape(1, length, -1)[..., :width].numpy()
+
+    return LazyTensor((1, length, width), read)

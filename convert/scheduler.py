@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from qvd_jax.config import from_dict
+from qvd_jax.config import from_dict, to_dict
 from qvd_jax.diffusion import schedules
 from qvd_jax.diffusion.schedules import SchedulerConfig, Solver
 
@@ -136,6 +136,21 @@ def _solver(data: Mapping[str, Any]) -> tuple[Solver | None, str | None]:
         if name == known:
             return solver, None
     return None, f"{name} is not supported"
+
+
+def to_json(config: SchedulerConfig) -> dict[str, Any]:
+    """The `scheduler_config.json` that `read` makes the config of: what a source would say."""
+    absent = SchedulerConfig(**schedules.ABSENT, solver=config.solver)
+    said = {
+        key: value
+        for key, value in to_dict(config).items()
+        if key != "solver" and value is not None and getattr(config, key) != getattr(absent, key)
+    }
+    algorithms = {solver: name for name, solver in reversed(_ALGORITHMS.items())}
+    name = CLASSES[config.solver]
+    if config.solver in algorithms:
+        said["algorithm_type"] = algorithms[config.solver]
+    return {"_class_name": name, **said}
 
 
 def replaced(

@@ -10,7 +10,7 @@ from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from . import config_classes as classes
 from . import configs, keys
 from .configs import Json
-from .tensors import Tensors
+from .tensors import Tensors, zeros
 
 _HEAD_WIDTH = 64
 _ID_WIDTH = 256
@@ -27,6 +27,22 @@ def is_svd(tensors: Tensors) -> bool:
 def without_dead(tensors: Tensors) -> Tensors:
     """The tensors less those of queries, keys and norm of the attention to a single token."""
     return {name: tensor for name, tensor in tensors.items() if not _DEAD.search(name)}
+
+
+def with_dead(tensors: Tensors) -> Tensors:
+    """The tensors with others in the place of those that `without_dead` leaves out."""
+    given = dict(tensors)
+    for name, tensor in tensors.items():
+        if not name.endswith("transformer_blocks.0.attn2.to_v.weight"):
+            continue
+        block, (width, context) = name.removesuffix("attn2.to_v.weight"), tensor.shape
+        given |= {
+            f"{block}attn2.to_q.weight": zeros((width, width)),
+            f"{block}attn2.to_k.weight": zeros((width, context)),
+            f"{block}norm2.weight": zeros((width,)),
+            f"{block}norm2.bias": zeros((width,)),
+        }
+    return given
 
 
 def unet_config(

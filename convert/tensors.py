@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import safetensors
+from jax.typing import DTypeLike
 
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_file
@@ -34,6 +36,11 @@ Tensors = dict[str, LazyTensor]
 """Tensors by their PyTorch names."""
 
 
+def zeros(shape: tuple[int, ...]) -> LazyTensor:
+    """A tensor of zeros."""
+    return LazyTensor(shape, lambda: np.zeros(shape, np.float32))
+
+
 class Weights(Tensors):
     """The tensors of a file or folder, and what else it holds.
 
@@ -51,6 +58,9 @@ class Weights(Tensors):
 
 
 _DIFFUSERS = "diffusion_pytorch_model"
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""What .safetensors files call them."""
 
 PICKLES = (".bin", ".ckpt", ".pth", ".pt")
 
@@ -114,6 +124,42 @@ def open_file(path: Path) -> Weights:
     if kind == "pickle" or path.suffix in PICKLES:
         return _open_pickle(path)
     raise InputError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)}")
+
+
+def write_safetensors(
+    path: Path, tensors: Tensors, dtype: DTypeLike, on_bytes: Callable[[int], None]
+) -> None:
+    """Writes tensors as a .safetensors file, one at a time.
+
+    The library's own writer takes all of them at once.
+
+    Args:
+      path: of the file.
+      tensors: by the names they get.
+      dtype: they get, float32 or bfloat16.
+      on_bytes: called after each tensor with its bytes.
+    """
+    dtype = np.dtype(dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + math.prod(tensor.shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPES[dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    # The data begin at a multiple of 8 bytes.
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in tensors.items():
+            array = np.ascontiguousarray(tensor.read(), dtype)
+            if array.size != math.prod(tensor.shape):
+                raise ValueError(f"{name} has shape {array.shape}, not {tensor.shape}")
+            array.tofile(file)
+            on_bytes(array.nbytes)
 
 
 def read_json(path: Path) -> dict[str, Any]:

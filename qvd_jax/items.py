@@ -9,6 +9,7 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
@@ -79,6 +80,17 @@ class StoredItem:
         """Raises `InputError` where the tree or a shape is not the expected, listing all."""
         check_tree(self.shapes, expected, str(self._place))
 
+    def value(self, path: str) -> np.ndarray:
+        """One array, by its path with slashes.
+
+        Raises:
+          InputError: it is damaged.
+        """
+        try:
+            return self._arrays[tuple(path.split("/"))].read().result()
+        except Exception as error:
+            raise self._damaged() from error
+
     def read(self, expected: Params, sharding: jax.sharding.Sharding | None = None) -> Params:
         """The arrays.
 
@@ -101,11 +113,14 @@ class StoredItem:
             for path, value in zip(arrays, _read_in_order(arrays.values()), strict=True):
                 found[path] = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
         except Exception as error:
-            # TensorStore's own message says nothing of use.
-            raise InputError(
-                f"{self._place} is damaged, or too large for the memory: its arrays cannot be read"
-            ) from error
+            raise self._damaged() from error
         return flax.traverse_util.unflatten_dict(found)
+
+    def _damaged(self) -> InputError:
+        # TensorStore's own message says nothing of use.
+        return InputError(
+            f"{self._place} is damaged, or too large for the memory: its arrays cannot be read"
+        )
 
 
 def _open_arrays(item: Path) -> Iterator[tuple[tuple[str, ...], ts.TensorStore]]:

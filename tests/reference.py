@@ -119,6 +119,8 @@ def _is_switch(action: argparse.Action) -> bool:
 
 def _value(action: argparse.Action) -> str:
     name = action.metavar or ("NAME" if action.choices else action.dest.upper())
+    if isinstance(name, tuple):
+        return " ".join(name)
     return f"{name} ..." if action.nargs == "+" else name
 
 

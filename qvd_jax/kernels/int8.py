@@ -393,7 +393,10 @@ _mixed_dot_p = jex.core.Primitive("mixed_int8_dot")
 
 @_mixed_dot_p.def_abstract_eval
 def _mixed_dot_shape(codes: Any, weights: Any) -> jax.core.ShapedArray:
-    return jax.core.ShapedArray((codes.shape[0], weights.shape[0]), jnp.int32)
+    # On a mesh of explicit axes rows and outputs lie as those of the operands.
+    rows, outputs = (operand.sharding.spec[0] for operand in (codes, weights))
+    sharding = codes.sharding.update(spec=jax.sharding.PartitionSpec(rows, outputs))
+    return jax.core.ShapedArray((codes.shape[0], weights.shape[0]), jnp.int32, sharding=sharding)
 
 
 @_mixed_dot_p.def_impl

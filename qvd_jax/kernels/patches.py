@@ -73,8 +73,10 @@ def taps(
 
 def _pad_by_concatenation(x: Array, padding: Padding, fill: int) -> Array:
     for axis, amounts in enumerate(padding, start=1):
+        # Made of a part of the input, so that on a mesh of explicit axes it lies as that does.
+        one = jnp.full_like(lax.slice_in_dim(x, 0, 1, axis=axis), fill)
         low, high = (
-            jnp.full((*x.shape[:axis], amount, *x.shape[axis + 1 :]), fill, x.dtype)
+            jnp.broadcast_to(one, (*x.shape[:axis], amount, *x.shape[axis + 1 :]))
             for amount in amounts
         )
         x = jnp.concatenate([low, x, high], axis)

@@ -18,6 +18,7 @@ from qvd_jax.models.layers import (
     silu,
     sinusoidal_embedding,
 )
+from qvd_jax.models.meshes import divided_by_xla
 from qvd_jax.models.stages import Features, down_stages, map_stages, mid_stage, run_down, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8
@@ -225,8 +226,21 @@ class UNet3D(nn.Module):
           reference: as in `denoise`.
 
         Returns:
-          `[B, F, H, W, C]`, float32.
+          `[B, F, H, W, C]`, float32, on a mesh of explicit axes lying as the latents.
         """
+        inputs = latents, timesteps, context, added_ids, control, reference
+        return divided_by_xla(UNet3D._predict, self, *inputs)
+
+    @nn.nowrap
+    def _predict(
+        self,
+        latents: Array,
+        timesteps: Array,
+        context: Array,
+        added_ids: Array | None,
+        control: Array | None,
+        reference: Array | None,
+    ) -> Array:
         return self.denoise(
             latents,
             self.temporal_features(timesteps, added_ids),

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
@@ -100,6 +101,35 @@ class QuantizedParams(NamedTuple):
         assert self.in_scale is not None
         assert self.in_offset is not None
         return self.in_scale, self.in_offset
+
+    def dequantized(self) -> tuple[np.ndarray, np.ndarray]:
+        """The float layer that the codes stand for: kernel `[*kernel_size, C, O]` and bias `[O]`.
+
+        Where codes are not rounded and not clipped, v = x in_scale + in_offset stands in their
+        place (of HTDQ v = fine + coarse coarse_codes), and y is linear in x:
+
+            W[t, c, o] = scale[o] in_scale[c] kernel[o, t, c]
+            b[o] = bias[o] + sum_t (taps[t, o] + scale[o] sum_c in_offset[c] kernel[o, t, c])
+
+        A step's gain cancels. In b the shift of the channels meets what calibration subtracted
+        for it; what is left are the mean errors that calibration corrected. Where taps are outside
+        the input, b has their part all the same.
+
+        Returns:
+          float32, computed in float64.
+        """
+        scale = np.asarray(self.scale, np.float64)
+        kernel = np.moveaxis(np.asarray(self.kernel).astype(np.float64), 0, -1) * scale
+        bias = np.asarray(self.bias, np.float64)
+        if self.in_scale is not None:
+            in_scale, in_offset = (np.asarray(part, np.float64) for part in self.quantizer)
+            channels = (kernel.shape[-2],)
+            by_channel = kernel.reshape(-1, *kernel.shape[-2:]).sum(0)
+            bias = bias + np.broadcast_to(in_offset, channels) @ by_channel
+            kernel = kernel * np.broadcast_to(in_scale, channels)[:, None]
+        if self.taps is not None:
+            bias = bias + np.asarray(self.taps, np.float64).reshape(-1, len(bias)).sum(0)
+        return kernel.astype(np.float32), bias.astype(np.float32)
 
     def steps(self, x: Array, bits: int) -> Array:
         """The input in steps of its quantizer, clipped and not yet rounded.

@@ -42,6 +42,7 @@ def test_unet_is_timed_beside_diffusers(tmp_path, capsys):
     assert "| diffusers eager | bfloat16 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_product_of_the_unet_is_timed_and_exact(tmp_path, capsys):
     out = tmp_path / "products.json"
     sizes = ["--size", "tiny", "--frames", "2", "--height", "16", "--width", "16"]

@@ -142,6 +142,7 @@ def test_int8_checkpoints_that_are_not_finite_are_refused(quantized, tmp_path):
         qvd_jax.load(tmp_path / "int8")
 
 
+@pytest.mark.slow
 def test_four_bit_weights_are_stored_as_int4(pipe, tmp_path):
     four, _ = quantize(pipe, "minmax-w4a8", PROMPTS[:1], CONFIG, SIZE)
     save(four, tmp_path / "w4")
@@ -293,6 +294,7 @@ def test_quantized_pipelines_are_not_quantized_again(quantized):
         quantize(quantized[0], "minmax-w8a8", PROMPTS, CONFIG, SIZE)
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_leaves_nothing_and_a_rerun_starts_clean(
     tiny_checkpoint, tmp_path, capsys, monkeypatch
 ):

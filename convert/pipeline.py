@@ -1,5 +1,6 @@
 """Conversion of a whole pipeline folder, component by component and tensor by tensor."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,23 @@ class BytesRead(NamedTuple):
     component: str
     done: int
     total: int
+
+
+def counted(total: int, on_progress: Callable[[BytesRead], None]) -> Callable[[str, int], None]:
+    """What is called with a component and the bytes it read more, and passes on their sum.
+
+    Args:
+      total: bytes of all components.
+      on_progress: called with each sum.
+    """
+    done = 0
+
+    def add(component: str, count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(BytesRead(component, done, total))
+
+    return add
 
 
 NAMES: dict[str, Names] = {
@@ -203,15 +221,10 @@ def write_checkpoint(
     for name, tensors in source.tensors.items():
         names.check_names(shapes[name], NAMES[name], tensors, name)
     with checkpoint.write_directory(out, overwrite=overwrite) as folder:
-        done = 0
+        on_bytes = counted(total, on_progress)
         for name, tensors in source.tensors.items():
-
-            def on_bytes(count: int, name: str = name) -> None:
-                nonlocal done
-                done += count
-                on_progress(BytesRead(name, done, total))
-
-            params = names.build_params(shapes[name], NAMES[name], tensors, dtype, on_bytes)
+            on_own = functools.partial(on_bytes, name)
+            params = names.build_params(shapes[name], NAMES[name], tensors, dtype, on_own)
             items.save_params(folder, name, params)
             # Freed before the next component is read.
             jax.tree.map(lambda array: array.delete(), params)

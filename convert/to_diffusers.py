@@ -28,7 +28,7 @@ from .converters import open_unet
 from .dequantize import dequantized, dequantized_notes
 from .diffusers_configs import Named
 from .parts import Parts
-from .pipeline import NAMES, BytesRead
+from .pipeline import NAMES, BytesRead, counted
 from .tensors import Tensors, write_safetensors
 
 PIPELINES = {
@@ -184,18 +184,12 @@ def write_folder(
     )
     checkpoint.check_space(out.parent, total)
     with files.write_folder(out, model_index.NAME, overwrite=overwrite) as folder:
-        done = 0
+        on_bytes = counted(total, on_progress)
         for name, network in pipeline.networks.items():
-
-            def on_bytes(count: int, name: str = name) -> None:
-                nonlocal done
-                done += count
-                on_progress(BytesRead(name, done, total))
-
             (folder / name).mkdir()
             _write_json(folder / name / "config.json", network.config)
             place = folder / name / network.weights_name
-            write_safetensors(place, network.tensors, dtype, on_bytes)
+            write_safetensors(place, network.tensors, dtype, functools.partial(on_bytes, name))
         for file, config in pipeline.configs.items():
             (folder / file).parent.mkdir()
             _write_json(folder / file, config)

@@ -81,10 +81,8 @@ def export(
     want = pipe.wanted(
         frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
     )
-    shape, schedule = (
-        pipe.latents_shape(want.frames, want.height, want.width),
-        pipe.schedule(want.steps),
-    )
+    shape = pipe.latents_shape(want.frames, want.height, want.width)
+    schedule, together = pipe.schedule(want.steps), pipe.decoded_together(shape)
     with write_folder(Path(path), exported.INDEX, overwrite=overwrite) as folder:
         digests = {}
 
@@ -93,7 +91,7 @@ def export(
             digests[name] = hashlib.sha256(data).hexdigest()
 
         for platform in platforms:
-            stages = _stages(pipe, want, schedule, videos, shape, platform)
+            stages = _stages(pipe, want, schedule, videos, shape, together, platform)
             for name, (function, arguments) in stages.items():
                 flat, leaves = _flat(function, arguments)
                 program = jax.export.export(jax.jit(flat), platforms=[platform])(*leaves)
@@ -109,7 +107,7 @@ def export(
             "channels": pipe.unet.config.context_dim,
             **{name: getattr(want, name) for name in ("frames", "height", "width", "steps")},
             "guidance_scale": want.guidance_scale,
-            "decoded_together": pipe.decoded_together(shape),
+            "decoded_together": together,
             "reads": {stage: _READS.get(stage) for stage in exported.STAGES},
             "weights": entries,
             "sha256": digests,
@@ -129,6 +127,7 @@ def _stages(
     schedule: Schedule,
     videos: int,
     shape: tuple[int, ...],
+    together: int,
     platform: str,
 ) -> dict[str, Stage]:
     """The programs a call of the pipeline runs, in their order."""
@@ -172,13 +171,13 @@ def _stages(
     context = jax.eval_shape(encode, weights["text_encoder"], ids)
     keys, latents = jax.eval_shape(noise, struct(dtype=jnp.uint32))
     prepared = jax.eval_shape(prepare, weights["unet"], context)
-    together = struct(1, pipe.decoded_together(shape), *shape[1:])
+    chunk = struct(1, together, *shape[1:])
     return {
         "encode": (encode, (weights["text_encoder"], ids)),
         "noise": (noise, (struct(dtype=jnp.uint32),)),
         "prepare": (prepare, (weights["unet"], context)),
         "sample": (sample, (weights["unet"], latents, keys, struct(want.frames), prepared)),
-        "decode": (decode, (weights["vae"], together)),
+        "decode": (decode, (weights["vae"], chunk)),
     }
 
 

@@ -74,6 +74,16 @@ def make_unet(version: str) -> UNetMotionModel:
     return unet.eval()
 
 
+def forward(
+    unet: torch.nn.Module, latents: np.ndarray, *inputs: np.ndarray, channel_axis: int = 1
+) -> np.ndarray:
+    """What a network of diffusers makes of `[B, F, H, W, C]`, in the same axes."""
+    seen = np.moveaxis(latents, -1, channel_axis)
+    with torch.no_grad():
+        found = unet(*map(torch.from_numpy, (seen, *inputs))).sample
+    return np.moveaxis(found.numpy(), channel_axis, -1)
+
+
 @pytest.mark.parametrize(
     ("version", "original"),
     # The original scopes of v3 are those of v2.
@@ -108,12 +118,7 @@ def test_unet_whole(version, original):
     variables = transfer(unet, module, latents, timesteps, text)
     if original:
         original_norms(unet, version, frames)
-    with torch.no_grad():
-        expected = unet(
-            torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
-            torch.from_numpy(timesteps),
-            torch.from_numpy(text).repeat_interleave(frames, 0),
-        ).sample.permute(0, 2, 3, 4, 1)
+    expected = forward(unet, latents, timesteps, text.repeat(frames, 0))
     found = jax.jit(module.apply)(variables, latents, timesteps, text)
     assert relative_error(found, expected) <= TOLERANCE
 
@@ -147,12 +152,7 @@ def test_unet_of_modelscope_whole():
     randomize(unet)
     module = UNet3D(config)
     variables = transfer(unet, module, latents, timesteps, text)
-    with torch.no_grad():
-        expected = unet(
-            torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
-            torch.from_numpy(timesteps),
-            torch.from_numpy(text),
-        ).sample.permute(0, 2, 3, 4, 1)
+    expected = forward(unet, latents, timesteps, text)
     found = jax.jit(module.apply)(variables, latents, timesteps, text)
     assert relative_error(found, expected) <= TOLERANCE
 
@@ -184,13 +184,7 @@ def test_unet_of_stable_video_diffusion_whole():
     randomize(unet)
     module = UNet3D(config)
     variables = transfer(unet, module, latents, timesteps, text, ids)
-    with torch.no_grad():
-        expected = unet(
-            torch.from_numpy(latents).permute(0, 1, 4, 2, 3),
-            torch.from_numpy(timesteps),
-            torch.from_numpy(text),
-            torch.from_numpy(ids),
-        ).sample.permute(0, 1, 3, 4, 2)
+    expected = forward(unet, latents, timesteps, text, ids, channel_axis=2)
     found = jax.jit(module.apply)(variables, latents, timesteps, text, ids)
     assert relative_error(found, expected) <= TOLERANCE
 

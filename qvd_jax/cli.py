@@ -24,8 +24,9 @@ from qvd_jax.data.prompts import read_prompts
 from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
 from qvd_jax.errors import InputError, naming
 from qvd_jax.pipelines.animation import check_motion
+from qvd_jax.pipelines.images import check_image
 from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
-from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, check_image
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.text import as_embeds
 from qvd_jax.pipelines.text_to_video import (
     TextToVideoPipeline,
@@ -252,7 +253,7 @@ def read_control(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     want = _wanted(args, configs)
     if control == "motion":
         motion = video_io.read_video(args.motion_video)
-        check_motion(motion, want)
+        check_motion(list(motion), want)
         return {"motion_video": _first_frames(motion, want, str(args.motion_video))}
     if control == "video":
         shown = _first_frames(_read_control_video(args.condition), want, " ".join(args.condition))

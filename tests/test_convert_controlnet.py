@@ -90,19 +90,20 @@ def test_latents_equal_diffusers_pipeline(converted, tiny, weighed):
     theirs.set_progress_bar_config(disable=True)
     latents = np.random.default_rng(0).standard_normal((1, 3, 8, 12, 4), dtype=np.float32)
     options = {**SIZE, "guidance_scale": 4.0, **weighed}
+    shown = [Image.fromarray(pose) for pose in poses(3)]
     with torch.no_grad():
         expected = theirs(
             "a red circle",
             num_frames=3,
             num_inference_steps=4,
-            conditioning_frames=[Image.fromarray(pose) for pose in poses(3)],
+            conditioning_frames=shown,
             latents=torch.from_numpy(latents).permute(0, 4, 1, 2, 3),
             output_type="latent",
             **options,
         ).frames.permute(0, 2, 3, 4, 1)
     found = qvd_jax.load(converted)(
         "a red circle",
-        conditioning_frames=poses(3),
+        conditioning_frames=shown,
         frames=3,
         steps=4,
         latents=latents,

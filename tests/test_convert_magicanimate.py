@@ -18,6 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from parity import relative_error
+from PIL import Image
 from random_families import MagicAnimate, appearance_weights, make_magicanimate
 
 import qvd_jax
@@ -245,8 +246,8 @@ def test_latents_equal_the_oracle(models, converted, frames, windows, guidance):
     held = np.concatenate([motion[:frames], *[motion[frames - 1 : frames]] * (sampled - frames)])
     expected = oracle(models[1], image, held, noise, windows, guidance)[:, :, :frames]
     found = pipe(
-        image,
-        motion,
+        Image.fromarray(image),
+        [Image.fromarray(pose) for pose in motion],
         frames=frames,
         height=18,
         width=24,

@@ -110,7 +110,8 @@ def test_latents_and_pixels_equal_diffusers_pipeline(tiny, converted, monkeypatc
         "seed": 5,
         **told,
     }
-    found = pipe(images, **options, latents=latents, output_type="latents")
+    shown = [Image.fromarray(image) for image in images]
+    found = pipe(shown, **options, latents=latents, output_type="latents")
     assert relative_error(found, expected) <= 1e-3
     with torch.no_grad():
         theirs = torch.from_numpy(expected).permute(0, 1, 4, 2, 3)

@@ -42,7 +42,8 @@ ALLOWED = {
     "metrics": set(),
     "quant": GROUND | {"kernels", "models"},
     "pipelines": GROUND
-    | {"checkpoint", "diffusion", "exported", "items", "memory", "models", "programs", "quant"},
+    | {"checkpoint", "data", "diffusion", "exported", "items", "memory", "models", "programs"}
+    | {"quant"},
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
     "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},

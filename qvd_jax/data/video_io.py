@@ -40,7 +40,7 @@ def read_image(path: Path) -> np.ndarray:
     with _open_image(path) as image:
         if (frames := getattr(image, "n_frames", 1)) > 1:
             _logger.warning("%s has %d frames; the first is used", path, frames)
-        return _to_rgb(image, path)
+        return to_rgb(image, path)
 
 
 def read_video(path: Path) -> np.ndarray:
@@ -68,7 +68,7 @@ def read_video(path: Path) -> np.ndarray:
     check_readable(path, "a video, or a folder of images,")
     if path.suffix.lower() in _IMAGE_SUFFIXES:
         with _open_image(path) as animated:
-            return np.stack([_to_rgb(frame, path) for frame in ImageSequence.Iterator(animated)])
+            return np.stack([to_rgb(frame, path) for frame in ImageSequence.Iterator(animated)])
     with _open_video(path) as (_, frames):
         return np.stack(list(frames))
 
@@ -109,15 +109,23 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
-    """Pixels uint8 `[H, W, 3]`, upright."""
+def to_rgb(image: Image.Image, where: Path | str) -> np.ndarray:
+    """Pixels uint8 `[H, W, 3]` of an image, upright; what is left out is named in the log.
+
+    Args:
+      image: in any color mode.
+      where: it is from, for messages.
+
+    Raises:
+      InputError: it has more than 8 bits and no white.
+    """
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise InputError(
-            f"{path}: 8 bits a channel are needed, it holds gray of more (mode {image.mode}), "
+            f"{where}: 8 bits a channel are needed, it holds gray of more (mode {image.mode}), "
             f"which diffusers would clip to white; scale it to 8 bits first"
         )
     for what in _left_out(image):
-        _logger.warning("%s has %s, as in diffusers", path, what)
+        _logger.warning("%s has %s, as in diffusers", where, what)
     with warnings.catch_warnings():
         # Pillow would have palettes with transparency become RGBA.
         warnings.filterwarnings("ignore", "Palette images", UserWarning)

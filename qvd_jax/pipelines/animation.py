@@ -12,12 +12,11 @@ from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.arguments import by_either_name
+from qvd_jax.pipelines.images import Images, check_image, check_images, to_arrays
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
     VideoDefaults,
-    check_image,
-    check_images,
 )
 from qvd_jax.pipelines.text import TextPipeline
 
@@ -35,8 +34,8 @@ class AnimationPipeline(TextPipeline):
     @by_either_name
     def __call__(
         self,
-        images: np.ndarray | Sequence[np.ndarray],
-        motion_video: np.ndarray | None = None,
+        images: Images,
+        motion_video: Images = (),
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -53,7 +52,7 @@ class AnimationPipeline(TextPipeline):
         how many there are.
 
         Args:
-          images: one or more, uint8 `[H, W, 3]` each.
+          images: one or more, uint8 `[H, W, 3]` each, or Pillow's.
           motion_video: the DensePose rendering of a video, uint8 `[F, H, W, 3]`; frames past F
             are left out.
           frames: F; up to a multiple of the default are sampled, in windows that overlap by a
@@ -80,10 +79,11 @@ class AnimationPipeline(TextPipeline):
             frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
         )
         images = check_images(images, want.height, want.width)
-        check_motion(motion_video, want)
+        motion = to_arrays(motion_video, "motion_video")
+        check_motion(motion, want)
         return self._generate(
             images,
-            lambda: self.conditions(images, want, seed, motion_video),
+            lambda: self.conditions(images, want, seed, motion),
             want,
             seed,
             latents,
@@ -96,16 +96,18 @@ class AnimationPipeline(TextPipeline):
         inputs: Sequence[np.ndarray],
         want: VideoDefaults,
         seed: int,
-        motion_video: np.ndarray | None = None,
+        motion_video: Images = (),
     ) -> Conditions:
         """An empty text, the latents of the images, and the motion."""
-        assert motion_video is not None
+        motion = to_arrays(motion_video, "motion_video")
         text = self.encode_text([""])
         text = jnp.repeat(text, len(inputs) * (1 + want.guided), axis=0)
         # One by one: an image's latents must not depend on the others, even in rounding.
-        means = [self.encode(to_unit_range(image)[None])[0] for image in inputs]
+        means = [
+            self.encode(to_unit_range(image)[None])[0] for image in to_arrays(inputs, "images")
+        ]
         sampled, *_ = self.latents_shape(want.frames, want.height, want.width)
-        poses = motion_video[np.minimum(np.arange(sampled), want.frames - 1)]
+        poses = np.stack([motion[min(frame, want.frames - 1)] for frame in range(sampled)])
         return Conditions(
             text,
             control=jnp.asarray(poses[None], jnp.float32) / 255,
@@ -130,12 +132,13 @@ class AnimationPipeline(TextPipeline):
         return jnp.take(noise, np.arange(frames) % window, axis=1)
 
 
-def check_motion(motion_video: np.ndarray | None, want: VideoDefaults) -> None:
+def check_motion(motion_video: Sequence[np.ndarray], want: VideoDefaults) -> None:
     """Raises `InputError` if a motion video is missing, too short or of another size."""
-    if motion_video is None or not len(motion_video):
+    if not motion_video:
         raise InputError("there is no motion video; one is needed")
     if len(motion_video) < want.frames:
         raise InputError(
             f"the motion video has {len(motion_video)} frames, {want.frames} are asked for"
         )
-    check_image(motion_video[0], want.height, want.width, "the motion video")
+    for frame in motion_video[: want.frames]:
+        check_image(frame, want.height, want.width, "the motion video")

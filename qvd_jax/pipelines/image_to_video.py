@@ -15,12 +15,12 @@ from qvd_jax.models.clip import CLIPVisionEncoder
 from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.images import Images, check_images, to_arrays
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
     VideoDefaults,
     VideoPipeline,
-    check_images,
 )
 from qvd_jax.programs import program
 
@@ -65,7 +65,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
     @by_either_name
     def __call__(
         self,
-        images: np.ndarray | Sequence[np.ndarray],
+        images: Images,
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
@@ -86,7 +86,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         there are. Another shape (videos, frames, size, steps, guidance on or off) compiles once.
 
         Args:
-          images: one or more, uint8 `[H, W, 3]` each.
+          images: one or more, uint8 `[H, W, 3]` each, or Pillow's.
           frames: F.
           height: H in pixels, the images'; a multiple of the VAE's stride.
           width: W in pixels, likewise.
@@ -140,7 +140,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         """Embedding and latents of the images, behind zeros where guided; and the added ids."""
         keys = sampler.video_keys(seed, len(inputs))
         embeddings, latents = [], []
-        for image, key in zip(inputs, keys, strict=True):
+        for image, key in zip(to_arrays(inputs, "images"), keys, strict=True):
             pixels = to_unit_range(image)
             side = self.image_encoder.config.image_size
             small = resize_antialiased(np.asarray(pixels), side)

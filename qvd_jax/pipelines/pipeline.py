@@ -398,36 +398,6 @@ def _mesh(params: Params) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else Mesh(np.array(list(sharding.device_set)), ("data",))
 
 
-def check_image(image: np.ndarray, height: int, width: int, where: str) -> None:
-    """Raises `InputError` if an image is not uint8 `[height, width, 3]`."""
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-        raise InputError(
-            f"{where}: RGB of 8 bits, uint8 [H, W, 3], is needed, got {image.dtype} "
-            f"{list(image.shape)}"
-        )
-    if image.shape[:2] != (height, width):
-        raise InputError(
-            f"{where} has {image.shape[0]}x{image.shape[1]} pixels (height x width), the video "
-            f"{height}x{width}: resize or crop the image, or ask for its size"
-        )
-
-
-def check_images(
-    images: np.ndarray | Sequence[np.ndarray], height: int, width: int
-) -> list[np.ndarray]:
-    """One or more images as a list.
-
-    Raises:
-      InputError: there is none, or one is not uint8 `[height, width, 3]`.
-    """
-    found = [images] if isinstance(images, np.ndarray) and images.ndim == 3 else list(images)
-    if not found:
-        raise InputError("there are no images; at least one is needed")
-    for number, image in enumerate(found):
-        check_image(image, height, width, f"image {number + 1}")
-    return found
-
-
 @program(static=("vae",))
 def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
     mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")

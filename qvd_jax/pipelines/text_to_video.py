@@ -15,11 +15,11 @@ from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.arguments import by_either_name
+from qvd_jax.pipelines.images import Images, check_image, to_arrays
 from qvd_jax.pipelines.pipeline import (
     OutputType,
     StepCallback,
     VideoDefaults,
-    check_image,
 )
 from qvd_jax.pipelines.text import TextPipeline, Texts, read_texts
 
@@ -35,7 +35,7 @@ class TextToVideoPipeline(TextPipeline):
         self,
         prompts: str | Sequence[str] | None = None,
         negative_prompts: str | Sequence[str] | None = None,
-        conditioning_frames: Sequence[np.ndarray] = (),
+        conditioning_frames: Images = (),
         controlnet_frame_indices: Sequence[int] = (),
         frames: int | None = None,
         height: int | None = None,
@@ -61,8 +61,8 @@ class TextToVideoPipeline(TextPipeline):
         Args:
           prompts: one or more; the words of each that are cut are named in the log.
           negative_prompts: none, one for all, or one for each prompt.
-          conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]`: one for each
-            frame, or those of some frames for SparseCtrl.
+          conditioning_frames: of a model with a ControlNet, images uint8 `[H, W, 3]` or
+            Pillow's: one for each frame, or those of some frames for SparseCtrl.
           controlnet_frame_indices: which frame each of SparseCtrl's is about.
           frames: F; more than the motion modules' positions run in overlapping windows.
           height: H in pixels, a multiple of the VAE's stride.
@@ -113,20 +113,21 @@ class TextToVideoPipeline(TextPipeline):
                 want.guidance_scale,
             )
         scale = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
+        images = to_arrays(conditioning_frames, "conditioning_frames")
         controlnet = self.unet.config.controlnet
-        if controlnet is None and (len(conditioning_frames) or scale != (1.0, 0.0, 1.0)):
+        if controlnet is None and (images or scale != (1.0, 0.0, 1.0)):
             raise InputError("conditioning_frames were given, the model has no ControlNet")
         if controlnet is not None:
-            if not len(conditioning_frames):
+            if not images:
                 raise InputError(
                     "the model has a ControlNet, whose conditioning_frames are missing"
                 )
             check_scale(*scale)
             if controlnet.ignores_latents:
-                check_control_images(conditioning_frames, controlnet_frame_indices, want)
+                check_control_images(images, controlnet_frame_indices, want)
                 self._note_unguided(controlnet_frame_indices, want)
             else:
-                check_control_video(conditioning_frames, controlnet_frame_indices, want)
+                check_control_video(images, controlnet_frame_indices, want)
         return self._generate(
             list(inputs),
             lambda: self.conditions(
@@ -134,7 +135,7 @@ class TextToVideoPipeline(TextPipeline):
                 want,
                 seed,
                 negatives,
-                conditioning_frames,
+                images,
                 controlnet_frame_indices,
                 *scale,
             ),
@@ -151,7 +152,7 @@ class TextToVideoPipeline(TextPipeline):
         want: VideoDefaults,
         seed: int,
         negatives: Texts | None = None,
-        conditioning_frames: Sequence[np.ndarray] = (),
+        conditioning_frames: Images = (),
         controlnet_frame_indices: Sequence[int] = (),
         controlnet_conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
@@ -165,10 +166,11 @@ class TextToVideoPipeline(TextPipeline):
         controlnet = self.unet.config.controlnet
         if controlnet is None:
             return Conditions(text)
+        images = to_arrays(conditioning_frames, "conditioning_frames")
         if controlnet.ignores_latents:
-            control = self._control(conditioning_frames, controlnet_frame_indices, want, seed)
+            control = self._control(images, controlnet_frame_indices, want, seed)
         else:
-            control = jnp.asarray(np.stack(conditioning_frames)[None], jnp.float32) / 255
+            control = jnp.asarray(np.stack(images)[None], jnp.float32) / 255
         # As in diffusers a step counts if all of it lies between the two shares.
         steps = len(self.schedule(want.steps).table.timestep)
         index = np.arange(steps)

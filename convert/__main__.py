@@ -19,6 +19,7 @@ from . import model_index
 from .animatediff import PRESETS
 from .embeddings import parse_embedding
 from .lora import parse_lora
+from .metric_networks import open_metric_network
 from .pipeline import BytesRead, open_source, write_checkpoint
 from .to_diffusers import open_checkpoint, write_folder
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")
     started = time.perf_counter()
     if args.to_diffusers is not None:
-        _write_back(parser, args)
+        _write_back(args)
     elif args.source is None or args.out is None:
         parser.error("SOURCE and --out are required, or --to-diffusers DIR OUT")
     else:
@@ -43,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
+    network = open_metric_network(args.source, args.lpips_heads)
+    if network is not None:
+        given = _given(args, "source", "out", "lpips_heads", "overwrite")
+        if given:
+            raise InputError(f"{network.description} is converted without {', '.join(given)}")
+        _show(network.description, ())
+        network.write(args.out)
+        return
     loras = [parse_lora(lora) for lora in args.lora]
     source = open_source(
         args.source,
@@ -67,14 +76,19 @@ def _convert(args: argparse.Namespace) -> None:
         )
 
 
-def _write_back(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Writes a checkpoint as a pipeline folder of diffusers."""
-    given = [
+def _given(args: argparse.Namespace, *known: str) -> list[str]:
+    """The arguments that were passed, beyond those that are known."""
+    return [
         action.option_strings[0] if action.option_strings else "SOURCE"
-        for action in parser._actions
-        if action.dest not in ("to_diffusers", "dtype", "overwrite", "help", "version")
+        for action in _parser()._actions
+        if action.dest not in (*known, "help", "version")
         and getattr(args, action.dest) != action.default
     ]
+
+
+def _write_back(args: argparse.Namespace) -> None:
+    """Writes a checkpoint as a pipeline folder of diffusers."""
+    given = _given(args, "to_diffusers", "dtype", "overwrite")
     if given:
         raise InputError(f"--to-diffusers writes a checkpoint as it is, without {', '.join(given)}")
     path, out = args.to_diffusers
@@ -178,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--appearance-encoder", type=Path, metavar="DIR", help="MagicAnimate's folder of this name"
+    )
+    parser.add_argument(
+        "--lpips-heads",
+        type=Path,
+        metavar="FILE",
+        help="vgg.pth or alex.pth of the package lpips, for a SOURCE that is torchvision's network",
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, default="float32", help="of the written weights (%(default)s)"

@@ -17,6 +17,11 @@ from qvd_jax.errors import InputError, first_line
 _NPY = b"\x93NUMPY"
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between processes: XDG_CACHE_HOME, or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvd_jax"
+
+
 def check_file(path: Path, expected: str = "a file") -> None:
     """Raises `InputError` if there is no file to read at `path`."""
     if not path.is_file():

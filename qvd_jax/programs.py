@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import jax.export
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from qvd_jax.files import write_bytes
+from qvd_jax.files import cache_folder, write_bytes
 
 # What a module's code depends on besides this package's own files.
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
@@ -34,8 +33,7 @@ def enable_compilation_cache() -> str | None:
     if not jax.config.values["jax_enable_compilation_cache"]:
         return None
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "qvd_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     return str(jax.config.values["jax_compilation_cache_dir"])
 

@@ -39,14 +39,14 @@ ALLOWED = {
     "models": GROUND | {"kernels"},
     "diffusion": GROUND | {"programs"},
     "data": GROUND,
-    "metrics": set(),
+    "metrics": {"axes"},
     "quant": GROUND | {"kernels", "models"},
     "pipelines": GROUND
     | {"checkpoint", "data", "diffusion", "exported", "items", "memory", "models", "programs"}
     | {"quant"},
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
-    "evaluation": GROUND | {"data", "memory", "metrics", "pipelines", "quant"},
+    "evaluation": GROUND | {"checkpoint", "data", "memory", "metrics", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.
     "shapes": GROUND
     | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},

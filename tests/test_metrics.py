@@ -76,3 +76,63 @@ def test_frechet_distance_against_scipys_matrix_root():
     assert frechet.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     with pytest.raises(ValueError, match="at least two rows"):
         frechet.frechet_distance(a[:1], b)
+
+
+def test_frechet_distance_of_singular_covariances_is_exact():
+    """In one dimension it is (m1 - m2)^2 + (s1 - s2)^2; rotated into many it stays the same."""
+    rng = np.random.default_rng(0)
+    # Fewer rows than columns, of which two alone vary.
+    rotation = np.linalg.qr(rng.normal(size=(60, 60)))[0][:2]
+    a, b = rng.normal(size=(20, 2)), rng.normal(size=(30, 2)) * (3, 0.001) + (1, 2)
+    first = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a.T))).T
+    second = (b - b.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(b.T))).T
+    first, second = first * (5, 2), second * (3, 1e-6) + (1, 2)
+    expected = (5 - 3) ** 2 + (2 - 1e-6) ** 2 + 1 + 4
+    found = frechet.frechet_distance(first @ rotation, second @ rotation)
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert frechet.frechet_distance(first @ rotation, first @ rotation) == pytest.approx(
+        0, abs=1e-9
+    )
+
+
+def test_frechet_distance_leaves_its_features_as_they_were():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(8, 3)), rng.normal(size=(9, 3))
+    before = a.copy()
+    frechet.frechet_distance(a, b)
+    np.testing.assert_array_equal(a, before)
+
+
+@pytest.mark.parametrize("degrees_lost", [0, 1])
+def test_covariances_are_divided_as_asked(degrees_lost):
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(7, 3)), rng.normal(size=(9, 3))
+    ca, cb = (np.cov(x, rowvar=False, ddof=degrees_lost) for x in (a, b))
+    expected = np.sum((a.mean(0) - b.mean(0)) ** 2)
+    expected += np.trace(ca + cb - 2 * linalg.sqrtm(ca @ cb).real)
+    assert frechet.frechet_distance(a, b, degrees_lost) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_estimate_without_bias_is_near_the_distance_of_the_distributions():
+    """Of Gaussians whose distance is known; the plain distance is far above it."""
+    rng = np.random.default_rng(0)
+    width, count = 20, 200
+    true = 4.0
+    plain, unbiased = [], []
+    for _ in range(10):
+        a, b = rng.normal(size=(count, width)), rng.normal(size=(count, width))
+        b[:, 0] += 2
+        plain.append(frechet.frechet_distance(a, b))
+        unbiased.append(frechet.unbiased_frechet_distance(a, b))
+    assert np.mean(plain) - true > 0.8
+    assert abs(np.mean(unbiased) - true) < 0.4
+
+
+def test_motion_is_the_mean_change():
+    ramp = np.broadcast_to(
+        (10 * np.arange(5, dtype=np.uint8))[None, :, None, None, None], (1, 5, 2, 2, 3)
+    )
+    np.testing.assert_allclose(temporal.motion(ramp), 10)
+    np.testing.assert_allclose(temporal.motion(ramp[:, :1].repeat(3, 1)), 0)
+    with pytest.raises(ValueError, match="1 frames have no difference; 2 are needed"):
+        temporal.motion(ramp[:, :1])

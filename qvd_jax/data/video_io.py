@@ -26,38 +26,43 @@ _IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".
 _SECOND = 1000  # in milliseconds
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, is_logged: bool = True) -> np.ndarray:
     """Pixels uint8 `[H, W, 3]` of an image file, as `diffusers.utils.load_image` gives them.
 
     The image is turned upright as its EXIF orientation says, and becomes RGB whatever its color
-    mode. What that leaves out (transparency, a color profile, all frames but the first) is named
-    in the log.
+    mode.
+
+    Args:
+      path: of the file.
+      is_logged: whether what that leaves out (transparency, a color profile, all frames but the
+        first) is named in the log.
 
     Raises:
       InputError: the file is missing, no image, or has more than 8 bits and no white.
     """
     check_readable(path, "an image")
     with _open_image(path) as image:
-        if (frames := getattr(image, "n_frames", 1)) > 1:
+        if is_logged and (frames := getattr(image, "n_frames", 1)) > 1:
             _logger.warning("%s has %d frames; the first is used", path, frames)
-        return to_rgb(image, path)
+        return to_rgb(image, path, is_logged=is_logged)
 
 
-def read_video(path: Path) -> np.ndarray:
+def read_video(path: Path, *, is_logged: bool = True) -> np.ndarray:
     """Pixels uint8 `[F, H, W, 3]` of a video file, or of a folder's images in the names' order.
 
     Numbers in names count as numbers: 2.png comes before 10.png. Videos are turned as their
-    container says; animated images give their frames.
+    container says, and give every stored frame once; animated images give their frames.
+
+    Args:
+      path: of the file or folder.
+      is_logged: as of `read_image`.
 
     Raises:
       InputError: it is missing, no video, or the folder's images do not fit together.
     """
     if path.is_dir():
-        files = [file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
-        files.sort(key=_counted)
-        if not files:
-            raise InputError(f"{path} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
-        images = [read_image(file) for file in files]
+        files = frame_files(path)
+        images = [read_image(file, is_logged=is_logged) for file in files]
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
                 raise InputError(
@@ -68,9 +73,22 @@ def read_video(path: Path) -> np.ndarray:
     check_readable(path, "a video, or a folder of images,")
     if path.suffix.lower() in _IMAGE_SUFFIXES:
         with _open_image(path) as animated:
-            return np.stack([to_rgb(frame, path) for frame in ImageSequence.Iterator(animated)])
-    with _open_video(path) as (_, frames):
-        return np.stack(list(frames))
+            frames = ImageSequence.Iterator(animated)
+            return np.stack([to_rgb(frame, path, is_logged=is_logged) for frame in frames])
+    with _open_video(path) as (_, shown):
+        return np.stack(list(shown))
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The images of a folder in the order of their names, numbers in them as numbers.
+
+    Raises:
+      InputError: it holds none.
+    """
+    files = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
+    if not files:
+        raise InputError(f"{folder} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
+    return sorted(files, key=counted)
 
 
 def read_fps(path: Path) -> float | None:
@@ -109,12 +127,13 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
         raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
 
 
-def to_rgb(image: Image.Image, where: Path | str) -> np.ndarray:
-    """Pixels uint8 `[H, W, 3]` of an image, upright; what is left out is named in the log.
+def to_rgb(image: Image.Image, where: Path | str, *, is_logged: bool = True) -> np.ndarray:
+    """Pixels uint8 `[H, W, 3]` of an image, upright.
 
     Args:
       image: in any color mode.
       where: it is from, for messages.
+      is_logged: whether what is left out is named in the log.
 
     Raises:
       InputError: it has more than 8 bits and no white.
@@ -124,7 +143,7 @@ def to_rgb(image: Image.Image, where: Path | str) -> np.ndarray:
             f"{where}: 8 bits a channel are needed, it holds gray of more (mode {image.mode}), "
             f"which diffusers would clip to white; scale it to 8 bits first"
         )
-    for what in _left_out(image):
+    for what in _left_out(image) if is_logged else ():
         _logger.warning("%s has %s, as in diffusers", where, what)
     with warnings.catch_warnings():
         # Pillow would have palettes with transparency become RGBA.
@@ -156,7 +175,10 @@ def _open_video(path: Path) -> Iterator[tuple[dict[str, Any], Iterator[np.ndarra
     try:
         with (
             _seekable(path) as place,
-            contextlib.closing(imageio_ffmpeg.read_frames(str(place))) as reader,
+            contextlib.closing(
+                # Every stored frame once; by itself ffmpeg fills up to a constant rate.
+                imageio_ffmpeg.read_frames(str(place), output_params=["-fps_mode", "passthrough"])
+            ) as reader,
         ):
             with _ffmpeg():
                 meta = next(reader)
@@ -188,9 +210,9 @@ def _ffmpeg() -> Iterator[None]:
         yield
 
 
-def _counted(path: Path) -> list[str | int]:
-    """The name, numbers in it as numbers."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+def counted(path: Path) -> list[str | int]:
+    """The path as a key to sort by, numbers in it as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(path))]
 
 
 def write_video(path: Path, video: np.ndarray, fps: float) -> None:

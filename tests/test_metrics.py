@@ -123,9 +123,11 @@ def test_the_estimate_without_bias_is_near_the_distance_of_the_distributions():
         a, b = rng.normal(size=(count, width)), rng.normal(size=(count, width))
         b[:, 0] += 2
         plain.append(frechet.frechet_distance(a, b))
-        unbiased.append(frechet.unbiased_frechet_distance(a, b))
+        places = rng.random(count), rng.random(count)
+        unbiased.append(frechet.unbiased_frechet_distance(a, b, places))
     assert np.mean(plain) - true > 0.8
     assert abs(np.mean(unbiased) - true) < 0.4
+    assert frechet.unbiased_frechet_distance(a[:4], b, (places[0][:4], places[1])) is None
 
 
 def test_motion_is_the_mean_change():

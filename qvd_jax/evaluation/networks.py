@@ -4,6 +4,7 @@ The packages bring pickles of numpy arrays. Their modules are not imported, and 
 by an unpickler that knows three names. What they become is kept in the user's cache folder.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax import checkpoint
-from qvd_jax.axes import Params
+from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.files import cache_folder
 from qvd_jax.metrics import i3d, lpips
@@ -240,6 +241,29 @@ def package_lpips(content: Mapping[str, Any]) -> Params:
         else:
             found |= {f"convs_{name[5:]}": conv for name, conv in stored.items()}
     return found
+
+
+def lpips_distance(network: Network, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """LPIPS of videos, the mean over their frames.
+
+    Args:
+      network: LPIPS.
+      first: uint8 `[B, F, H, W, 3]`.
+      second: of the same shape.
+
+    Returns:
+      `[B]`.
+    """
+    distances = [
+        _frame_distances(network.module, network.params, *pair)
+        for pair in zip(first, second, strict=True)
+    ]
+    return np.stack([np.asarray(of_frames).mean() for of_frames in distances])
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _frame_distances(module: lpips.LPIPS, params: Params, first: Array, second: Array) -> Array:
+    return module.apply({"params": params}, first / 127.5 - 1, second / 127.5 - 1)
 
 
 def _digest(params: Params) -> str:

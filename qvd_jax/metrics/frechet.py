@@ -7,7 +7,7 @@ import numpy as np
 DegreesLost = Literal[0, 1]
 """What is taken from N where a covariance is divided: 1 is unbiased, 0 is the Gaussian's fit."""
 
-_SIZES = 8
+_PARTS = (1, 2, 3)
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray, degrees_lost: DegreesLost = 1) -> float:
@@ -43,28 +43,37 @@ def _mean_and_root(features: np.ndarray, degrees_lost: int) -> tuple[np.ndarray,
 
 
 def unbiased_frechet_distance(
-    first: np.ndarray, second: np.ndarray, degrees_lost: DegreesLost = 1, seed: int = 0
-) -> float:
+    first: np.ndarray,
+    second: np.ndarray,
+    places: tuple[np.ndarray, np.ndarray],
+    degrees_lost: DegreesLost = 1,
+) -> float | None:
     """What the distance tends to as both sets grow: the intercept of its line over 1 / N.
 
     Chong and Forsyth, "Effectively Unbiased FID" (arXiv 1911.07023, section 4): the bias of the
-    distance is nearly linear in 1 / N. The line is fitted to random parts of the sets, from half of
-    them to all. Equal distributions are estimated around zero, below it as well.
+    distance is nearly linear in 1 / N. The line is fitted to the whole sets, their halves and their
+    thirds. Equal distributions are estimated around zero, below it as well.
 
     Args:
       first: features `[N, C]`.
       second: `[M, C]`.
+      places: of each row of both in [0, 1), by which it falls into a half and a third.
       degrees_lost: as of `frechet_distance`.
-      seed: of the parts.
+
+    Returns:
+      None where a third has fewer than two rows.
     """
-    rng = np.random.default_rng(seed)
-    sizes = np.linspace(1, 2, _SIZES)
-    distances = []
-    for size in sizes:
-        part, other = (
-            features[rng.permutation(len(features))[: max(2, round(len(features) / size))]]
-            for features in (first, second)
-        )
-        distances.append(frechet_distance(part, other, degrees_lost))
-    _, intercept = np.polyfit(sizes, distances, 1)
+    inverse_sizes, distances = [], []
+    for count in _PARTS:
+        for part in range(count):
+            one, other = (
+                features[np.floor(count * place) == part]
+                for features, place in zip((first, second), places, strict=True)
+            )
+            if min(len(one), len(other)) < 2:
+                return None
+            inverse_sizes.append(len(first) / len(one) / 2 + len(second) / len(other) / 2)
+            distances.append(frechet_distance(one, other, degrees_lost))
+    weights = np.sqrt(np.repeat(1 / np.array(_PARTS), _PARTS))
+    _, intercept = np.polyfit(inverse_sizes, distances, 1, w=weights)
     return float(intercept)

@@ -5,6 +5,9 @@ import numpy as np
 FLICKER_FRAMES = 3
 """Frames that `flicker` needs."""
 
+MOTION_FRAMES = 2
+"""Frames that `motion` needs."""
+
 
 def flicker(videos: np.ndarray) -> np.ndarray:
     """Mean absolute second difference over time of each video, in units of 0 to 255.

@@ -72,7 +72,7 @@ class ShapesJudge:
           seed: of the rendered videos.
         """
         count = len(next(iter(videos.values())))
-        rendered = [_rendered(count, [seed, part]) for part in range(2)]
+        rendered = [rendered_videos(count, seed, part) for part in range(2)]
         real = [video_features(*self.classifier, shown) for shown in rendered]
         seeds = count // len(self.scenes)
         expected = seeds * [description_of(scene) for scene in self.scenes]
@@ -101,9 +101,15 @@ class ShapesJudge:
         return found
 
 
-def _rendered(count: int, seed: list[int]) -> np.ndarray:
-    """Videos of held-out scenes as they should be, of other draws than the prompts'."""
-    rng = np.random.default_rng(seed)
+def rendered_videos(count: int, seed: int, part: int) -> np.ndarray:
+    """Videos of held-out scenes as they should be, of other draws than the prompts'.
+
+    Args:
+      count: N.
+      seed: of the draws.
+      part: which of several sets of a seed.
+    """
+    rng = np.random.default_rng([seed, part])
     held_out = scenes_of("held_out")
     return pixels.render(held_out[rng.integers(len(held_out), size=count)], rng)
 

@@ -11,7 +11,7 @@ import jax
 import tqdm
 
 from qvd_jax import checkpoint, files
-from qvd_jax.cli import command, make_parser
+from qvd_jax.cli import command, given_options, make_parser
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import DTYPES
 
@@ -46,7 +46,7 @@ def _convert(args: argparse.Namespace) -> None:
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     network = open_metric_network(args.source, args.lpips_heads)
     if network is not None:
-        given = _given(args, "source", "out", "lpips_heads", "overwrite")
+        given = given_options(_parser(), args, "source", "out", "lpips_heads", "overwrite")
         if given:
             raise InputError(f"{network.description} is converted without {', '.join(given)}")
         _show(network.description, ())
@@ -76,19 +76,9 @@ def _convert(args: argparse.Namespace) -> None:
         )
 
 
-def _given(args: argparse.Namespace, *known: str) -> list[str]:
-    """The arguments that were passed, beyond those that are known."""
-    return [
-        action.option_strings[0] if action.option_strings else "SOURCE"
-        for action in _parser()._actions
-        if action.dest not in (*known, "help", "version")
-        and getattr(args, action.dest) != action.default
-    ]
-
-
 def _write_back(args: argparse.Namespace) -> None:
     """Writes a checkpoint as a pipeline folder of diffusers."""
-    given = _given(args, "to_diffusers", "dtype", "overwrite")
+    given = given_options(_parser(), args, "to_diffusers", "dtype", "overwrite")
     if given:
         raise InputError(f"--to-diffusers writes a checkpoint as it is, without {', '.join(given)}")
     path, out = args.to_diffusers

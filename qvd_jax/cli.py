@@ -134,6 +134,24 @@ def make_parser(module: str, description: str | None) -> argparse.ArgumentParser
     return parser
 
 
+def given_options(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *known: str
+) -> list[str]:
+    """The arguments that were passed, beyond those that are known.
+
+    Args:
+      parser: of the command.
+      args: what it parsed.
+      known: names of arguments in `args`.
+    """
+    return [
+        action.option_strings[0] if action.option_strings else str(action.metavar)
+        for action in parser._actions
+        if action.dest not in (*known, "help", "version")
+        and getattr(args, action.dest) != action.default
+    ]
+
+
 def command_line(module: str, argv: Sequence[str] | None) -> str:
     """What runs the command again, quoted for a shell."""
     return f"{program(module)} {shlex.join(sys.argv[1:] if argv is None else argv)}"

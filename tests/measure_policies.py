@@ -201,7 +201,7 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
                 row |= {
                     "against float, points": interval(model["accuracy_change"], 100, "+.1f"),
                     "Fréchet / float's": interval(model["frechet_ratio"], 1, ".3f"),
-                    "PSNR dB": f"{model['psnr']:.1f}",
+                    "PSNR dB": f"{model['psnr']['value']:.1f}",
                     "latents SQNR dB": f"{model['latent_sqnr'][-1]:.1f}",
                 }
             elif name == "rescaled":

@@ -61,8 +61,8 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     exact, eight, four = results["models"]
     assert exact["policy"] == "float"
     assert "psnr" not in exact
-    assert eight["psnr"] > four["psnr"]
-    assert eight["ssim"] > four["ssim"]
+    assert eight["psnr"]["value"] > four["psnr"]["value"]
+    assert eight["ssim"]["value"] > four["ssim"]["value"]
     assert len(eight["latent_sqnr"]) == 2
     assert eight["latent_sqnr"][-1] > four["latent_sqnr"][-1]
     assert four["unet_bytes"] < eight["unet_bytes"] < exact["unet_bytes"]
@@ -104,11 +104,11 @@ def test_a_model_that_fails_among_others_is_named():
         (["--reference", "shapes", "--condition", "a.png@0"], "follows no --condition"),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
-            "comparing videos needs at least 3 of 11x11",
+            "ssim needs 11x11 pixels, ",
         ),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--frames", "2"],
-            "2 frames of ",
+            "flicker needs 3 frames, 2 of 2 videos have fewer",
         ),
     ],
 )

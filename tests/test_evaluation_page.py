@@ -11,7 +11,8 @@ from PIL import Image
 from qvd_jax.evaluation import page, tables
 from qvd_jax.quant.solve import LayerReport
 
-OWN = {"policy": "float", "unet_bytes": 2_000_000, "seconds_per_video": None, "flicker": 1.0}
+OWN = {"policy": "float", "unet_bytes": 2_000_000, "seconds_per_video": None}
+OWN["flicker"] = {"value": 1.0, "interval": [0.5, 1.5], "videos": 8}
 ACCURACY = {"color": {"value": 0.975, "interval": [0.95, 0.99]}}
 RESULTS = {
     "command": "python -m qvd_jax.evaluate --out a",
@@ -24,7 +25,12 @@ RESULTS = {
     "versions": {"jax": "0.10"},
     "models": [
         {"name": "<a>", **OWN, "accuracy": ACCURACY},
-        {"name": "b", **OWN, "psnr": 31.26, "latent_sqnr": [30.0, 17.04]},
+        {
+            "name": "b",
+            **OWN,
+            "psnr": {"value": 31.26, "interval": None},
+            "latent_sqnr": [30.0, 17.04],
+        },
     ],
 }
 

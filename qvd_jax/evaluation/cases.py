@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from qvd_jax.errors import InputError
-from qvd_jax.metrics import paired
-from qvd_jax.metrics.temporal import FLICKER_FRAMES
 from qvd_jax.pipelines.pipeline import VideoDefaults
 
 Figures = dict[str, Any]
@@ -24,6 +22,9 @@ class Judge(Protocol):
 
     def check(self, want: VideoDefaults) -> None:
         """Raises `InputError` if it cannot judge videos of this size and length."""
+
+    def real(self, count: int, seed: int) -> np.ndarray:
+        """Videos as they should be, of other draws than the cases, uint8 `[count, F, H, W, 3]`."""
 
     def figures(self, videos: Mapping[str, np.ndarray], seed: int) -> dict[str, Figures]:
         """What it finds.
@@ -59,7 +60,7 @@ class Cases:
         return [*map(str, self.inputs)] if self.names is None else [*self.names]
 
     def check(self, want: VideoDefaults) -> None:
-        """Raises `InputError` if there are too few, or their videos too small, to be measured.
+        """Raises `InputError` if there are too few, or their judge knows no such videos.
 
         Args:
           want: frames and size of the videos.
@@ -70,11 +71,6 @@ class Cases:
             raise InputError(
                 f"intervals and distances need at least {needed} prompts or images, "
                 f"there are {len(self.inputs)}"
-            )
-        if min(want.height, want.width) < paired.SSIM_WINDOW or want.frames < FLICKER_FRAMES:
-            raise InputError(
-                f"{want.frames} frames of {want.height}x{want.width}: comparing videos needs "
-                f"at least {FLICKER_FRAMES} of {paired.SSIM_WINDOW}x{paired.SSIM_WINDOW}"
             )
         if self.judge is not None:
             self.judge.check(want)

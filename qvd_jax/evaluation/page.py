@@ -86,7 +86,8 @@ def comparison_page(
     """
     reference, *candidates = results["models"]
     command = f"<br><code>{escape(results['command'])}</code>" if results["command"] else ""
-    parts = [f"<p class='note'>{escape(conditions(results))}{command}</p>"]
+    said = "<br>".join(map(escape, conditions(results).split("\n\n")))
+    parts = [f"<p class='note'>{said}{command}</p>"]
     if candidates:
         parts += [
             f"<h2>Differences from {escape(reference['name'])}</h2>",
@@ -94,13 +95,16 @@ def comparison_page(
         ]
     parts += [
         "<h2>Videos</h2>",
-        f"<p class='note'>From the left: {escape(', '.join(videos))}.</p>",
+        f"<p class='note'>From the left: {escape(', '.join(videos))}.</p>"
+        if videos
+        else "<p class='note'>They are of several sizes and not shown.</p>",
         _clips([*videos.values()], titles),
         "<h2>Each model by itself</h2>",
         _figures_table(results, OWN, results["models"]),
     ]
     detailed = {name: reports for name, reports in layers.items() if reports}
-    drawn = [functools.partial(plots.plot_latents, entries=candidates)] if candidates else []
+    sampled = [model for model in candidates if "latent_sqnr" in model]
+    drawn = [functools.partial(plots.plot_latents, entries=sampled)] if sampled else []
     drawn += [functools.partial(plots.plot_layers, layers=detailed)] if detailed else []
     if drawn:
         parts += ["<h2>Signal to quantization noise</h2>", _grid(map(plots.svg, drawn))]
@@ -146,7 +150,7 @@ def _figures_table(results: Figures, metrics: Sequence[Metric], models: Sequence
     """A line for each metric, with what it says, and a column for each model."""
     counts = {"prompts": results["prompts"], "videos": results["prompts"] * results["seeds"]}
     head = "".join(
-        f"<th>{_path(model['name'])}<small>{escape(model['policy'])}</small></th>"
+        f"<th>{_path(model['name'])}<small>{escape(model.get('policy', ''))}</small></th>"
         for model in models
     )
     body = "".join(

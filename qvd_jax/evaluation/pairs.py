@@ -16,14 +16,14 @@ from qvd_jax.axes import Array
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.cases import Cases, Figures
-from qvd_jax.metrics import paired, temporal
+from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
+from qvd_jax.evaluation.videos import Source, open_videos, planned
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 from qvd_jax.quant.solve import LayerReport, sqnr
 
 # Sampled together: enough to keep an accelerator busy.
 BATCH = 16
-_LARGEST_PSNR = 100.0
 
 
 @dataclass
@@ -68,6 +68,9 @@ def compare(
     seed: int = 0,
     seeds: int = 1,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
+    measures: Measures = PIXELS,
+    real: Source | None = None,
+    has_floor: bool = False,
 ) -> Comparison:
     """Samples all cases with every model and measures what tells them apart.
 
@@ -78,6 +81,9 @@ def compare(
       seed: the first.
       seeds: videos of each case.
       layers: of each model, from `load_layer_reports`.
+      measures: what is measured of the videos.
+      real: the videos that FVD is taken to; None takes the judge's, if there is one.
+      has_floor: whether the reference samples other seeds too, for the floor of FVD against it.
 
     Raises:
       InputError: the models or the videos cannot be compared.
@@ -88,8 +94,14 @@ def compare(
         name: pipe.with_scheduler(reference.scheduler.solver) for name, pipe in models.items()
     }
     layers = layers or {name: [] for name in models}
+    real = check_measures([*models], cases, want, seeds, measures, real)
     check_comparable(models, cases, want)
     sampled = sample(models, cases, want, range(seed, seed + seeds))
+    others = None
+    if has_floor:
+        name = next(iter(models))
+        more = sample({name: models[name]}, cases, want, range(seed + seeds, seed + 2 * seeds))
+        others = more[name].videos
     results = {
         **environment(),
         "backend": jax.default_backend(),
@@ -98,7 +110,7 @@ def compare(
         "scheduler": _scheduler(reference),
         **{name: getattr(want, name) for name in ("steps", "frames", "height", "width")},
         "guidance_scale": want.guidance_scale,
-        "models": measure(models, sampled, cases, seed, layers),
+        "models": measure(models, sampled, cases, seed, layers, measures, real, others),
     }
     videos = {name: found.videos for name, found in sampled.items()}
     return Comparison(results, videos, cases.titles, layers)
@@ -110,6 +122,42 @@ def _scheduler(pipe: VideoPipeline) -> str:
     levels = ["Karras"] if config.use_karras_sigmas else []
     spacing = [config.timestep_spacing] if config.timestep_spacing else []
     return " ".join([config.solver, *levels, *spacing])
+
+
+def check_measures(
+    names: Sequence[str],
+    cases: Cases,
+    want: VideoDefaults,
+    seeds: int,
+    measures: Measures,
+    real: Source | None,
+) -> Source | None:
+    """Refuses what could be sampled and not measured, before it is sampled.
+
+    Args:
+      names: of the models.
+      cases: what is sampled.
+      want: frames and size of all videos.
+      seeds: of each case.
+      measures: what is measured.
+      real: the videos that FVD is taken to.
+
+    Returns:
+      These videos, looked at.
+
+    Raises:
+      InputError: the videos are too few, too small or too short, or the real ones do not fit.
+    """
+    count, shape = seeds * len(cases.inputs), (want.frames, want.height, want.width)
+    sets = [planned(name, count, shape) for name in names]
+    beside = {}
+    if real is not None:
+        real = beside[REAL] = open_videos(real, REAL)
+    elif cases.judge is not None:
+        beside[REAL] = planned(REAL, count, shape)
+    cases.check(want)
+    check(sets, measures, beside)
+    return real
 
 
 def check_comparable(
@@ -239,6 +287,9 @@ def measure(
     cases: Cases,
     seed: int = 0,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
+    measures: Measures = PIXELS,
+    real: Source | None = None,
+    other_seeds: Source | None = None,
 ) -> list[Figures]:
     """The figures of every model, the reference's first.
 
@@ -248,28 +299,39 @@ def measure(
       cases: what was sampled.
       seed: of what the judge draws.
       layers: of each model, what calibration wrote.
+      measures: what is measured of the videos.
+      real: the videos that FVD is taken to; None takes the judge's, if there is one.
+      other_seeds: videos of the reference from other seeds.
     """
     reference = next(iter(sampled.values()))
+    videos = {name: found.videos for name, found in sampled.items()}
+    count = len(reference.videos)
+    if real is None and cases.judge is not None and "fvd" in measures.metrics:
+        real = cases.judge.real(count, seed)
+    compared = compare_videos(
+        videos,
+        measures,
+        real=real,
+        other_seeds=other_seeds,
+        seeds=count // len(cases.inputs),
+    )
     entries: list[Figures] = []
-    for name, found in sampled.items():
+    for (name, found), figures in zip(sampled.items(), compared.models, strict=True):
         pipe = models[name]
         entry: dict[str, Any] = {
             "name": name,
             "policy": pipe.quantization.policy if pipe.quantization else "float",
             "unet_bytes": memory.tree_bytes(pipe.params["unet"]),
             "seconds_per_video": found.seconds,
-            "flicker": float(temporal.flicker(found.videos).mean()),
+            **figures.figures(),
         }
         if layers is not None:
             entry["layers"] = [report.figures() for report in layers[name]]
         if found is not reference:
             entry["latent_sqnr"] = [*map(sqnr, found.signal.tolist(), found.noise.tolist())]
-            psnr = paired.psnr(reference.videos, found.videos)
-            entry["psnr"] = float(np.minimum(psnr, _LARGEST_PSNR).mean())
-            entry["ssim"] = float(paired.ssim(reference.videos, found.videos).mean())
         entries.append(entry)
+    entries[0] |= compared.floors()
     if cases.judge is not None:
-        videos = {name: found.videos for name, found in sampled.items()}
         for entry, more in zip(entries, cases.judge.figures(videos, seed).values(), strict=True):
             entry |= more
     return entries

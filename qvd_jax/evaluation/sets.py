@@ -34,6 +34,9 @@ ALONE = ("flicker", "motion")
 
 METRICS = ("fvd", *PAIRED, *ALONE)
 
+REAL, OTHER_SEEDS = "real videos", "other seeds"
+"""What messages call the sets that lie beside those that are measured."""
+
 _LARGEST_PSNR = 100.0
 
 
@@ -89,6 +92,10 @@ class Measures:
             _load_lpips(lpips) if "lpips" in metrics else None,
             cache or cache_folder() / "features",
         )
+
+
+PIXELS = Measures()
+"""What needs no network."""
 
 
 def _load_lpips(name: str) -> Network:
@@ -149,8 +156,11 @@ class VideoComparison:
     notes: tuple[str, ...] = ()
 
     def floors(self) -> dict[str, Any]:
-        """The floors as JSON has them."""
-        found = {"real": self.fvd_floor_real, "reference": self.fvd_floor_reference}
+        """The floors as JSON has them, by the names of their attributes."""
+        found = {
+            "fvd_floor_real": self.fvd_floor_real,
+            "fvd_floor_reference": self.fvd_floor_reference,
+        }
         return {name: dataclasses.asdict(one) for name, one in found.items() if one is not None}
 
 
@@ -174,13 +184,7 @@ def compare_videos(
     Raises:
       InputError: videos cannot be read, or what is asked for cannot be measured of them.
     """
-    sets = [open_videos(source, name) for name, source in sources.items()]
-    beside = {
-        name: open_videos(source, name)
-        for name, source in (("real videos", real), ("other seeds", other_seeds))
-        if source is not None
-    }
-    check(sets, measures, beside)
+    sets, beside = check_sources(sources, measures, real=real, other_seeds=other_seeds)
     parts = [
         Part(f"{videos.name}, {task}", task, None, None, len(videos))
         for task, several in _plan(sets, measures, beside)
@@ -188,6 +192,37 @@ def compare_videos(
     ]
     with Progress(parts) as progress:
         return _measure(sets, measures, beside, seeds, progress.advance)
+
+
+def check_sources(
+    sources: Mapping[str, Source],
+    measures: Measures,
+    *,
+    real: Source | None = None,
+    other_seeds: Source | None = None,
+) -> tuple[list[VideoSet], dict[str, VideoSet]]:
+    """Looks at sets of videos, and refuses what cannot be measured.
+
+    Args:
+      sources: as of `compare_videos`, and so are the others.
+      measures: what is measured.
+      real: the real videos.
+      other_seeds: those of the reference's other seeds.
+
+    Returns:
+      The sets, and those beside them by name.
+
+    Raises:
+      InputError: as of `compare_videos`.
+    """
+    sets = [open_videos(source, name) for name, source in sources.items()]
+    beside = {
+        name: open_videos(source, name)
+        for name, source in ((REAL, real), (OTHER_SEEDS, other_seeds))
+        if source is not None
+    }
+    check(sets, measures, beside)
+    return sets, beside
 
 
 def _plan(
@@ -215,7 +250,7 @@ def check(
         raise InputError(f"unknown metrics {', '.join(sorted(unknown))}; {', '.join(METRICS)} are")
     reference, *others = sets
     if "fvd" in measures.metrics:
-        if not others and "real videos" not in beside:
+        if not others and REAL not in beside:
             raise InputError("FVD is a distance between sets: name real videos, or another model's")
         frames = {v.name: check_videos(v, measures.protocol) for v in (*sets, *beside.values())}
         if len(set(frames.values())) > 1:
@@ -278,7 +313,7 @@ def _measure(
     def between(first: VideoSet, second: VideoSet) -> Distance | None:
         if not {first.name, second.name} <= set(features):
             return None
-        counts = [len(v) // (1 if v.name == "real videos" else seeds) for v in (first, second)]
+        counts = [len(v) // (1 if v.name == REAL else seeds) for v in (first, second)]
         return _distance(measures, features[first.name], features[second.name], first, counts)
 
     def own(videos: VideoSet) -> VideoFigures:
@@ -292,7 +327,7 @@ def _measure(
             },
         )
 
-    real, other = (beside.get(name) for name in ("real videos", "other seeds"))
+    real, other = (beside.get(name) for name in (REAL, OTHER_SEEDS))
     return VideoComparison(
         tuple(map(own, sets)),
         None if real is None or not features else _halves(measures, features[real.name], real),

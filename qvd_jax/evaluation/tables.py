@@ -30,7 +30,18 @@ def _number(name: str, form: str, factor: float = 1.0) -> Callable[[Figures], st
     return cell
 
 
-def _with_interval(value: float, interval: Sequence[float], form: str) -> str:
+def _mean(name: str, form: str) -> Callable[[Figures], str]:
+    """A mean over videos without its interval."""
+
+    def cell(figures: Figures) -> str:
+        return format(figures[name]["value"], form) if name in figures else ""
+
+    return cell
+
+
+def _with_interval(value: float, interval: Sequence[float] | None, form: str) -> str:
+    if interval is None:
+        return format(value, form)
     low, high = (format(end, form) for end in interval)
     return f"{value:{form}} ({low} to {high})"
 
@@ -39,8 +50,19 @@ def _estimated(name: str, form: str, factor: float = 1.0) -> Callable[[Figures],
     def cell(figures: Figures) -> str:
         if name not in figures:
             return ""
-        value, (low, high) = figures[name]["value"], figures[name]["interval"]
-        return _with_interval(factor * value, (factor * low, factor * high), form)
+        interval = figures[name]["interval"]
+        scaled = None if interval is None else [factor * end for end in interval]
+        return _with_interval(factor * figures[name]["value"], scaled, form)
+
+    return cell
+
+
+def _unbiased(name: str) -> Callable[[Figures], str]:
+    def cell(figures: Figures) -> str:
+        found = figures.get(name)
+        if found is None or found["unbiased"] is None:
+            return ""
+        return _with_interval(found["unbiased"], found["unbiased_interval"], ".1f")
 
     return cell
 
@@ -59,17 +81,30 @@ def _last_sqnr(figures: Figures) -> str:
 
 DIFFERENCES = (
     Metric(
+        "FVD to the reference's",
+        "Distance to the reference's own videos of the same prompts and seeds: lower is better, 0 "
+        "is the same distribution. It compares at one protocol and number of videos alone, here "
+        "{videos}.",
+        _estimated("fvd_reference", ".1f"),
+    ),
+    Metric(
+        "LPIPS",
+        "How far frames are from the reference's in the features of a network: lower is better, 0 "
+        "where they are equal. A mean over {videos} videos.",
+        _estimated("lpips", ".4f"),
+    ),
+    Metric(
         "PSNR dB",
         "How near the pixels are to the reference's from the same noise: higher is better, 100 "
         "stands for equal videos. A mean over {videos} videos, for this scheduler and number of "
         "steps alone.",
-        _number("psnr", ".1f"),
+        _mean("psnr", ".1f"),
     ),
     Metric(
         "SSIM",
         "How alike the structure is, 1 where videos are equal: higher is better. A mean over "
         "{videos} videos, nearer to 1 the plainer their backgrounds.",
-        _number("ssim", ".3f"),
+        _mean("ssim", ".3f"),
     ),
     Metric(
         "last latents SQNR dB",
@@ -122,6 +157,30 @@ OWN = (
         )
     ),
     Metric(
+        "FVD",
+        "Distance to real videos in the features of I3D: lower is better. It falls as videos grow "
+        "in number, and compares at one protocol and number alone, here {videos}.",
+        _estimated("fvd", ".1f"),
+    ),
+    Metric(
+        "FVD without bias",
+        "What it tends to as videos grow in number, estimated from parts of the {videos}; rough "
+        "for fewer than a thousand.",
+        _unbiased("fvd"),
+    ),
+    Metric(
+        "FVD of real",
+        "Of one half of the real videos to the other: what a perfect model has at half as many; "
+        "beside {videos} of each model.",
+        _estimated("fvd_floor_real", ".1f"),
+    ),
+    Metric(
+        "FVD of other seeds",
+        "Of the reference's {videos} videos to as many of its own from other seeds: below it no "
+        "difference from the reference is seen.",
+        _estimated("fvd_floor_reference", ".1f"),
+    ),
+    Metric(
         "Fréchet",
         "Distance to rendered videos in a classifier's features: lower is better. It grows as "
         "videos get fewer, so it compares at one number alone, here {videos}.",
@@ -137,7 +196,13 @@ OWN = (
         "flicker",
         "Mean second difference over time, of 0 to 255: as much as the reference's is good, for "
         "motion has some too. A mean over {videos} videos.",
-        _number("flicker", ".2f"),
+        _mean("flicker", ".2f"),
+    ),
+    Metric(
+        "motion",
+        "Mean change from frame to frame, of 0 to 255: as much as the reference's is good. A mean "
+        "over {videos} videos.",
+        _mean("motion", ".2f"),
     ),
     Metric(
         "flicker of rendered",
@@ -158,7 +223,8 @@ def summary(results: Figures) -> str:
     models = results["models"]
     metrics = measured((*DIFFERENCES, *OWN), models)
     rows = [
-        {"model": model["name"], "policy": model["policy"]}
+        {"model": model["name"]}
+        | ({"policy": model["policy"]} if "policy" in model else {})
         | {metric.title: metric.cell(model) for metric in metrics}
         for model in models
     ]
@@ -169,7 +235,28 @@ def conditions(results: Figures) -> str:
     """What all figures depend on."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
-    return (
-        f"{results['prompts']} prompts, {seeds}{results['steps']} steps of {results['scheduler']}, "
-        f"guidance {results['guidance_scale']:g}, {results['backend']}; {versions}"
-    )
+    if "steps" in results:
+        made = (
+            f"{results['prompts']} prompts, {seeds}{results['steps']} steps of "
+            f"{results['scheduler']}, guidance {results['guidance_scale']:g}"
+        )
+    else:
+        made = f"{results['prompts']} videos made elsewhere"
+    return "\n\n".join([f"{made}, {results['backend']}; {versions}", *distances(results)])
+
+
+def distances(results: Figures) -> list[str]:
+    """What another FVD must share with those of the results to be compared, and their faults."""
+    found = [
+        model[name]
+        for model in results["models"]
+        for name in ("fvd", "fvd_reference")
+        if name in model
+    ]
+    said = {
+        f"FVD by the protocol {one['protocol']}: {one['clips']} clips against "
+        f"{one['reference_clips']}, {one['frames']} frames, videos of {one['size']}, weights of "
+        f"{one['weights']}" + (f". {one['warning']}" if one["warning"] else "")
+        for one in found
+    }
+    return sorted(said)

@@ -1,18 +1,17 @@
 """Sets of videos to be measured: arrays, files, folders; one is in memory at a time."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qvd_jax.data import folders
 from qvd_jax.errors import InputError
-
-Source = np.ndarray | Path | str | Sequence[Path | str]
-"""Videos uint8 `[N, F, H, W, 3]`, or where they lie: folders of them, or they themselves."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,25 @@ class VideoSet:
         folders.check_frames(probes, least, f"{self.name}: {why}")
 
 
+Source = VideoSet | np.ndarray | Path | str | Sequence[Path | str]
+"""Videos uint8 `[N, F, H, W, 3]`, or where they lie: folders of them, or they themselves."""
+
+
+def planned(name: str, count: int, shape: tuple[int, int, int]) -> VideoSet:
+    """Videos that are yet to be made, to be checked before they are.
+
+    Args:
+      name: of the set.
+      count: N.
+      shape: F, H, W.
+    """
+
+    def missing(number: int) -> Any:
+        raise ValueError(f"{name}: video {number} is not made")
+
+    return VideoSet(name, tuple(map(str, range(count))), count * (shape,), missing, missing)
+
+
 def open_videos(source: Source, name: str) -> VideoSet:
     """Looks at all videos of a source, and reads none.
 
@@ -66,6 +84,8 @@ def open_videos(source: Source, name: str) -> VideoSet:
     Raises:
       InputError: there are none, or some cannot be read; these are counted and named.
     """
+    if isinstance(source, VideoSet):
+        return dataclasses.replace(source, name=name)
     if isinstance(source, np.ndarray):
         return _of_array(source, name)
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]

@@ -64,6 +64,10 @@ class ShapesJudge:
                 f"{config.size}x{config.size}; pass --prompts-file FILE for others"
             )
 
+    def real(self, count: int, seed: int) -> np.ndarray:
+        """Rendered videos, uint8 `[count, F, H, W, 3]`."""
+        return rendered_videos(count, seed, 0)
+
     def figures(self, videos: Mapping[str, np.ndarray], seed: int) -> dict[str, Figures]:
         """What each model's videos show, beside the first's and beside rendered ones.
 

@@ -4,12 +4,17 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qvd_jax
 from qvd_jax import evaluate
+from qvd_jax.data.video_io import read_video, write_video
 from qvd_jax.errors import InputError, NotFiniteError
-from qvd_jax.evaluation import Cases, page, pairs
+from qvd_jax.evaluation import Cases, networks, page, pairs
+from qvd_jax.evaluation.networks import Network
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.observation import CalibrationConfig
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -49,12 +54,28 @@ class Tags(HTMLParser):
             assert self.open.pop() == tag
 
 
+class Means(nn.Module):
+    """The mean color of a clip and its square, in I3D's place."""
+
+    def __call__(self, clips):
+        mean = 100 * clips.mean((1, 2, 3))
+        return jnp.concatenate([mean, mean**2], -1)
+
+
 @pytest.mark.slow
 def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a red circle\n<b>a blue square\nx\n")
     out = tmp_path / "out"
     options = ["--reference", str(models[0]), "--candidate", *map(str, models[1:]), *SIZE]
     options += ["--prompts-file", str(tmp_path / "prompts.txt"), "--seeds", "2"]
+    (tmp_path / "real").mkdir()
+    network = Network(Means(), {}, "mean colors", "0")
+    monkeypatch.setattr(networks, "load_i3d", lambda folder: network)
+    write_video(tmp_path / "real" / "0.mp4", np.zeros((11, 8, 8, 3), np.uint8), 8)
+    write_video(tmp_path / "real" / "1.mp4", np.full((13, 8, 8, 3), 90, np.uint8), 8)
+    options += ["--metrics", "fvd", "psnr", "ssim", "--real", str(tmp_path / "real"), "--floor"]
+    options += ["--protocol", "cd-fvd", "--clip-frames", "11", "--features", str(tmp_path / "kept")]
+    options += ["--vbench", str(tmp_path / "vbench")]
     assert evaluate.main([*options, "--out", str(out)]) == 0
     assert "minmax-w4a8" in capsys.readouterr().out
     results = json.loads((out / "results.json").read_text())
@@ -64,6 +85,16 @@ def test_models_side_by_side(models, tmp_path, capsys, monkeypatch):
     assert eight["psnr"]["value"] > four["psnr"]["value"]
     assert eight["ssim"]["value"] > four["ssim"]["value"]
     assert len(eight["latent_sqnr"]) == 2
+    assert 0 < eight["fvd_reference"]["value"] < four["fvd_reference"]["value"]
+    for name in ("fvd_reference", "fvd"):
+        assert eight[name]["protocol"] == "cd-fvd"
+        assert eight[name]["clips"] == 6
+    assert exact["fvd_floor_reference"]["reference_clips"] == 6
+    assert "fvd_floor_real" not in exact
+    names = ["a red circle-0.mp4", "a red circle-1.mp4", "<b>a blue square-0.mp4", "x-1.mp4"]
+    for name in names:
+        video = tmp_path / "vbench" / page.file_name(str(models[1])) / name
+        assert read_video(video).shape == (11, 16, 16, 3)
     assert eight["latent_sqnr"][-1] > four["latent_sqnr"][-1]
     assert four["unet_bytes"] < eight["unet_bytes"] < exact["unet_bytes"]
     assert len(eight["layers"]) > 50

@@ -17,6 +17,7 @@ from qvd_jax.pipelines.components import DTYPES
 
 from . import model_index
 from .animatediff import PRESETS
+from .clip import open_clip
 from .embeddings import parse_embedding
 from .lora import parse_lora
 from .metric_networks import open_metric_network
@@ -44,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
-    network = open_metric_network(args.source, args.lpips_heads)
+    network = open_metric_network(args.source, args.lpips_heads) or open_clip(args.source)
     if network is not None:
         given = given_options(_parser(), args, "source", "out", "lpips_heads", "overwrite")
         if given:
             raise InputError(f"{network.description} is converted without {', '.join(given)}")
-        _show(network.description, ())
+        _show(network.description, network.notes)
         network.write(args.out)
         return
     loras = [parse_lora(lora) for lora in args.lora]

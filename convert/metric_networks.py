@@ -45,12 +45,14 @@ class MetricNetwork:
       config: its shape.
       params: of the Flax module.
       description: where it came from.
+      notes: what the user should know.
     """
 
     component: str
     config: Any
     params: Params
     description: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = networks.param_shapes(self.component, self.config)
@@ -73,6 +75,8 @@ def open_metric_network(source: Path, heads: Path | None = None) -> MetricNetwor
       InputError: it is one, damaged or of other shapes.
     """
     if not source.is_file():
+        if heads is not None:
+            raise InputError(f"{source}: --lpips-heads go with a file, torchvision's network")
         return None
     epsilon = None
     if torchscript.is_torchscript(source):

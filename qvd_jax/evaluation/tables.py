@@ -205,6 +205,18 @@ OWN = (
         _mean("motion", ".2f"),
     ),
     Metric(
+        "CLIP score",
+        "How near frames are to their prompts in CLIP's space, 100 times the cosine: higher is "
+        "better. A mean over {videos} videos.",
+        _estimated("clip_score", ".2f"),
+    ),
+    Metric(
+        "frame consistency",
+        "How near frames are to the next ones in CLIP's space, 100 times the cosine: higher is "
+        "steadier, and a still has 100. A mean over {videos} videos.",
+        _estimated("frame_consistency", ".2f"),
+    ),
+    Metric(
         "flicker of rendered",
         "The same of {videos} rendered videos.",
         _number("flicker_real", ".2f"),

@@ -46,7 +46,8 @@ ALLOWED = {
     | {"quant"},
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "memory"},
-    "evaluation": GROUND | {"checkpoint", "data", "memory", "metrics", "pipelines", "quant"},
+    "evaluation": GROUND
+    | {"checkpoint", "data", "items", "memory", "metrics", "models", "pipelines", "quant"},
     # The small model's world may use all of these; none of them knows it.
     "shapes": GROUND
     | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},

@@ -68,6 +68,26 @@ def test_every_metric_says_of_how_many_it_is(text):
     assert "A mean over 8 videos" in text
 
 
+def test_distances_stand_beside_all_that_they_depend_on():
+    fvd = {"value": 12.34, "interval": [10.0, 14.0], "unbiased": 8.0, "unbiased_interval": None}
+    fvd |= {"clips": 8, "reference_clips": 9, "frames": 16, "size": "64x64", "protocol": "disco"}
+    fvd |= {"weights": "a file", "warning": "clips overlap"}
+    exact, other = RESULTS["models"]
+    models = [exact | {"fvd": fvd, "fvd_floor_real": fvd}, other | {"fvd_reference": fvd}]
+    text = tables.summary(RESULTS | {"models": models})
+    assert text.splitlines()[2] == (
+        "FVD by the protocol disco: 8 clips against 9, 16 frames, videos of 64x64, weights of a "
+        "file. clips overlap"
+    )
+    assert text.count("12.3 (10.0 to 14.0)") == 3
+    assert "| 8.0 |" in text
+
+
+def test_no_two_metrics_have_one_title():
+    titles = [metric.title for metric in (*tables.DIFFERENCES, *tables.OWN)]
+    assert len(titles) == len({*titles})
+
+
 def test_the_worst_layers_come_first(text):
     assert re.findall(r"layer (\d+)", text[text.index("<details") :]) == ["10", "20", "30"]
 

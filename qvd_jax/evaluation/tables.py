@@ -199,7 +199,7 @@ OWN = (
         _mean("flicker", ".2f"),
     ),
     Metric(
-        "motion",
+        "motion magnitude",
         "Mean change from frame to frame, of 0 to 255: as much as the reference's is good. A mean "
         "over {videos} videos.",
         _mean("motion", ".2f"),

@@ -122,7 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         metavar="SOURCE",
         help="diffusers folder of any family; Stable Diffusion 1.5 with --motion, a folder or one "
-        "file; an original file of Stable Video Diffusion",
+        "file; an original file of Stable Video Diffusion; of the metrics a file of I3D or of "
+        "LPIPS' network, or a folder of CLIP",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument(

@@ -2,8 +2,12 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,7 +62,7 @@ def means(shown, protocol):
 
 def test_fvd_is_the_distance_of_the_features_of_all_clips(tmp_path):
     measures = short(frames=10)
-    a, b, real = noise(0), noise(1), noise(2, count=9)
+    a, b, real = noise(0), noise(1), noise(2, 9, height=24, width=24)
     found = sets.compare_videos({"a": a, "b": b}, measures, real=real, other_seeds=noise(3))
     of = {name: means(v, measures.protocol) for name, v in (("a", a), ("b", b), ("real", real))}
 
@@ -78,7 +82,7 @@ def test_fvd_is_the_distance_of_the_features_of_all_clips(tmp_path):
         ("clips", 6),
         ("reference_clips", 9),
         ("frames", 10),
-        ("size", "16x20"),
+        ("size", "16x20 against 24x24"),
         ("protocol", "cd-fvd"),
         ("weights", "mean colors"),
     ):
@@ -139,6 +143,30 @@ def test_features_are_kept_by_content_and_an_interrupted_run_goes_on(tmp_path, m
         )
 
 
+DEVICES = 3
+
+
+def of_several_devices(file):
+    """Of a process that sees several, whose number the clips are no multiple of."""
+    assert jax.local_device_count() == DEVICES
+    shown = videos.open_videos(noise(0, count=14), "a")
+    np.save(file, features.video_features(I3D, shown, short(frames=10).protocol).values)
+
+
+def test_features_are_the_same_on_several_devices(tmp_path):
+    file = tmp_path / "features.npy"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    program = "import sys, test_evaluation_sets as t; t.of_several_devices(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, file], env=environment, check=True, timeout=100)
+    shown = videos.open_videos(noise(0, count=14), "a")
+    own = features.video_features(I3D, shown, short(frames=10).protocol)
+    np.testing.assert_allclose(np.load(file), own.values, rtol=1e-5)
+
+
 def test_sliding_clips_are_all_taken_and_left_out_with_their_video():
     measures = short("disco", frames=10)
     found = sets.compare_videos({"a": noise(0, frames=14), "b": noise(1, frames=14)}, measures)
@@ -193,6 +221,11 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     monkeypatch.delattr(sets, "_measure")
     with pytest.raises(InputError, match=message):
         sets.compare_videos(sources, measures, real=real)
+
+
+def test_other_protocols_are_named():
+    with pytest.raises(InputError, match="protocol = 'stylegan': it must be one of stylegan-v"):
+        sets.Measures.load(["psnr"], "stylegan")
 
 
 def test_whole_videos_of_several_lengths_have_no_protocol(tmp_path):

@@ -312,6 +312,8 @@ def test_lpips_of_users_files_is_that_of_its_package(tmp_path, net):
     network = networks.load_lpips(folder=tmp_path / "lpips")
     found = network.module.apply({"params": network.params}, *IMAGES)
     np.testing.assert_allclose(found, lpips_of(net, convs, heads), rtol=1e-5)
+    with pytest.raises(InputError, match="is of the family 'lpips'; 'i3d' is needed"):
+        networks.load_i3d(tmp_path / "lpips")
 
 
 @pytest.mark.parametrize(("net", "file"), [("alex", "alexnet"), ("vgg", "vgg16")])

@@ -85,6 +85,7 @@ def find_videos(paths: Sequence[Path]) -> Found:
             raise InputError(f"{path} holds no videos ({', '.join(CONTAINERS)}) and no frames")
         videos += sorted(found, key=video_io.counted)
         others += Counter({kind: number for kind, number in kinds.items() if kind is not None})
+    videos = [*dict.fromkeys(videos)]
     with ThreadPoolExecutor() as pool:
         probes = [*pool.map(_probe, videos)]
     faults = [probe for probe in probes if isinstance(probe, InputError)]

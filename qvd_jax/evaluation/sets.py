@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qvd_jax.config import check_choice
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import networks
 from qvd_jax.evaluation.clip import CLIP, load_clip
@@ -85,13 +86,14 @@ class Measures:
           cache: where features are kept; None is in the user's cache folder.
 
         Raises:
-          InputError: weights are missing or those of another network.
+          InputError: weights are missing or those of another network, or there is no such protocol.
         """
         if "clip" in metrics and clip is None:
             raise InputError(
                 "the metric clip needs a folder of CLIP (--clip DIR): python -m qvd_jax.convert "
                 "makes it of one of transformers"
             )
+        check_choice("protocol", protocol, tuple(PROTOCOLS))
         chosen = PROTOCOLS[protocol]
         if frames is not None:
             chosen = dataclasses.replace(chosen, frames=frames)
@@ -345,7 +347,10 @@ def _measure(
         if not {first.name, second.name} <= set(features):
             return None
         counts = [len(v) // (1 if v.name == REAL else seeds) for v in (first, second)]
-        return _distance(measures, features[first.name], features[second.name], first, counts)
+        sizes = dict.fromkeys((first.size, second.size))
+        return _distance(
+            measures, features[first.name], features[second.name], " against ".join(sizes), counts
+        )
 
     def own(videos: VideoSet) -> VideoFigures:
         return VideoFigures(
@@ -371,7 +376,7 @@ def _distance(
     measures: Measures,
     judged: Features,
     reference: Features,
-    videos: VideoSet,
+    size: str,
     prompts: Sequence[int],
 ) -> Distance:
     assert measures.i3d is not None
@@ -379,7 +384,7 @@ def _distance(
         judged,
         reference,
         measures.protocol,
-        size=videos.size,
+        size=size,
         weights=measures.i3d.description,
         prompts=prompts,
     )
@@ -395,7 +400,7 @@ def _halves(measures: Measures, features: Features, videos: VideoSet) -> Distanc
         for part in (odd, ~odd)
     )
     counts = [int(part.videos[-1]) + 1 for part in (first, second)]
-    return _distance(measures, first, second, videos, counts)
+    return _distance(measures, first, second, videos.size, counts)
 
 
 def _pixels(

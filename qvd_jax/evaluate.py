@@ -1,7 +1,8 @@
 """`python -m qvd_jax.evaluate --reference DIR [--candidate DIR ...] --out DIR`: side by side.
 
 Every model samples the same prompts or images from the same noise. Without any the prompts are
-held-out scenes of the moving shapes, and what they asked for is counted in the pixels.
+held-out scenes of the moving shapes, and what they asked for is counted in the pixels; with
+--scenes arrows the images are, of two shapes that move where they point.
 """
 
 import argparse
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvd_jax import checkpoint
+from qvd_jax.arrows import judge as arrows
 from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
@@ -27,11 +29,14 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.errors import InputError
 from qvd_jax.evaluation import Cases, compare, write_comparison
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.evaluation.pairs import BATCH
 from qvd_jax.files import check_folder
+from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
+from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     want = check_videos(names, args, args.reference, **asked)
-    cases = read_cases(args)
+    cases = read_cases(args, want)
     cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
 
@@ -60,16 +65,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
 
 
-def read_cases(args: argparse.Namespace) -> Cases:
-    """What the command line gives, the first `--videos` of it; else held-out moving shapes.
+def read_cases(args: argparse.Namespace, want: VideoDefaults) -> Cases:
+    """What the command line gives, the first `--videos` of it; else held-out scenes.
+
+    Args:
+      args: of the command line.
+      want: what all videos are to be like.
 
     Raises:
-      InputError: the reference is no model of moving shapes and nothing is given, or what is
-        given does not fit it.
+      InputError: no scenes are asked for, the reference is no model of moving shapes and nothing
+        is given; or what is given does not fit it.
     """
     path = checkpoint.find(args.reference)
     options = read_control(args, path)
     asked = args.prompt or args.prompts_file or args.image
+    if args.scenes == "arrows":
+        if asked or not isinstance(want, ImageToVideoDefaults):
+            raise InputError(
+                f"--scenes arrows are images: {path} must make videos from images, and none be "
+                f"given"
+            )
+        return arrows.held_out_cases(args.videos, args.seed, want)
     if asked or not asks_for_shapes(read_configs(path).defaults.prompts):
         given = read_inputs(args, path)
         if len(given.values) > args.videos:
@@ -87,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
         "--candidate", nargs="+", default=[], metavar="DIR|NAME", help="other checkpoints"
     )
     add_input_arguments(parser)
+    parser.add_argument(
+        "--scenes",
+        choices=("arrows",),
+        help="held-out scenes of the model of that name, in the images' place",
+    )
     parser.add_argument(
         "--videos",
         type=positive_int,

@@ -12,6 +12,7 @@ import numpy as np
 from qvd_jax.arrows import pixels
 from qvd_jax.arrows.scenes import draw_scenes
 from qvd_jax.axes import Array, Params
+from qvd_jax.diffusion.sampler import add_image
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError
 from qvd_jax.models.clip import CLIPVisionConfig
@@ -148,14 +149,14 @@ class ImageToVideo:
         """
         clean = batch["latents"].astype(jnp.float32)
         count = len(clean)
-        noise_key, level_key, strength_key, image_key, drop_key = jax.random.split(key, 5)
-        sigma = sample_noise_levels(level_key, count, *self.config.noise_level)
-        strength = sample_noise_levels(strength_key, count, *self.config.image_noise)
+        keys = iter(jax.random.split(key, 6))
+        sigma = sample_noise_levels(next(keys), count, *self.config.noise_level)
+        strength = sample_noise_levels(next(keys), count, *self.config.image_noise)
         # Both are drawn in rising order.
-        strength = jax.random.permutation(strength_key, strength)
-        kept = jax.random.bernoulli(drop_key, 1 - self.config.image_dropout, (count,))
+        strength = jax.random.permutation(next(keys), strength)
+        kept = jax.random.bernoulli(next(keys), 1 - self.config.image_dropout, (count,))
         images = to_unit_range(batch["images"])
-        images += strength[:, None, None, None] * jax.random.normal(image_key, images.shape)
+        images += strength[:, None, None, None] * jax.random.normal(next(keys), images.shape)
         image_latents, _ = self._modules["vae"].apply(
             {"params": self._vae_params}, images[:, None], method="encode"
         )
@@ -165,16 +166,15 @@ class ImageToVideo:
         context = jnp.where(kept[:, None, None], embedding[:, None], 0.0)
         image_latents = jnp.where(kept[:, None, None, None, None], image_latents, 0.0)
 
-        noise = jax.random.normal(noise_key, clean.shape)
+        noise = jax.random.normal(next(keys), clean.shape)
         per_video = sigma[:, None, None, None, None]
         scale = jnp.sqrt(per_video**2 + 1)
         noisy = (clean + per_video * noise) / scale
-        shown = jnp.broadcast_to(image_latents, (*clean.shape[:-1], image_latents.shape[-1]))
         fps = jnp.full(count, self.config.defaults.fps - 1.0)
         ids = jnp.stack([fps, batch["buckets"].astype(jnp.float32), strength], axis=-1)
         predicted = self._modules["unet"].apply(
             {"params": params["unet"]},
-            jnp.concatenate([noisy, shown], axis=-1),
+            add_image(noisy, image_latents),
             jnp.log(sigma) / 4,
             context,
             ids,

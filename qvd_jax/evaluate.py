@@ -80,10 +80,11 @@ def read_cases(args: argparse.Namespace, want: VideoDefaults) -> Cases:
     options = read_control(args, path)
     asked = args.prompt or args.prompts_file or args.image
     if args.scenes == "arrows":
-        if asked or not isinstance(want, ImageToVideoDefaults):
+        if asked:
+            raise InputError("--scenes arrows shows its own images; leave --image and prompts out")
+        if not isinstance(want, ImageToVideoDefaults):
             raise InputError(
-                f"--scenes arrows are images: {path} must make videos from images, and none be "
-                f"given"
+                f"--scenes arrows shows images; {path} makes no videos from these alone"
             )
         return arrows.held_out_cases(args.videos, args.seed, want)
     if asked or not asks_for_shapes(read_configs(path).defaults.prompts):

@@ -1,5 +1,7 @@
 """Two pointing shapes: what is drawn is what is read back, and the judge counts what stays."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -16,6 +18,7 @@ from qvd_jax.arrows.scenes import (
     title_of,
 )
 from qvd_jax.errors import InputError
+from qvd_jax.evaluate import main as evaluate_command
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 
 WANT = ImageToVideoDefaults(frames=16, height=64, width=64)
@@ -179,3 +182,17 @@ def test_what_cannot_be_drawn_is_named(change, message):
     want = ImageToVideoDefaults(**{"frames": 16, "height": 64, "width": 64, **change})
     with pytest.raises(InputError, match=message):
         held_out_cases(4, 0, want)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--scenes arrows shows images; .*shapes makes no videos from them"),
+        (["--prompt", "an arrow"], "shows its own images; leave --image and prompts out"),
+    ],
+)
+def test_scenes_are_refused_where_they_do_not_fit(tmp_path, capsys, more, message):
+    asked = ["--reference", "shapes", "--scenes", "arrows", "--out", str(tmp_path / "out")]
+    assert evaluate_command([*asked, *more]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -25,7 +25,7 @@ from qvd_jax.train import main as train_command
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 VAE = """
-loop: {steps: 1, batch_size: 1, learning_rate: 1.0e-3, warmup_steps: 0}
+loop: {steps: 2, batch_size: 1, learning_rate: 1.0e-3, warmup_steps: 1}
 vae:
   scenes: arrows
   frames: 2

@@ -1,7 +1,8 @@
 """`python -m qvd_jax.evaluate --reference DIR [--candidate DIR ...] --out DIR`: side by side.
 
 Every model samples the same prompts or images from the same noise. Without any the prompts are
-held-out scenes of the moving shapes, and what they asked for is counted in the pixels. With
+held-out scenes of the moving shapes, and what they asked for is counted in the pixels; with
+--scenes arrows the images are, of two shapes that move where they point. With
 `--generated FOLDER ...` videos that were sampled elsewhere are measured in the place of models'.
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qvd_jax import checkpoint
+from qvd_jax.arrows import judge as arrows
 from qvd_jax.cli import (
     add_input_arguments,
     add_sampler_arguments,
@@ -39,7 +41,9 @@ from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.files import check_folder
 from qvd_jax.metrics.fvd import PROTOCOLS
+from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
+from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 _OF_GENERATED = (
@@ -71,7 +75,7 @@ def _sample(args: argparse.Namespace, argv: Sequence[str] | None) -> Comparison:
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     want = check_videos(names, args, args.reference, **asked)
-    cases = read_cases(args)
+    cases = read_cases(args, want)
     measures = _measures(args)
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
     if args.vbench:
@@ -143,16 +147,28 @@ def _measures(args: argparse.Namespace) -> Measures:
     )
 
 
-def read_cases(args: argparse.Namespace) -> Cases:
-    """What the command line gives, the first `--videos` of it; else held-out moving shapes.
+def read_cases(args: argparse.Namespace, want: VideoDefaults) -> Cases:
+    """What the command line gives, the first `--videos` of it; else held-out scenes.
+
+    Args:
+      args: of the command line.
+      want: what all videos are to be like.
 
     Raises:
-      InputError: the reference is no model of moving shapes and nothing is given, or what is
-        given does not fit it.
+      InputError: no scenes are asked for, the reference is no model of moving shapes and nothing
+        is given; or what is given does not fit it.
     """
     path = checkpoint.find(args.reference)
     options = read_control(args, path)
     asked = args.prompt or args.prompts_file or args.image
+    if args.scenes == "arrows":
+        if asked:
+            raise InputError("--scenes arrows shows its own images; leave --image and prompts out")
+        if not isinstance(want, ImageToVideoDefaults):
+            raise InputError(
+                f"--scenes arrows shows images; {path} makes no videos from these alone"
+            )
+        return arrows.held_out_cases(args.videos, args.seed, want)
     if asked or not asks_for_shapes(read_configs(path).defaults.prompts):
         given = read_inputs(args, path)
         if len(given.values) > args.videos:
@@ -177,6 +193,11 @@ def _parser() -> argparse.ArgumentParser:
         "what the others are compared with, by the names of their files",
     )
     add_input_arguments(parser)
+    parser.add_argument(
+        "--scenes",
+        choices=("arrows",),
+        help="held-out scenes of the model of that name, in the images' place",
+    )
     parser.add_argument(
         "--videos",
         type=positive_int,

@@ -1,18 +1,23 @@
-"""`python -m qvd_jax.train CONFIG.yaml --out DIR`: makes the small model the package ships."""
+"""`python -m qvd_jax.train CONFIG.yaml --out DIR`: makes the small models the package ships."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qvd_jax.arrows import pixels as arrows_pixels
+from qvd_jax.arrows.image_to_video_task import ImageToVideo, ImageToVideoConfig
 from qvd_jax.cli import command, make_parser
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
+from qvd_jax.shapes import pixels as shapes_pixels
 from qvd_jax.shapes.classifier_task import ClassifierConfig, ClassifierTask
 from qvd_jax.shapes.text_to_video_task import TextToVideo, TextToVideoConfig
 from qvd_jax.shapes.vae_task import VAETask, VAETrainingConfig
 from qvd_jax.training import loop
+
+_CLIPS = {"shapes": shapes_pixels.draw_clips, "arrows": arrows_pixels.draw_clips}
 
 
 @dataclass(frozen=True)
@@ -23,18 +28,20 @@ class RunConfig:
       loop: how long and with what.
       vae: trains the VAE.
       text_to_video: trains text encoder and UNet.
+      image_to_video: trains image encoder and UNet.
       classifier: trains the video classifier of the Frechet distance.
     """
 
     loop: loop.LoopConfig
     vae: VAETrainingConfig | None = None
     text_to_video: TextToVideoConfig | None = None
+    image_to_video: ImageToVideoConfig | None = None
     classifier: ClassifierConfig | None = None
 
     def __post_init__(self) -> None:
-        tasks = [self.vae, self.text_to_video, self.classifier]
-        if sum(task is not None for task in tasks) != 1:
-            raise ValueError("exactly one of vae, text_to_video and classifier is needed")
+        tasks = [field.name for field in fields(self) if field.name != "loop"]
+        if sum(getattr(self, task) is not None for task in tasks) != 1:
+            raise ValueError(f"exactly one of {', '.join(tasks[:-1])} and {tasks[-1]} is needed")
 
 
 @command
@@ -55,9 +62,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_task(config: RunConfig) -> loop.Task:
     """The one task of a run."""
     if config.vae is not None:
-        return VAETask(config.vae)
+        return VAETask(config.vae, _CLIPS[config.vae.scenes])
     if config.classifier is not None:
         return ClassifierTask(config.classifier)
+    if config.image_to_video is not None:
+        return ImageToVideo(config.image_to_video, config.loop.seed)
     assert config.text_to_video is not None
     return TextToVideo(config.text_to_video, config.loop.seed)
 

@@ -45,12 +45,15 @@ ALLOWED = {
     | {"checkpoint", "data", "diffusion", "exported", "items", "memory", "models", "programs"}
     | {"quant"},
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
-    "training": GROUND | {"checkpoint", "data", "memory"},
+    "training": GROUND | {"checkpoint", "data", "items", "memory"},
     "evaluation": GROUND
     | {"checkpoint", "data", "items", "memory", "metrics", "models", "pipelines", "quant"},
-    # The small model's world may use all of these; none of them knows it.
+    # The small models' worlds may use all of these; none of them knows them.
     "shapes": GROUND
-    | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},
+    | {"checkpoint", "data", "diffusion", "evaluation", "metrics", "models", "pipelines"}
+    | {"training"},
+    "arrows": GROUND
+    | {"diffusion", "evaluation", "metrics", "models", "pipelines", "shapes", "training"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},

@@ -149,10 +149,10 @@ OWN = (
             _accuracy(name),
         )
         for name, what in (
-            ("color", "the prompt's color"),
-            ("shape", "the prompt's shape"),
-            ("motion", "the prompt's motion"),
-            ("background", "the prompt's background"),
+            ("color", "the color asked for"),
+            ("shape", "the shape asked for"),
+            ("motion", "the motion asked for"),
+            ("background", "the background asked for"),
             ("all four", "all of these"),
         )
     ),

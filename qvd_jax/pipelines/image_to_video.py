@@ -142,12 +142,8 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         embeddings, latents = [], []
         for image, key in zip(to_arrays(inputs, "images"), keys, strict=True):
             pixels = to_unit_range(image)
-            side = self.image_encoder.config.image_size
-            small = resize_antialiased(np.asarray(pixels), side)
-            normal = ((small + 1) / 2 - np.array(_CLIP_MEAN)) / np.array(_CLIP_DEVIATION)
-            embeddings.append(
-                _embed(self.image_encoder, self.params["image_encoder"], np.float32(normal))
-            )
+            seen = clip_pixels(image, self.image_encoder.config.image_size)
+            embeddings.append(_embed(self.image_encoder, self.params["image_encoder"], seen))
             # Stream 0 of the video's key: the sampler's steps draw from stream 1 on.
             noise = jax.random.normal(jax.random.fold_in(key, 0), pixels.shape)
             mean, _ = self.encode((pixels + want.noise_aug_strength * noise)[None])
@@ -179,6 +175,13 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         return ComponentConfigs(
             self.unet.config, self.vae.config, image_encoder=self.image_encoder.config
         )
+
+
+def clip_pixels(image: np.ndarray, size: int) -> np.ndarray:
+    """What CLIP's image tower sees of an image uint8 `[H, W, 3]`: float32 `[size, size, 3]`."""
+    small = resize_antialiased(np.asarray(to_unit_range(image)), size)
+    normal = ((small + 1) / 2 - np.array(_CLIP_MEAN)) / np.array(_CLIP_DEVIATION)
+    return normal.astype(np.float32)
 
 
 def resize_antialiased(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,8 +1,10 @@
 """Draws scenes: what a scene leaves open (exact place, size, speed, phase) is drawn at random."""
 
+from typing import Literal
+
 import numpy as np
 
-from qvd_jax.shapes.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES
+from qvd_jax.shapes.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES, scenes_of
 
 _FULL_TURN = 2 * np.pi
 
@@ -25,6 +27,25 @@ def render(
     flat = [np.repeat(scene[:, i], frames) for i in range(5)]
     pictures = rasterize(path.reshape(-1, 3), flat[2], flat[1], flat[4], size)
     return pictures.reshape(len(scene), frames, size, size, 3)
+
+
+def draw_clips(
+    rng: np.random.Generator,
+    count: int,
+    frames: int,
+    size: int,
+    split: Literal["train", "held_out"],
+) -> np.ndarray:
+    """The first frames of videos of random scenes of a split, but any frame where it is one.
+
+    Returns:
+      uint8 `[N, F, H, W, 3]`.
+    """
+    every = scenes_of(split)
+    scene = every[rng.integers(len(every), size=count)]
+    if frames == 1:
+        return render_frames(scene, rng, size)[:, None]
+    return render(scene, rng, frames, size)
 
 
 def render_frames(scene: np.ndarray, rng: np.random.Generator, size: int = 64) -> np.ndarray:

@@ -30,11 +30,11 @@ def _read(video: np.ndarray) -> Description:
         return Description(None, None, None, background)
     coverage = np.clip((pixels - ground) @ ink / (ink @ ink), 0, 1)
     coverage = np.where(coverage > 0.2, coverage, 0)
-    area, x, y, spread = _moments(coverage)
+    area, x, y, spread = moments(coverage)
     seen = area > _SMALLEST_AREA * video.shape[1] * video.shape[2]
     if seen.mean() < 0.75:
         return Description(_nearest(ground + ink, tuple(COLORS)), None, None, background)
-    aligned = _align(coverage[seen], x[seen], y[seen], spread[seen])
+    aligned = align(coverage[seen], x[seen], y[seen], spread[seen])
     likeness = (aligned * area[seen, None, None]).sum(0).reshape(-1)
     scores = _templates() @ (likeness - likeness.mean())
     half = video.shape[2] / 2
@@ -53,7 +53,7 @@ def _nearest(color: np.ndarray, allowed: tuple[str, ...]) -> str | None:
     return name if name in allowed else None
 
 
-def _moments(coverage: np.ndarray) -> tuple[np.ndarray, ...]:
+def moments(coverage: np.ndarray) -> tuple[np.ndarray, ...]:
     """Area, center x and y, and root mean square radius of each frame `[F]`, in pixels."""
     rows, columns = (np.arange(n, dtype=np.float32) for n in coverage.shape[1:])
     area = coverage.sum((1, 2))
@@ -64,7 +64,7 @@ def _moments(coverage: np.ndarray) -> tuple[np.ndarray, ...]:
     return area, x, y, np.sqrt(np.maximum(square - x**2 - y**2, 1))
 
 
-def _align(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, spread: np.ndarray) -> np.ndarray:
+def align(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, spread: np.ndarray) -> np.ndarray:
     """Resamples each frame around its center, in units of its spread: `[F, G, G]`."""
     frames, height, width = coverage.shape
     columns = np.clip(x[:, None] + spread[:, None] * _GRID, 0, width - 1.001)
@@ -83,15 +83,15 @@ def _align(coverage: np.ndarray, x: np.ndarray, y: np.ndarray, spread: np.ndarra
 
 @functools.cache
 def _templates() -> np.ndarray:
-    """What `_align` makes of each shape: zero mean, unit norm, `[len(SHAPES), G * G]`."""
+    """What `align` makes of each shape: zero mean, unit norm, `[len(SHAPES), G * G]`."""
     index = np.arange(len(SHAPES))
     place = np.tile(np.array([[0.0, 0.0, 0.35]], np.float32), (len(index), 1))
     black, yellow = list(BACKGROUNDS).index("black"), list(COLORS).index("yellow")
     pictures = rasterize(place, index, np.full_like(index, yellow), np.full_like(index, black), 64)
     red = pictures[..., 0].astype(np.float32)
     coverage = (red - red.min()) / (red.max() - red.min())
-    _, x, y, spread = _moments(coverage)
-    flat = _align(coverage, x, y, spread).reshape(len(index), -1)
+    _, x, y, spread = moments(coverage)
+    flat = align(coverage, x, y, spread).reshape(len(index), -1)
     flat -= flat.mean(1, keepdims=True)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 

@@ -6,32 +6,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qvd_jax import items
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
-from qvd_jax.files import read_arrays, replace_when_whole
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
-from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.shapes import pixels
+from qvd_jax.shapes.bank import Draw, load_bank
 from qvd_jax.shapes.prompts import prompt_of
 from qvd_jax.shapes.scenes import ATTRIBUTES, scenes_of
 from qvd_jax.shapes.tokenizer import make_tokenizer
 from qvd_jax.shapes.vae_task import load_vae
+from qvd_jax.training.initial import merge, silence_outputs
 
-_ENCODE_VIDEOS = 8
 _SHEET_VIDEOS = 8
 
 
@@ -102,12 +97,8 @@ class TextToVideo:
             )
         # 16 frames always: a single frame is drawn from a whole video.
         bank = Path(config.vae) / f"bank-{config.bank_videos}-{seed}.npz"
-        if not bank.is_file():
-            _encode_bank(bank, vae, self._vae_params, config.bank_videos, seed)
-        try:
-            stored = read_arrays(bank)
-        except InputError as error:
-            raise InputError(f"{error}; without it it is made anew") from error
+        draw = _draw_videos(config.bank_videos, seed)
+        stored = load_bank(bank, vae, self._vae_params, config.bank_videos, draw)
         self._scenes, self._latents = stored["scenes"], stored["latents"]
         frames, side = self._latents.shape[1], self._latents.shape[2] * vae.stride
         asked = config.defaults
@@ -144,9 +135,9 @@ class TextToVideo:
         params = {
             name: self._modules[name].init(keys[name], *inputs[name])["params"] for name in keys
         }
-        params["unet"] = _silence_outputs(params["unet"])
+        params["unet"] = silence_outputs(params["unet"])
         trained = {name: self._start[name] for name in self._start if name in params}
-        return _merge(params, trained, f"{self.config.start}")
+        return merge(params, trained, f"{self.config.start}")
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`.
@@ -294,40 +285,12 @@ def _group_means(scenes: np.ndarray, latents: np.ndarray) -> tuple[np.ndarray, n
     return groups, totals / np.bincount(groups)[:, None, None, None, None]
 
 
-def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed: int) -> None:
-    """Writes scenes `[N, 5]` of training videos and their scaled latents `[N, F, h, w, C]`."""
-
-    @jax.jit
-    def encode(video: Array) -> Array:
-        mean, _ = AutoencoderKL(config).apply(
-            {"params": params}, to_unit_range(video), method="encode"
-        )
-        return (mean * config.scaling_factor).astype(jnp.float16)
-
-    over_videos = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-    group = _ENCODE_VIDEOS * jax.device_count()
+def _draw_videos(count: int, seed: int) -> Draw:
+    """Renders rows of a bank of random training scenes; keeps the "scenes" `[N, 5]`."""
     rng = np.random.default_rng([seed, count])
     every = scenes_of("train")
     scenes = every[rng.integers(len(every), size=count)]
-    latents = []
-    for start in tqdm.trange(0, count, group, desc="encoding", unit="batch"):
-        # As many each time, so that it compiles once.
-        rows = np.arange(start, start + group) % count
-        video = jax.device_put(pixels.render(scenes[rows], rng), over_videos)
-        latents.append(np.asarray(encode(video)))
-    bank = {"scenes": scenes, "latents": np.concatenate(latents)[:count]}
-    replace_when_whole(file, lambda partial: np.savez(partial, allow_pickle=False, **bank))
-
-
-def _silence_outputs(params: Params) -> Params:
-    """Zeroes the last layer of each residual branch, so that each begins as the identity."""
-    flat = flax.traverse_util.flatten_dict(params)
-    silent = {
-        path: jnp.zeros_like(leaf)
-        for path, leaf in flat.items()
-        if path[-2] in ("proj_out", "conv_out") or path[-3:-1] == ("resnet", "conv2")
-    }
-    return flax.traverse_util.unflatten_dict({**flat, **silent})
+    return lambda rows: (pixels.render(scenes[rows], rng), {"scenes": scenes[rows]})
 
 
 def _add_levels(params: Params, count: int) -> Params:
@@ -339,15 +302,3 @@ def _add_levels(params: Params, count: int) -> Params:
         for name, stage in params.items()
         if name != "mid_block"
     }
-
-
-def _merge(fresh: Params, trained: Params, where: str) -> Params:
-    """Fresh parameters replaced by trained ones; each of these must find its place.
-
-    Raises:
-      InputError: one does not.
-    """
-    have = flax.traverse_util.flatten_dict(fresh, sep="/")
-    given = flax.traverse_util.flatten_dict(trained, sep="/")
-    items.check_tree(given, {name: have[name] for name in given if name in have}, where)
-    return flax.traverse_util.unflatten_dict({**have, **given}, sep="/")

@@ -1,9 +1,10 @@
-"""Trains the VAE on single frames of the moving shapes: reconstruction and KL."""
+"""Trains a VAE on rendered frames: reconstruction and KL."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ from qvd_jax import checkpoint
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_bytes, to_unit_range
-from qvd_jax.shapes import pixels
-from qvd_jax.shapes.scenes import scenes_of
+
+DrawClips = Callable[[np.random.Generator, int, int, int, Literal["train", "held_out"]], np.ndarray]
+"""From a generator, N, F, the size and the split: uint8 `[N, F, H, W, 3]`."""
 
 _NAME = "vae"
 _DECODER = ("post_quant_conv", "decoder")
-_DESCRIPTION = "VAE of the moving shapes, trained by qvd_jax.train"
+_DESCRIPTION = "VAE of {}, trained by qvd_jax.train"
 _SHEET_ROWS = 8
 _SCALE_FRAMES = 512
 
@@ -33,12 +35,16 @@ class VAETrainingConfig:
         latents, and models trained on them, stay what they are.
       kl_weight: of the mean KL divergence of a latent, beside the mean error of a pixel's channel.
       size: H and W of the frames in pixels.
+      scenes: what is rendered: one moving shape, or two that move where they point.
+      frames: F of an example, frames in a row. One shows a temporal decoder no neighbors.
     """
 
     model: VAEConfig
     start: str | None = None
     kl_weight: float = 1e-4
     size: int = 64
+    scenes: Literal["shapes", "arrows"] = "shapes"
+    frames: int = 1
 
 
 class VAETask:
@@ -51,8 +57,9 @@ class VAETask:
       InputError: `config.start` is no VAE, or one of another shape.
     """
 
-    def __init__(self, config: VAETrainingConfig) -> None:
+    def __init__(self, config: VAETrainingConfig, draw_clips: DrawClips) -> None:
         self.config = config
+        self._draw_clips = draw_clips
         self._vae = AutoencoderKL(config.model)
         self._start: Params = {}
         self._scaling_factor: float | None = None
@@ -61,12 +68,11 @@ class VAETask:
             self._scaling_factor = model.scaling_factor
             if replace(config.model, scaling_factor=model.scaling_factor) != model:
                 raise InputError(f"{config.start}: its VAE has another shape than the one to train")
-        self._scenes = scenes_of("train")
 
     def init(self, key: Array) -> Params:
         """Fresh parameters, or those of the decoder of `config.start`."""
         if self._start:
-            return {name: self._start[name] for name in _DECODER}
+            return {name: self._start[name] for name in _DECODER if name in self._start}
         side = self.config.model.stride
         return self._vae.init(key, jnp.zeros((1, 1, side, side, 3)))["params"]
 
@@ -75,9 +81,13 @@ class VAETask:
         return {**self._start, **params}
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
-        """Random frames of random training scenes."""
-        chosen = self._scenes[rng.integers(len(self._scenes), size=size)]
-        return {"frames": pixels.render_frames(chosen, rng, self.config.size)[:, None]}
+        """Random clips of random training scenes."""
+        return {"frames": self._draw(rng, size, "train")}
+
+    def _draw(
+        self, rng: np.random.Generator, count: int, split: Literal["train", "held_out"]
+    ) -> np.ndarray:
+        return self._draw_clips(rng, count, self.config.frames, self.config.size, split)
 
     def loss(self, params: Params, batch: Mapping[str, Array], key: Array) -> Array:
         """Reconstruction error plus weighted KL (Kingma and Welling, arXiv 1312.6114, eq. 10).
@@ -98,10 +108,8 @@ class VAETask:
         return reconstruction + self.config.kl_weight * divergence.mean()
 
     def sheet(self, params: Params) -> np.ndarray:
-        """Frames `[B, 2, H, W, 3]` of held-out scenes, true and reconstructed."""
-        rng = np.random.default_rng(0)
-        scenes = scenes_of("held_out")[:_SHEET_ROWS]
-        frames = pixels.render_frames(scenes, rng, self.config.size)[:, None]
+        """Frames `[B, 2 F, H, W, 3]` of held-out scenes, true and reconstructed."""
+        frames = self._draw(np.random.default_rng(0), _SHEET_ROWS, "held_out")
         decoded = reconstruct(self.config.model, self._whole(params), frames)
         return np.concatenate([frames, np.asarray(decoded)], 1)
 
@@ -113,7 +121,9 @@ class VAETask:
             mean, _ = self._vae.apply({"params": params}, to_unit_range(frames), method="encode")
             factor = float(1 / jnp.std(mean))
         model = replace(self.config.model, scaling_factor=factor)
-        checkpoint.save_component(folder, _NAME, model, params, _DESCRIPTION)
+        checkpoint.save_component(
+            folder, _NAME, model, params, _DESCRIPTION.format(self.config.scenes)
+        )
 
 
 def load_vae(folder: Path) -> tuple[VAEConfig, Params]:

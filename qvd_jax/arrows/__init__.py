@@ -1,0 +1,1 @@
+"""Two shapes that move where they point, on textured grounds: the image-to-video model's world."""

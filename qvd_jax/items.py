@@ -1,6 +1,7 @@
 """The items of a checkpoint: one tree of arrays each, as Orbax writes it."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
 
 _COMMIT_MARK = "commit_success.txt"
+_INDEX = "_METADATA"
 
 # Of arrays on their way from the disk.
 _BYTES_IN_FLIGHT = 2**28
@@ -80,6 +82,22 @@ class StoredItem:
         """Raises `InputError` where the tree or a shape is not the expected, listing all."""
         check_tree(self.shapes, expected, str(self._place))
 
+    def digest(self) -> str:
+        """Of all arrays, their dtypes and their paths, however they lie on the disk.
+
+        Raises:
+          InputError: an array is damaged.
+        """
+        told = hashlib.sha256()
+        arrays = dict(sorted(self._arrays.items()))
+        try:
+            for path, value in zip(arrays, _read_in_order(arrays.values()), strict=True):
+                told.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
+                told.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        except Exception as error:
+            raise self._damaged() from error
+        return told.hexdigest()
+
     def value(self, path: str) -> np.ndarray:
         """One array, by its path with slashes.
 
@@ -125,7 +143,7 @@ class StoredItem:
 
 def _open_arrays(item: Path) -> Iterator[tuple[tuple[str, ...], ts.TensorStore]]:
     """Every array of an item by its path."""
-    index = json.loads((item / "_METADATA").read_text(encoding="utf-8"))
+    index = json.loads((item / _INDEX).read_text(encoding="utf-8"))
     files: Any = {"driver": "file", "path": f"{item}/"}
     if index["use_ocdbt"]:
         files = {"driver": "ocdbt", "base": files}
@@ -154,6 +172,11 @@ def _read_in_order(arrays: Iterable[ts.TensorStore]) -> Iterator[Any]:
         in_flight += needed
     while reading:
         yield reading.popleft()[0].result()
+
+
+def stored_items(folder: Path) -> list[str]:
+    """The names of a folder's items, in order."""
+    return sorted(place.parent.name for place in folder.glob(f"*/{_INDEX}"))
 
 
 def restore_params(

@@ -41,7 +41,8 @@ def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys)
 
 def test_a_folder_gets_one_file_for_each_prompt(tiny_checkpoint, tmp_path):
     assert run(tiny_checkpoint, "--prompt", "A Dog!", "x", "--out", tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-a-dog.mp4", "001-x.mp4"]
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["000-a-dog.json", "000-a-dog.mp4", "001-x.json", "001-x.mp4"]
 
 
 def test_without_out_there_is_a_video_a_gif_and_a_sheet(tiny_checkpoint, tmp_path, monkeypatch):

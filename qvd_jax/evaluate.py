@@ -5,12 +5,14 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 """
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from qvd_jax import checkpoint
 from qvd_jax.cli import (
+    Inputs,
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
@@ -31,7 +33,10 @@ from qvd_jax.evaluation import Cases, compare, write_comparison
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.evaluation.pairs import BATCH
 from qvd_jax.files import check_folder
+from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
+from qvd_jax.runs import add_host_arguments, joined
+from qvd_jax.runs import compare as compare_hosts
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 
@@ -39,8 +44,32 @@ from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
+    with joined(args, "run the same again on all hosts") as hosts:
+        table = evaluate(args, hosts, restoring(argv), command_line("qvd_jax.evaluate", argv))
+        if hosts.first:
+            print(table)
+
+
+def evaluate(
+    args: argparse.Namespace,
+    hosts: Hosts,
+    restoring: contextlib.AbstractContextManager[None],
+    line: str,
+) -> str:
+    """Samples with the cases shared out over the hosts, of which the first writes the results.
+
+    Args:
+      args: the command line.
+      hosts: which run it.
+      restoring: the context to load checkpoints in.
+      line: what runs the command again.
+
+    Returns:
+      The table, at the first host.
+    """
     names = list(dict.fromkeys([args.reference, *args.candidate]))
-    check_folder(args.out, PAGE, overwrite=args.overwrite)
+    if hosts.first:
+        check_folder(args.out, PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
@@ -48,16 +77,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = read_cases(args)
     cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
+    inputs = Inputs([*cases.inputs], cases.titles)
+    compare_hosts(hosts, args, names, inputs, cases.options)
 
     sharding = devices_for(min(BATCH, len(cases.inputs)))
-    with restoring(argv):
+    with restoring:
         models = {name: load(name, sharding=sharding) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     reference = models[names[0]]
     note_unknown_words(reference, cases.titles)
-    comparison = compare(models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers)
-    line = command_line("qvd_jax.evaluate", argv)
-    print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
+    comparison = compare(
+        models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers, hosts=hosts
+    )
+    if not hosts.first:
+        return ""
+    return write_comparison(comparison, args.out, overwrite=args.overwrite, command=line)
 
 
 def read_cases(args: argparse.Namespace) -> Cases:
@@ -102,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    add_host_arguments(parser)
     return parser
 
 

@@ -76,25 +76,31 @@ def joined(args: argparse.Namespace, again: str) -> Iterator[Hosts]:
 
 
 def compare(
-    hosts: Hosts, args: argparse.Namespace, checkpoints: Mapping[str, str], inputs: Inputs
+    hosts: Hosts,
+    args: argparse.Namespace,
+    checkpoints: Sequence[str],
+    inputs: Inputs,
+    options: Mapping[str, Any],
 ) -> None:
     """Makes sure that all hosts do the same with the same: see `Hosts.compare`.
 
     Args:
       hosts: of this run.
       args: the command line.
-      checkpoints: digests by name.
+      checkpoints: their names.
       inputs: what is sampled.
+      options: of the pipelines' calls.
     """
     if hosts.count == 1:
         return
     asked = {name: value for name, value in vars(args).items() if name not in _OWN}
-    devices = jax.local_devices()
+    digests, devices = checkpoint_digests(checkpoints), jax.local_devices()
     hosts.compare(
         {
             **{f"--{name.replace('_', '-')}": described(value) for name, value in asked.items()},
-            **{f"the checkpoint {name}": digest for name, digest in checkpoints.items()},
+            **{f"the checkpoint {name}": digest for name, digest in digests.items()},
             **{f"input {i + 1}": [name, *given(inputs, i)] for i, name in enumerate(inputs.names)},
+            **{f"the option {name}": value for name, value in described(options).items()},
             **{f"the version of {name}": v for name, v in checkpoint.package_versions().items()},
             "the hardware": f"{len(devices)} {devices[0].device_kind}",
         }

@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with joined(args, "run the same again on all hosts, into a folder with --resume") as hosts:
         request = read_request(args)
         finished = check_outputs(args, request)
-        digests = checkpoint_digests(request.names) if hosts.count > 1 else {}
-        compare(hosts, args, digests, request.inputs)
+        compare(hosts, args, request.names, request.inputs, request.options)
         print(f"compilation cache: {enable_compilation_cache() or 'none'}")
         videos = hosts.share(range(len(request.inputs.names)))
         todo = [i for i in videos if request.outputs.of(i) not in finished]

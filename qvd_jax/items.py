@@ -36,10 +36,19 @@ def save_params(folder: Path, name: str, params: Params) -> None:
     # bytes is not worth the time and the memory.
     has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=has_int4)
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        # Each process has all arrays of what it writes: none waits for the others, whose parts
+        # Orbax would expect of arrays that are jax's.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        params = jax.tree.map(np.asarray, params)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=1, use_compression=has_int4, multiprocessing_options=alone
+    )
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
     item = folder.absolute() / name
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             checkpointer.save(item, args=arguments)
         except ValueError as error:  # What TensorStore raises when the disk is full, for one.

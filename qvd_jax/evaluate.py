@@ -6,11 +6,13 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 
 import argparse
 import contextlib
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, files
 from qvd_jax.cli import (
     Inputs,
     add_input_arguments,
@@ -29,13 +31,18 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.config import to_dict
+from qvd_jax.diffusion.schedules import switch
+from qvd_jax.errors import InputError
 from qvd_jax.evaluation import Cases, compare, write_comparison
+from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.evaluation.pairs import BATCH
-from qvd_jax.files import check_folder
 from qvd_jax.hosts import Hosts
+from qvd_jax.outputs import differences
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
-from qvd_jax.runs import add_host_arguments, joined
+from qvd_jax.pipelines.pipeline import VideoDefaults
+from qvd_jax.runs import add_host_arguments, checkpoint_digests, described, given, joined
 from qvd_jax.runs import compare as compare_hosts
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
@@ -44,10 +51,18 @@ from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, measures, writes the results, prints the table."""
     args = _parser().parse_args(argv)
-    with joined(args, "run the same again on all hosts") as hosts:
+    with joined(args, "run the same again on all hosts, with --resume") as hosts:
         table = evaluate(args, hosts, restoring(argv), command_line("qvd_jax.evaluate", argv))
         if hosts.first:
             print(table)
+    # Once all hosts are done: they may share the folder.
+    if (folder := kept_by(args).folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_by(args: argparse.Namespace) -> Batches:
+    """Where what is sampled is kept, if it is."""
+    return Batches(args.out.with_name(f"{args.out.name}.sampled")) if args.resume else NONE_KEPT
 
 
 def evaluate(
@@ -69,7 +84,7 @@ def evaluate(
     """
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     if hosts.first:
-        check_folder(args.out, PAGE, overwrite=args.overwrite)
+        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
@@ -78,6 +93,9 @@ def evaluate(
     cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
     inputs = Inputs([*cases.inputs], cases.titles)
+    kept = kept_by(args)
+    if kept.folder is not None:
+        go_on(kept.folder, args, names, want, inputs, cases)
     compare_hosts(hosts, args, names, inputs, cases.options)
 
     sharding = devices_for(min(BATCH, len(cases.inputs)))
@@ -87,11 +105,69 @@ def evaluate(
     reference = models[names[0]]
     note_unknown_words(reference, cases.titles)
     comparison = compare(
-        models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers, hosts=hosts
+        models,
+        cases,
+        want,
+        seed=args.seed,
+        seeds=args.seeds,
+        layers=layers,
+        hosts=hosts,
+        kept=kept,
     )
     if not hosts.first:
         return ""
     return write_comparison(comparison, args.out, overwrite=args.overwrite, command=line)
+
+
+def go_on(
+    folder: Path,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    want: VideoDefaults,
+    inputs: Inputs,
+    cases: Cases,
+) -> None:
+    """Makes the folder in which what is sampled is kept, or finds that of an earlier run.
+
+    Args:
+      folder: its place.
+      args: the command line.
+      names: of the checkpoints.
+      want: steps, frames, size and guidance of all videos.
+      inputs: the cases.
+      cases: with their options.
+
+    Raises:
+      InputError: the folder is of another run; what differs is named.
+    """
+    scheduler = switch(read_configs(names[0]).scheduler, **asked_scheduler(args))
+    record = {
+        "checkpoints": checkpoint_digests(names),
+        "inputs": {
+            f"input {i + 1}": [name, *given(inputs, i)] for i, name in enumerate(inputs.names)
+        },
+        "options": described(cases.options),
+        "scheduler": to_dict(scheduler),
+        **{name: getattr(want, name) for name in ("steps", "frames", "height", "width")},
+        "guidance scale": want.guidance_scale,
+        "seed": args.seed,
+        "seeds": args.seeds,
+    }
+    file = folder / "run.json"
+    text = json.dumps(record, indent=1) + "\n"
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is no record of a run: {error}") from error
+        if changed := differences(found, json.loads(text)):
+            raise InputError(
+                f"{folder}: this run is not the one that --resume is to go on with: "
+                f"{'; '.join(changed)}; remove the folder, or name another --out"
+            )
+        return
+    folder.mkdir(exist_ok=True)
+    files.write_text(file, text)
 
 
 def read_cases(args: argparse.Namespace) -> Cases:
@@ -136,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is sampled in OUT.sampled until all is, and go on with what is there",
+    )
     add_host_arguments(parser)
     return parser
 

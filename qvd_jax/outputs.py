@@ -120,7 +120,7 @@ def find_finished(folder: Path, planned: Mapping[Path, Record]) -> frozenset[Pat
                 f"one does not make; name another folder"
             )
         video, record = records[file]
-        if changed := _changes(asdict(found), json.loads(json.dumps(asdict(record)))):
+        if changed := differences(asdict(found), json.loads(json.dumps(asdict(record)))):
             raise InputError(
                 f"{file}: this run is not the one that --resume is to go on with: "
                 f"{'; '.join(changed)}; name another folder, or the same settings"
@@ -139,13 +139,13 @@ def _read_record(file: Path) -> Record:
     return from_dict(Record, data, str(file))
 
 
-def _changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two records, in words."""
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the records of two runs, in words."""
     changes: list[str] = []
     for name in dict.fromkeys([*was, *now]):
         before, after = was.get(name), now.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes += _changes(before, after)
+            changes += differences(before, after)
         elif before != after:
             changes.append(f"{name} was {json.dumps(before)}, is {json.dumps(after)}")
     return changes

@@ -16,6 +16,7 @@ from qvd_jax import memory
 from qvd_jax.axes import Array
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
+from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.metrics import paired, temporal
@@ -71,6 +72,7 @@ def compare(
     seeds: int = 1,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
     hosts: Hosts = ALONE,
+    kept: Batches = NONE_KEPT,
 ) -> Comparison:
     """Samples all cases with every model and measures what tells them apart.
 
@@ -83,6 +85,7 @@ def compare(
       layers: of each model, from `load_layer_reports`.
       hosts: among which the cases are shared out; elsewhere than at the first there are no
         results.
+      kept: what an earlier run has sampled, to which this one adds.
 
     Raises:
       InputError: the models or the videos cannot be compared.
@@ -94,7 +97,7 @@ def compare(
     }
     layers = layers or {name: [] for name in models}
     check_comparable(models, cases, want)
-    sampled = sample(models, cases, want, range(seed, seed + seeds), hosts)
+    sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept)
     if not hosts.first:
         return Comparison({}, {}, cases.titles, layers)
     results = {
@@ -154,6 +157,7 @@ def sample(
     want: VideoDefaults,
     seeds: Sequence[int] = (0,),
     hosts: Hosts = ALONE,
+    kept: Batches = NONE_KEPT,
 ) -> dict[str, Sampled]:
     """Samples all inputs with every model, and shows how far it is.
 
@@ -163,6 +167,7 @@ def sample(
       want: steps, frames, size and guidance of all videos.
       seeds: all inputs are sampled with each.
       hosts: among which the batches are shared out.
+      kept: as of `compare`.
 
     Returns:
       What each model made, at the first host; nothing elsewhere.
@@ -171,11 +176,14 @@ def sample(
       InputError: a model failed; it is named.
     """
     batches = [*itertools.product(seeds, range(0, len(cases.inputs), BATCH))]
-    own = hosts.share(batches)
-    made: list[list[np.ndarray]] = []
+    own = hosts.share(range(len(batches)))
+    made = {number: kept.get(number) for number in own}
+    todo = [number for number in own if made[number] is None]
     compiled: set[tuple[str, int]] = set()
-    with Progress(_plan([*models], cases, want, own)) as progress:
-        for seed, start in own:
+    plan = _plan([*models], cases, want, [batches[number] for number in todo])
+    with Progress(plan) as progress:
+        for number in todo:
+            seed, start = batches[number]
             batch = cases.inputs[start : start + BATCH]
             reference: list[np.ndarray] = []
             arrays: list[np.ndarray] = []
@@ -207,8 +215,9 @@ def sample(
                     for found, exact in zip(path, reference, strict=True)
                 ]
                 arrays += [videos, np.array(energies, np.float64), np.array(seconds)]
-            made.append(arrays)
-    gathered = hosts.gather(made, len(batches))
+            kept.put(number, arrays)
+            made[number] = arrays
+    gathered = hosts.gather([made[number] or [] for number in own], len(batches))
     return _join([*models], gathered) if gathered else {}
 
 

@@ -173,6 +173,8 @@ def _join(coordinator: Coordinator) -> Hosts:
             address,
             processes,
             process,
+            # Who is told all need not look for it.
+            cluster_detection_method=None if address is None else "deactivate",
             initialization_timeout=2 * patience,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
@@ -180,6 +182,11 @@ def _join(coordinator: Coordinator) -> Hosts:
         if address is not None:
             raise InputError(
                 f"process {process} cannot join the others at {address}: {first_line(error)}"
+            ) from error
+        if jax.process_count() > 1:
+            raise InputError(
+                f"this is one of {jax.process_count()} hosts of a TPU, which cannot find each "
+                f"other ({first_line(error)}); pass --coordinator HOST:PORT"
             ) from error
         _logger.warning("no TPU pod was found (%s): this host works alone", first_line(error))
         return ALONE

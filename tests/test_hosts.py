@@ -32,7 +32,7 @@ hosts._HEARTBEAT_SECONDS = 4
 def main(argv=None):
     with hosts.joined(hosts.Coordinator(address, 2, process, 30), "run it again") as both:
         both.compare({"--steps": 4 + (act == "differ") * process, "prompts": ["a"]})
-        if process == 1 and act == "die":
+        if act == f"die {process}":
             os.kill(os.getpid(), 9)
         if process == 1 and act == "fill":
             raise OSError("No space left on device")
@@ -118,12 +118,22 @@ def test_one_that_fails_ends_the_others_with_its_message():
 
 
 def test_one_that_dies_ends_the_others_with_its_number():
-    (code, first, said), (other_code, *_) = two("die")
+    (code, first, said), (other_code, *_) = two("die 1")
     assert (code, other_code) == (2, -9)
     assert "cleared away" in first
     assert errors(said) == [
         "error: process 1 of 2 has died, or its host cannot be reached; no file is half-written: "
         "run it again"
+    ]
+
+
+def test_where_the_first_dies_one_line_of_the_others_says_so():
+    (code, *_), (_, _, said) = two("die 0")
+    assert code == -9
+    assert said.splitlines() == [
+        "error: process 0, through which the hosts hear of each other, has died or cannot be "
+        "reached; what is written is whole: run the same command again on all hosts, sample with "
+        "--resume"
     ]
 
 

@@ -112,7 +112,7 @@ class Hosts:
         """
         if self.first:
             found = {self.index + n * self.count: [*arrays] for n, arrays in enumerate(own)}
-            return [found.get(item) or _take_all(item) for item in range(items)]
+            return [found[i] if i in found else _take_all(i) for i in range(items)]
         for item, arrays in zip(self.share(range(items)), own, strict=True):
             for number, array in enumerate(arrays):
                 _client().key_value_set_bytes(f"{_gathered(item)}/{number}", _to_bytes(array))
@@ -266,8 +266,11 @@ class _Watch:
         client, everyone = _client(), range(self._hosts.count)
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             return client.blocking_key_value_get(_FAILED, _POLL_MILLISECONDS)
-        # Returns once every process that lives has asked.
-        lost = set(everyone) - set(client.get_live_nodes([*everyone]))
+        try:
+            # Returns once every process that lives has asked.
+            lost = set(everyone) - set(client.get_live_nodes([*everyone]))
+        except jax.errors.JaxRuntimeError as error:
+            return f"the other hosts cannot be reached: {first_line(error)}"
         lost = {index for index in lost if _get(_done(index)) is None}
         if not lost:
             return None

@@ -30,6 +30,7 @@ from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.files import check_folder, write_folder
+from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
 from qvd_jax.pipelines.quantization import Plan, make_plan, solve_plan
@@ -44,6 +45,7 @@ from qvd_jax.quant.policy import (
     policy_names,
 )
 from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
+from qvd_jax.runs import add_host_arguments, compare, joined
 
 # The search of one layer's ranges compiles about as long as so many layers of the network.
 _SOLVER_LAYERS = 14
@@ -53,21 +55,46 @@ _SOLVER_LAYERS = 14
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, calibrates, writes the checkpoint, prints its size."""
     args = _parser().parse_args(argv)
+    with joined(args, "run the same again on all hosts") as hosts:
+        if hosts.first:
+            check_outputs(args)
+        calibrate(args, hosts, restoring(argv))
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Makes sure that the checkpoint and the report can be written.
+
+    Raises:
+      InputError: something is there already, or a place is not writable.
+    """
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
     if args.report:
         check_folder(args.report, PAGE, overwrite=args.overwrite)
         out, page = args.out.resolve(), args.report.resolve()
         if out == page or out in page.parents or page in out.parents:
             raise InputError(f"--report {args.report} and --out {args.out}: name folders apart")
+    if args.out.resolve() == checkpoint.find(args.checkpoint).resolve():
+        raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
+
+
+def calibrate(
+    args: argparse.Namespace, hosts: Hosts, restoring: contextlib.AbstractContextManager[None]
+) -> None:
+    """Calibrates with the inputs shared out over the hosts, of which the first writes the results.
+
+    Args:
+      args: the command line.
+      hosts: which run it.
+      restoring: the context to load the checkpoint in.
+    """
     policy = read_policy(args.policy)
     source = checkpoint.find(args.checkpoint)
-    if args.out.resolve() == source.resolve():
-        raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
     if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
-    with restoring(argv):
+    compare(hosts, args, [args.checkpoint], inputs, control)
+    with restoring:
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
     options = {**passed(args, "frames", "height", "width"), **control}
@@ -76,17 +103,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(match_table(policy, list(plan.layers.values())))
     planned = Quantization(policy.name, plan.specs)
     expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
-    checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
+    if hosts.first:
+        checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
-    steps, count = args.steps or pipe.defaults.steps, len(inputs.values)
+    steps, count = args.steps or pipe.defaults.steps, len(hosts.share(inputs.values))
     done_before = {"sampling": 0, "observing": steps, "layers": steps + steps * count}
-    with Progress(parts_of(plan, steps, count, args.samples)) as progress:
+    parts = parts_of(plan, steps, count, args.samples)
+    with Progress(parts if hosts.first else parts[:2]) as progress:
 
         def report(what: str, done: int, _: int) -> None:
             progress.advance(done_before[what] + done)
 
-        observed = collect(pipe, plan.layers, inputs.values, config, options, report)
+        observed = collect(pipe, plan.layers, inputs.values, config, options, report, hosts)
+        if not hosts.first:
+            return
         quantized, reports = solve_plan(pipe, plan, observed, config, report)
     assert quantized.quantization is not None
     if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
@@ -185,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         "--report", type=Path, metavar="DIR", help="writes DIR/report.html, pictures"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    add_host_arguments(parser)
     return parser
 
 

@@ -222,6 +222,26 @@ def load_component(
     return config, items.restore_params(folder, name, shapes(config))
 
 
+def digest(path: Path) -> str:
+    """Of all that a checkpoint makes videos from: its configs, arrays and tokenizer.
+
+    Copies have the same, and so has what was converted twice from the same source.
+
+    Raises:
+      InputError: the folder is no checkpoint, or damaged.
+    """
+    manifest = configs.to_dict(read_manifest(path))
+    # What was used to write it, and words.
+    for name in ("versions", "description", "checked"):
+        del manifest[name]
+    told = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
+    for name in items.stored_items(path):
+        told.update(f"{name} {items.StoredItem(path, name).digest()}\n".encode())
+    for file in sorted((path / TOKENIZER).glob("*")):
+        told.update(file.name.encode() + file.read_bytes())
+    return told.hexdigest()
+
+
 def write_layer_reports(
     folder: Path, figures: Sequence[dict[str, Any]], arrays: dict[str, dict[str, np.ndarray]]
 ) -> None:

@@ -178,6 +178,15 @@ class Inputs(NamedTuple):
     names: list[str]
     options: Mapping[str, np.ndarray] = MappingProxyType({})
 
+    def take(self, indices: Sequence[int]) -> "Inputs":
+        """Those of some indices; an embedding that is for all goes with each."""
+        options = {
+            name: rows if len(rows) == 1 else rows[[*indices]]
+            for name, rows in self.options.items()
+        }
+        values = [self.values[i] for i in indices] if self.values else []
+        return Inputs(values, [self.names[i] for i in indices], options)
+
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --prompt, --prompts-file, --image, --condition and --motion-video."""

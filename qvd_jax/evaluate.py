@@ -7,13 +7,17 @@ held-out scenes of the moving shapes, and what they asked for is counted in the 
 """
 
 import argparse
+import contextlib
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvd_jax import checkpoint
+from qvd_jax import checkpoint, files
 from qvd_jax.arrows import judge as arrows
 from qvd_jax.cli import (
+    Inputs,
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
@@ -31,19 +35,25 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.config import to_dict
 from qvd_jax.data.prompts import read_prompts
+from qvd_jax.diffusion.schedules import switch
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import Cases, Comparison, compare, write_comparison
+from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.generated import compare_generated
 from qvd_jax.evaluation.page import PAGE, file_name
 from qvd_jax.evaluation.pairs import BATCH, check_measures
 from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
-from qvd_jax.files import check_folder
+from qvd_jax.hosts import Hosts
 from qvd_jax.metrics.fvd import PROTOCOLS
+from qvd_jax.outputs import differences
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults
+from qvd_jax.runs import add_host_arguments, checkpoint_digests, described, given, joined
+from qvd_jax.runs import compare as compare_hosts
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 _OF_GENERATED = (
@@ -60,17 +70,51 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.reference is None) == (not args.generated):
         parser.error("one of --reference and --generated is required")
-    check_folder(args.out, PAGE, overwrite=args.overwrite)
-    comparison = _measure_generated(parser, args) if args.generated else _sample(args, argv)
+    line = command_line("qvd_jax.evaluate", argv)
+    if args.generated:
+        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+        write(_measure_generated(parser, args), args, line)
+        return
+    with joined(args, "run the same again on all hosts, with --resume") as hosts:
+        comparison = sample(args, hosts, restoring(argv))
+        if hosts.first:
+            write(comparison, args, line)
+    # Once all hosts are done: they may share the folder.
+    if (folder := kept_by(args).folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write(comparison: Comparison, args: argparse.Namespace, line: str) -> None:
+    """Writes what was found, and prints its table.
+
+    Args:
+      comparison: what was found.
+      args: the command line.
+      line: what runs the command again.
+    """
     for note in comparison.results.get("notes", ()):
         print(f"note: {note}")
-    line = command_line("qvd_jax.evaluate", argv)
     print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
 
 
-def _sample(args: argparse.Namespace, argv: Sequence[str] | None) -> Comparison:
-    """Samples with the models and measures what they made."""
+def kept_by(args: argparse.Namespace) -> Batches:
+    """Where what is sampled is kept, if it is."""
+    return Batches(args.out.with_name(f"{args.out.name}.sampled")) if args.resume else NONE_KEPT
+
+
+def sample(
+    args: argparse.Namespace, hosts: Hosts, restoring: contextlib.AbstractContextManager[None]
+) -> Comparison:
+    """Samples with the cases shared out over the hosts; what was found is at the first.
+
+    Args:
+      args: the command line.
+      hosts: which run it.
+      restoring: the context to load checkpoints in.
+    """
     names = list(dict.fromkeys([args.reference, *args.candidate]))
+    if hosts.first:
+        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
@@ -80,11 +124,17 @@ def _sample(args: argparse.Namespace, argv: Sequence[str] | None) -> Comparison:
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
     if args.vbench:
         file_names(cases.titles, args.seeds)
-        check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
+        if hosts.first:
+            files.check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
     layers = {name: load_layer_reports(name) for name in names}
+    inputs = Inputs([*cases.inputs], cases.titles)
+    kept = kept_by(args)
+    if kept.folder is not None:
+        go_on(kept.folder, args, names, want, inputs, cases)
+    compare_hosts(hosts, args, names, inputs, cases.options)
 
     sharding = devices_for(min(BATCH, len(cases.inputs)))
-    with restoring(argv):
+    with restoring:
         models = {name: load(name, sharding=sharding) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     note_unknown_words(models[names[0]], cases.titles)
@@ -98,11 +148,64 @@ def _sample(args: argparse.Namespace, argv: Sequence[str] | None) -> Comparison:
         measures=measures,
         real=real,
         has_floor=args.floor,
+        hosts=hosts,
+        kept=kept,
     )
-    if args.vbench:
+    if args.vbench and hosts.first:
         shown = {file_name(name): videos for name, videos in comparison.videos.items()}
         write_videos(args.vbench, shown, cases.titles, want.fps, overwrite=args.overwrite)
     return comparison
+
+
+def go_on(
+    folder: Path,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    want: VideoDefaults,
+    inputs: Inputs,
+    cases: Cases,
+) -> None:
+    """Makes the folder in which what is sampled is kept, or finds that of an earlier run.
+
+    Args:
+      folder: its place.
+      args: the command line.
+      names: of the checkpoints.
+      want: steps, frames, size and guidance of all videos.
+      inputs: the cases.
+      cases: with their options.
+
+    Raises:
+      InputError: the folder is of another run; what differs is named.
+    """
+    scheduler = switch(read_configs(names[0]).scheduler, **asked_scheduler(args))
+    record = {
+        "checkpoints": checkpoint_digests(names),
+        "inputs": {
+            f"input {i + 1}": [name, *given(inputs, i)] for i, name in enumerate(inputs.names)
+        },
+        "options": described(cases.options),
+        "scheduler": to_dict(scheduler),
+        **{name: getattr(want, name) for name in ("steps", "frames", "height", "width")},
+        "guidance scale": want.guidance_scale,
+        "seed": args.seed,
+        "seeds": args.seeds,
+    }
+    file = folder / "run.json"
+    text = json.dumps(record, indent=1) + "\n"
+    if file.is_file():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file} is no record of a run: {error}") from error
+        if changed := differences(found, json.loads(text)):
+            raise InputError(
+                f"{folder}: this run is not the one that --resume is to go on with: "
+                f"{'; '.join(changed)}; remove the folder, or name another --out"
+            )
+        return
+    folder.mkdir(exist_ok=True)
+    files.write_text(file, text)
 
 
 def _measure_generated(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Comparison:
@@ -214,6 +317,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what is sampled in OUT.sampled until all is, and go on with what is there",
+    )
+    add_host_arguments(parser)
     return parser
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from qvd_jax.errors import InputError, first_line
 
 _NPY = b"\x93NUMPY"
+_PARTIAL = ".partial-"
 
 
 def cache_folder() -> Path:
@@ -169,7 +170,7 @@ def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
       InputError: it could not be written; a file that was there stays.
     """
-    handle, name = tempfile.mkstemp(prefix=".partial-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     partial = Path(name)
     try:
@@ -181,6 +182,12 @@ def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
         raise InputError(f"{path} could not be written: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes the files that a killed process was writing in a folder, where nobody else writes."""
+    for file in folder.glob(f"{_PARTIAL}*"):
+        file.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,6 +1,7 @@
 """The items of a checkpoint: one tree of arrays each, as Orbax writes it."""
 
 import collections
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from qvd_jax.axes import Params
 from qvd_jax.errors import InputError, first_line
 
 _COMMIT_MARK = "commit_success.txt"
+_INDEX = "_METADATA"
 
 # Of arrays on their way from the disk.
 _BYTES_IN_FLIGHT = 2**28
@@ -34,10 +36,19 @@ def save_params(folder: Path, name: str, params: Params) -> None:
     # bytes is not worth the time and the memory.
     has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
-    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=has_int4)
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
+        # Each process has all arrays of what it writes: none waits for the others, whose parts
+        # Orbax would expect of arrays that are jax's.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+        params = jax.tree.map(np.asarray, params)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=1, use_compression=has_int4, multiprocessing_options=alone
+    )
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
     item = folder.absolute() / name
-    with ocp.Checkpointer(handler) as checkpointer:
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         try:
             checkpointer.save(item, args=arguments)
         except ValueError as error:  # What TensorStore raises when the disk is full, for one.
@@ -79,6 +90,22 @@ class StoredItem:
     def check(self, expected: Params) -> None:
         """Raises `InputError` where the tree or a shape is not the expected, listing all."""
         check_tree(self.shapes, expected, str(self._place))
+
+    def digest(self) -> str:
+        """Of all arrays, their dtypes and their paths, however they lie on the disk.
+
+        Raises:
+          InputError: an array is damaged.
+        """
+        told = hashlib.sha256()
+        arrays = dict(sorted(self._arrays.items()))
+        try:
+            for path, value in zip(arrays, _read_in_order(arrays.values()), strict=True):
+                told.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
+                told.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        except Exception as error:
+            raise self._damaged() from error
+        return told.hexdigest()
 
     def value(self, path: str) -> np.ndarray:
         """One array, by its path with slashes.
@@ -125,7 +152,7 @@ class StoredItem:
 
 def _open_arrays(item: Path) -> Iterator[tuple[tuple[str, ...], ts.TensorStore]]:
     """Every array of an item by its path."""
-    index = json.loads((item / "_METADATA").read_text(encoding="utf-8"))
+    index = json.loads((item / _INDEX).read_text(encoding="utf-8"))
     files: Any = {"driver": "file", "path": f"{item}/"}
     if index["use_ocdbt"]:
         files = {"driver": "ocdbt", "base": files}
@@ -154,6 +181,11 @@ def _read_in_order(arrays: Iterable[ts.TensorStore]) -> Iterator[Any]:
         in_flight += needed
     while reading:
         yield reading.popleft()[0].result()
+
+
+def stored_items(folder: Path) -> list[str]:
+    """The names of a folder's items, in order."""
+    return sorted(place.parent.name for place in folder.glob(f"*/{_INDEX}"))
 
 
 def restore_params(

@@ -138,7 +138,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._bar = tqdm.tqdm(total=100, bar_format="{percentage:3.0f}%|{bar:20}| {desc}")
-        self._work = math.fsum(part.work for part in self._estimate.rest)
+        # A host may have no share of the work.
+        self._work = math.fsum(part.work for part in self._estimate.rest) or 1.0
         self._started = self._last = self._clock()
         self._show()
         return self

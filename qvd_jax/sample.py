@@ -1,11 +1,12 @@
 """`python -m qvd_jax.sample --checkpoint DIR --prompt TEXT`: prompts or images in, videos out."""
 
 import argparse
+import contextlib
 import inspect
-import re
+import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from qvd_jax import checkpoint, memory
 from qvd_jax.cli import (
+    Inputs,
     add_input_arguments,
     add_sampler_arguments,
     add_size_arguments,
@@ -33,13 +35,24 @@ from qvd_jax.cli import (
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
+from qvd_jax.diffusion.schedules import switch
 from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
+from qvd_jax.hosts import Hosts
+from qvd_jax.outputs import Outputs, Record, find_finished, plan_outputs
 from qvd_jax.pipelines.components import DTYPES
-from qvd_jax.pipelines.loading import devices_for, load
+from qvd_jax.pipelines.loading import devices_for, load, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
+from qvd_jax.runs import (
+    add_host_arguments,
+    checkpoint_digests,
+    compare,
+    described,
+    given,
+    joined,
+)
 
 _OPTIONS = (
     "negative_prompts",
@@ -59,36 +72,111 @@ _OPTIONS = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the command line, samples, writes the files, prints sizes and times."""
     args = _parser().parse_args(argv)
+    with joined(args, "run the same again on all hosts, into a folder with --resume") as hosts:
+        request = read_request(args)
+        finished = check_outputs(args, request)
+        compare(hosts, args, request.names, request.inputs, request.options)
+        print(f"compilation cache: {enable_compilation_cache() or 'none'}")
+        videos = hosts.share(range(len(request.inputs.names)))
+        todo = [i for i in videos if request.outputs.of(i) not in finished]
+        if len(todo) < len(videos):
+            print(f"{len(videos) - len(todo)} of {len(videos)} videos are finished already")
+        shown, rows = sample_all(args, request, todo, restoring(argv)) if todo else ({}, [])
+        for path in filter(None, map(request.outputs.of, todo)):
+            print(path)
+        write_together(request, hosts, shown)
+        if rows and hosts.first:
+            print(cost_table(rows))
+
+
+class Request(NamedTuple):
+    """What the command line asks for.
+
+    Attributes:
+      names: of the checkpoints: the one to be shown against, if any, and the one to sample.
+      inputs: one for each video.
+      options: of the pipelines' calls, beside the inputs' own and the seed.
+      fps: frames per second of the files.
+      outputs: the files.
+      records: of the videos that get a file each.
+    """
+
+    names: list[str]
+    inputs: Inputs
+    options: dict[str, Any]
+    fps: float
+    outputs: Outputs
+    records: dict[Path, Record]
+
+
+def read_request(args: argparse.Namespace) -> Request:
+    """What the command line asks for, checked before any checkpoint is loaded.
+
+    Raises:
+      InputError: something does not fit.
+    """
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
     check_same_inputs(names)
     check_videos(names, args, args.checkpoint, **asked_scheduler(args))
-    inputs = read_inputs(args, checkpoint.find(args.checkpoint))
-    control = read_control(args, checkpoint.find(args.checkpoint))
-    outputs = plan_outputs(
-        args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
-    )
+    place = checkpoint.find(args.checkpoint)
+    inputs, control = read_inputs(args, place), read_control(args, place)
+    outputs = plan_outputs(args.out, inputs.names, contact_sheet=args.contact_sheet)
     followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
-    print(f"compilation cache: {enable_compilation_cache() or 'none'}")
+    options = {**call_options(args), **control}
+    fps = args.fps or followed or read_configs(place).defaults.fps
+    request = Request(names, inputs, options, fps, outputs, {})
+    return request._replace(records=make_records(args, request)) if outputs.each else request
 
-    with restoring(argv):
-        loaded = [timed_load(name, args, len(inputs.names)) for name in names]
-    own, _ = loaded[-1]
-    print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
-    negatives = [args.negative_prompts] if args.negative_prompts else []
-    note_unknown_words(own, [*inputs.values, *negatives])
-    options = {**call_options(own, args), **control, **inputs.options}
-    fps = args.fps or followed or own.defaults.fps
-    compile_seconds = _count_compile_seconds()
-    videos, rows = [], []
-    for name, (pipe, seconds) in zip(names, loaded, strict=True):
-        with naming(name):
-            video, times = sample(pipe, inputs.values, options, args.seed, compile_seconds)
-        videos.append(video)
-        rows.append(cost(name, pipe, {"load": seconds, **times}))
-    write(np.stack(videos), outputs, fps)
-    print(cost_table(rows))
+
+def make_records(args: argparse.Namespace, request: Request) -> dict[Path, Record]:
+    """The record of each video, by its file."""
+    digests = checkpoint_digests(request.names)
+    scheduler = switch(read_configs(args.checkpoint).scheduler, **asked_scheduler(args))
+    settings = {
+        **described(request.options),
+        "scheduler": to_dict(scheduler),
+        "dtype": args.dtype,
+        "frames a second": request.fps,
+        "against": digests.get(args.against),
+    }
+    return {
+        path: Record(
+            name,
+            index,
+            args.seed,
+            digests[args.checkpoint],
+            {**settings, "given": given(request.inputs, index)},
+        )
+        for index, (path, name) in enumerate(
+            zip(request.outputs.each, request.inputs.names, strict=True)
+        )
+    }
+
+
+def check_outputs(args: argparse.Namespace, request: Request) -> frozenset[Path]:
+    """Makes sure that all files can be written; gives those that an earlier run has finished.
+
+    Raises:
+      InputError: a file exists, its place is not writable, or --resume has nothing to go on with.
+    """
+    outputs, finished = request.outputs, frozenset[Path]()
+    if args.resume:
+        if not outputs.each:
+            raise InputError("--resume goes on with a folder of videos; pass --out DIR")
+        finished = find_finished(args.out, request.records)
+    # What has no record was not finished, in a folder of this run.
+    overwrite = args.overwrite or bool(finished)
+    files = [*outputs.each, *map(Record.place, outputs.each), *outputs.together]
+    files += [outputs.sheet] if outputs.sheet else []
+    if outputs.each:
+        # The folder is made when there is something to put into it.
+        check_fillable(args.out, [path.name for path in files], overwrite=overwrite)
+        return finished
+    for path in files:
+        check_writable(path, overwrite=overwrite)
+    return finished
 
 
 def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoPipeline, float]:
@@ -98,48 +186,118 @@ def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoP
     return pipe.with_scheduler(**asked_scheduler(args)), time.perf_counter() - started
 
 
-def call_options(pipe: VideoPipeline, args: argparse.Namespace) -> dict[str, Any]:
+def call_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the command line asks of a call of the pipeline, beside its inputs and the seed.
 
-    What is not asked for is this pipeline's default, for the one shown against it too.
+    What is not asked for is this checkpoint's default, for the one shown against it too.
 
     Raises:
       InputError: the model does not take an option.
     """
-    known = inspect.signature(pipe.__call__).parameters
+    configs = read_configs(args.checkpoint)
+    known = inspect.signature(configs.family.pipeline.__call__).parameters
     given = passed(args, *_OPTIONS)
     for name in given.keys() - known.keys() - {"fps"}:
         option = name.removesuffix("s").replace("_", "-")
-        raise InputError(f"--{option} has no meaning for a model of the family {pipe.family!r}")
-    values = {**to_dict(pipe.defaults), **given}
+        raise InputError(f"--{option} has no meaning for a model of {configs.family.title}")
+    values = {**to_dict(configs.defaults), **given}
     return {name: values[name] for name in _OPTIONS if name in known and name in values}
+
+
+def sample_all(
+    args: argparse.Namespace,
+    request: Request,
+    todo: Sequence[int],
+    restoring: contextlib.AbstractContextManager[None],
+) -> tuple[dict[int, np.ndarray], list[dict[str, str]]]:
+    """Samples videos batch by batch, and writes those that get a file each as they are made.
+
+    Args:
+      args: the command line.
+      request: what it asks for.
+      todo: indices of the videos.
+      restoring: the context to load checkpoints in.
+
+    Returns:
+      What all are shown together by, as `kept`, and a row of the table of costs for each model.
+    """
+    names, outputs = request.names, request.outputs
+    together = jax.local_device_count() if outputs.each else len(todo)
+    size = min(args.batch_size or together, len(todo))
+    with restoring:
+        loaded = [timed_load(name, args, size) for name in names]
+    own, _ = loaded[-1]
+    print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
+    negatives = [args.negative_prompts] if args.negative_prompts else []
+    note_unknown_words(own, [*request.inputs.take(todo).values, *negatives])
+    compile_seconds = _count_compile_seconds()
+    shown: dict[int, np.ndarray] = {}
+    spent = [{"load": seconds} for _, seconds in loaded]
+    batches = [todo[start : start + size] for start in range(0, len(todo), size)]
+    with Progress(_plan(request, batches)) as progress:
+        for batch in batches:
+            videos = []
+            for name, (pipe, _), times in zip(names, loaded, spent, strict=True):
+                with naming(name):
+                    made, seconds = sample(
+                        pipe, request, batch, args.seed, compile_seconds, progress
+                    )
+                videos.append(made)
+                for what, more in seconds.items():
+                    times[what] = times.get(what, 0.0) + more
+            for index, models in zip(batch, np.stack(videos, 1), strict=True):
+                if path := outputs.of(index):
+                    path.parent.mkdir(exist_ok=True)
+                    grid = video_io.tile(models, columns=len(models))
+                    video_io.write_video(path, grid, request.fps)
+                    request.records[path].write(path)
+                if outputs.shows_all:
+                    shown[index] = outputs.kept(models)
+    rows = [
+        cost(name, pipe, times) for name, (pipe, _), times in zip(names, loaded, spent, strict=True)
+    ]
+    return shown, rows
+
+
+def _plan(request: Request, batches: Sequence[Sequence[int]]) -> list[Part]:
+    """Every step of every model over every batch, and the decoding behind it."""
+    count, steps = len(request.inputs.names), request.options["steps"]
+    parts = []
+    for batch, name in itertools.product(batches, request.names):
+        where = f"video {batch[0] + 1} of {count}: " if len(batches) > 1 else ""
+        size, work = len(batch), len(batch)
+        compilation = DECODER_COMPILATION
+        parts += [
+            Part(f"{where}sampling", "sampling", name, size, ticks=steps, work=work),
+            Part(f"{where}decoding", "decoding", name, size, work=work, compilation=compilation),
+        ]
+    return parts
 
 
 def sample(
     pipe: VideoPipeline,
-    inputs: Sequence[Any],
-    options: dict[str, Any],
+    request: Request,
+    batch: Sequence[int],
     seed: int,
     compile_seconds: Callable[[], float],
+    progress: Progress,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Videos uint8 `[B, F, H, W, 3]` of the inputs, and where the seconds went."""
+    """Videos uint8 `[B, F, H, W, 3]` of some indices, and where the seconds went."""
     started, before = time.perf_counter(), compile_seconds()
-    plan = [
-        Part("sampling", "sampling", ticks=options["steps"]),
-        Part("decoding", "decoding", compilation=DECODER_COMPILATION),
-    ]
-    with Progress(plan) as progress:
-        latents = pipe(
-            # Without prompts there are embeddings among the options.
-            inputs or None,
-            **options,
-            seed=seed,
-            output_type="latents",
-            callback_on_step_end=lambda done, _: progress.advance(done),
-        )
-        sampled, compiled = time.perf_counter(), compile_seconds()
-        videos = pipe.decode(latents)
-        progress.advance()
+    inputs = request.inputs.take(batch)
+    options: dict[str, Any] = {**request.options, **inputs.options}
+    latents = pipe(
+        # Without prompts there are embeddings among the options.
+        inputs.values or None,
+        **options,
+        seed=seed,
+        indices=batch,
+        output_type="latents",
+        callback_on_step_end=lambda *_: progress.advance(),
+    )
+    sampled, compiled = time.perf_counter(), compile_seconds()
+    videos = pipe.decode(latents)
+    progress.advance()
     seconds = {
         "compile": compile_seconds() - before,
         "sampling": sampled - started - (compiled - before),
@@ -148,7 +306,7 @@ def sample(
     return videos, seconds
 
 
-def cost(name: str, pipe: VideoPipeline, seconds: dict[str, float]) -> dict[str, str]:
+def cost(name: str, pipe: VideoPipeline, seconds: Mapping[str, float]) -> dict[str, str]:
     """What a model takes, by column of the table."""
     on_disk = checkpoint.disk_bytes(checkpoint.find(name) / "unet")
     in_memory = memory.tree_bytes(pipe.params["unet"])
@@ -170,84 +328,41 @@ def cost_table(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-class Outputs(NamedTuple):
-    """Files to write.
-
-    Attributes:
-      each: one video for each prompt.
-      together: videos that show all prompts side by side.
-      sheet: the contact sheet, if one is wanted.
-    """
-
-    each: tuple[Path, ...]
-    together: tuple[Path, ...]
-    sheet: Path | None
-
-
-def plan_outputs(
-    out: Path | None, prompts: Sequence[str], *, contact_sheet: bool, overwrite: bool
-) -> Outputs:
-    """Names the files to write and makes sure that they can be.
+def write_together(request: Request, hosts: Hosts, shown: Mapping[int, np.ndarray]) -> None:
+    """Writes what shows all videos together, at the first host, and prints the names.
 
     Args:
-      out: a .mp4 or .gif for all prompts together, or a folder for one file each; None is
-        everything there is for all together: video.mp4, video.gif and the contact sheet.
-      prompts: for the names in a folder.
-      contact_sheet: whether a sheet goes beside the file, or into the folder.
-      overwrite: whether files already there are replaced.
-
-    Raises:
-      InputError: the suffix is of no video format, a file exists, or its place is not writable.
+      request: what is asked for.
+      hosts: whose videos these are.
+      shown: what `Outputs.kept` kept of the videos of this host that were sampled; of those that
+        were finished before their files are read.
     """
-    each: tuple[Path, ...] = ()
-    together: tuple[Path, ...] = ()
-    if out is None:
-        together = tuple(Path("video").with_suffix(suffix) for suffix in video_io.VIDEO_SUFFIXES)
-        sheet, contact_sheet = Path("video.png"), True
-    elif out.suffix in video_io.VIDEO_SUFFIXES and not out.is_dir():
-        together, sheet = (out,), out.with_suffix(".png")
-    elif out.suffix and not out.is_dir():
-        raise InputError(
-            f"{out}: a file ends in {' or '.join(video_io.VIDEO_SUFFIXES)}, a folder in neither"
-        )
-    else:
-        slugs = (re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] for text in prompts)
-        each = tuple(out / f"{i:03d}-{slug}.mp4" for i, slug in enumerate(slugs))
-        sheet = out / "contact-sheet.png"
-    outputs = Outputs(each, together, sheet if contact_sheet else None)
-    files = [*each, *together, *([sheet] if contact_sheet else [])]
-    if out is not None and each:
-        # The folder is made when there is something to put into it.
-        check_fillable(out, [path.name for path in files], overwrite=overwrite)
-        return outputs
-    for path in files:
-        check_writable(path, overwrite=overwrite)
-    return outputs
-
-
-def write(videos: np.ndarray, outputs: Outputs, fps: float) -> None:
-    """Writes the files and prints their names.
-
-    Args:
-      videos: uint8 `[M, B, F, H, W, 3]`, of M models; more than one are shown side by side.
-      outputs: the files.
-      fps: frames per second.
-    """
-    models, count = videos.shape[:2]
-    together = videos.reshape(models * count, *videos.shape[2:])
-    grid = video_io.tile(together, columns=count if models > 1 else None)
-    pairs = [video_io.tile(videos[:, i], columns=models) for i in range(len(outputs.each))]
-    for path, video in [
-        *((path, grid) for path in outputs.together),
-        *zip(outputs.each, pairs, strict=True),
-    ]:
-        path.parent.mkdir(exist_ok=True)
-        video_io.write_video(path, video, fps)
+    outputs, count = request.outputs, len(request.inputs.names)
+    if not outputs.shows_all:
+        return
+    own = [[shown[i] if i in shown else _read_back(request, i)] for i in hosts.share(range(count))]
+    gathered = hosts.gather("shown", own, count)
+    if not hosts.first:
+        return
+    videos = np.stack([models for (models,) in gathered])
+    models = videos.shape[1]
+    grid = video_io.tile(np.concatenate(videos.swapaxes(0, 1)), count if models > 1 else None)
+    for path in outputs.together:
+        video_io.write_video(path, grid, request.fps)
         print(path)
     if outputs.sheet:
         # One model's row of frames under the other's, prompt by prompt.
-        video_io.write_contact_sheet(outputs.sheet, videos.swapaxes(0, 1).reshape(together.shape))
+        video_io.write_contact_sheet(outputs.sheet, np.concatenate(videos))
         print(outputs.sheet)
+
+
+def _read_back(request: Request, index: int) -> np.ndarray:
+    """What is kept of a finished video, from its file."""
+    height, width, models = *(request.options[s] for s in ("height", "width")), len(request.names)
+    # A file's sides are even.
+    grid = video_io.read_video(request.outputs.each[index])[:, :height, : models * width]
+    side_by_side = grid.reshape(len(grid), height, models, width, 3)
+    return request.outputs.kept(np.moveaxis(side_by_side, 2, 0))
 
 
 def _count_compile_seconds() -> Callable[[], float]:
@@ -318,7 +433,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--contact-sheet", action="store_true", help="write a PNG of chosen frames as well"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace existing files")
+    existing.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a folder where an earlier run of the same settings stopped",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_int,
+        metavar="N",
+        help="videos sampled at once (one file of all: all; a folder: one for each device)",
+    )
+    add_host_arguments(parser)
     return parser
 
 

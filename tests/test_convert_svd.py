@@ -302,7 +302,7 @@ _CAT = ["--image", "{tmp}/cat.png", "--height", "8", "--width", "12"]
         ([*_CAT, "--noise-aug-strength", "nan"], "noise_aug_strength = nan: it must be finite"),
         (
             [*_CAT, "--negative-prompt", "b"],
-            "--negative-prompt has no meaning for a model of the family 'svd'",
+            "--negative-prompt has no meaning for a model of Stable Video Diffusion",
         ),
     ],
 )

@@ -200,6 +200,7 @@ def test_noise_of_a_video_depends_on_seed_and_index_alone():
     noise = np.asarray(initial_noise(SEED, 3, shape))
     assert noise.shape == (3, *shape)
     np.testing.assert_array_equal(initial_noise(SEED, 1, shape), noise[:1])
+    np.testing.assert_array_equal(initial_noise(SEED, [2, 0], shape), noise[[2, 0]])
     independent = np.stack([*noise, *initial_noise(SEED + 1, 3, shape)]).reshape(6, -1)
     np.testing.assert_allclose(np.cov(independent), np.eye(6), atol=0.08)
     np.testing.assert_allclose(independent.mean(axis=1), 0, atol=0.08)

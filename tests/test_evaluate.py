@@ -14,6 +14,7 @@ from qvd_jax import evaluate
 from qvd_jax.data.video_io import read_video, write_video
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.evaluation import Cases, networks, page, pairs
+from qvd_jax.evaluation.batches import Batches
 from qvd_jax.evaluation.networks import Network
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.observation import CalibrationConfig
@@ -122,6 +123,62 @@ def test_a_model_that_fails_among_others_is_named():
 
     with pytest.raises(InputError, match=r"^bad: step 1 of 2 gave"):
         pairs.sample({"bad": pipe}, Cases(["a"]), VideoDefaults(steps=2))
+
+
+class Fake:
+    """Stands for a pipeline; its videos depend on the seed."""
+
+    def __init__(self, gain):
+        self.gain, self.calls = gain, 0
+
+    def __call__(self, inputs, *, seed, steps, callback_on_step_end, **_):
+        self.calls += 1
+        latents = np.random.default_rng(seed).normal(size=(len(inputs), 2, 3, 3, 1)) * self.gain
+        for step in range(steps):
+            callback_on_step_end(step + 1, latents * (step + 1))
+        return latents
+
+    def decode(self, latents):
+        return (latents * 50).astype(np.uint8)
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_it_kept(tmp_path):
+    cases, want = Cases([str(number) for number in range(20)]), VideoDefaults(steps=2)
+    whole = pairs.sample({"a": Fake(1), "b": Fake(1.1)}, cases, want, (0, 1))
+    kept = Batches(tmp_path)
+    first = {"a": Fake(1), "b": Fake(1.1)}
+    pairs.sample(first, cases, want, (0, 1), kept=kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}.npz" for i in range(4)]
+    (tmp_path / "00002.npz").unlink()
+    again = {"a": Fake(1), "b": Fake(1.1)}
+    found = pairs.sample(again, cases, want, (0, 1), kept=kept)
+    assert [pipe.calls for pipe in (*first.values(), *again.values())] == [4, 4, 1, 1]
+    for name, one in found.items():
+        np.testing.assert_array_equal(one.videos, whole[name].videos)
+        np.testing.assert_array_equal(one.noise, whole[name].noise)
+        np.testing.assert_array_equal(one.signal, whole[name].signal)
+    assert found["b"].noise.min() > 0
+
+
+def test_an_evaluation_goes_on_only_with_the_same_settings(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load", interrupt)
+    arguments = ["--reference", str(tiny_checkpoint), *SIZE, "--prompt", "a", "b", "--resume"]
+    arguments += ["--out", str(tmp_path / "out")]
+    assert evaluate.main(arguments) == 130
+    assert evaluate.main(arguments) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["out.sampled"]
+    for changed, message in {
+        ("--steps", "3"): "out.sampled: this run is not the one that --resume is to go on with: "
+        "steps was 2, is 3; remove the folder, or name another --out",
+        ("--prompt", "a", "c"): 'input 2 was ["b"], is ["c"]',
+    }.items():
+        assert evaluate.main([*arguments, *changed]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

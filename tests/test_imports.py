@@ -16,6 +16,7 @@ GROUND = {
     "environment",
     "errors",
     "files",
+    "hosts",
     "markdown",
     "progress",
 }
@@ -29,6 +30,7 @@ ALLOWED = {
     "quiet": {"accelerators", "remarks"},
     "remarks": set(),
     "files": {"errors"},
+    "hosts": {"accelerators", "errors"},
     "config": {"errors", "files"},
     "memory": {"axes", "errors"},
     "programs": {"errors", "files"},
@@ -55,6 +57,8 @@ ALLOWED = {
     "arrows": GROUND
     | {"diffusion", "evaluation", "metrics", "models", "pipelines", "shapes", "training"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
+    "outputs": GROUND | {"data"},
+    "runs": GROUND | {"checkpoint", "cli"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},
 }

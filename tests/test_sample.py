@@ -1,6 +1,7 @@
 """`python -m qvd_jax.sample`: files come out, bad input ends with one line and exit code 2."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -8,7 +9,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 
-from qvd_jax import sample
+from qvd_jax import checkpoint, sample
 
 SMALL = ["--frames", "3", "--height", "8", "--width", "12", "--steps", "2"]
 
@@ -41,7 +42,55 @@ def test_prompts_become_one_video_and_a_sheet(tiny_checkpoint, tmp_path, capsys)
 
 def test_a_folder_gets_one_file_for_each_prompt(tiny_checkpoint, tmp_path):
     assert run(tiny_checkpoint, "--prompt", "A Dog!", "x", "--out", tmp_path / "out") == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000-a-dog.mp4", "001-x.mp4"]
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["000-a-dog.json", "000-a-dog.mp4", "001-x.json", "001-x.mp4"]
+
+
+def test_a_run_goes_on_where_it_stopped_and_only_with_the_same_settings(
+    tiny_checkpoint, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    arguments = ["--prompt", "a dog", "b", "--out", out]
+    assert run(tiny_checkpoint, *arguments) == 0
+    whole = {path.name: path.read_bytes() for path in out.iterdir()}
+    # As a run leaves it that was killed while it wrote the second video.
+    (out / "001-b.json").unlink()
+    (out / ".partial-1.mp4").write_bytes(b"half")
+    made = []
+    write = sample.video_io.write_video
+
+    def noted(path, *given):
+        made.append(path.name)
+        write(path, *given)
+
+    monkeypatch.setattr(sample.video_io, "write_video", noted)
+    assert run(tiny_checkpoint, *arguments, "--resume", "--contact-sheet") == 0
+    assert made == ["001-b.mp4"]
+    assert imageio.imread(out / "contact-sheet.png").shape == (16, 36, 3)
+    (out / "contact-sheet.png").unlink()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    capsys.readouterr()
+    for changed, message in {
+        ("--steps", "3"): "000-a-dog.json: this run is not the one that --resume is to go on with: "
+        "steps was 2, is 3; name another folder, or the same settings",
+        ("--seed", "1"): "seed was 0, is 1",
+        ("--scheduler", "euler"): 'solver was "ddim", is "euler"',
+        ("--prompt", "a dog", "c"): "is of another run: it has 001-b.json, of 'b'",
+    }.items():
+        assert run(tiny_checkpoint, *arguments, "--resume", *changed) == 2
+        assert message in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert made == ["001-b.mp4"]
+
+
+def test_a_checkpoint_is_told_by_what_it_holds(tiny_checkpoint, tmp_path):
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "description": "moved"}))
+    assert checkpoint.digest(copy) == checkpoint.digest(tiny_checkpoint)
+    manifest["defaults"]["guidance_scale"] = 2.0
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint.digest(copy) != checkpoint.digest(tiny_checkpoint)
 
 
 def test_without_out_there_is_a_video_a_gif_and_a_sheet(tiny_checkpoint, tmp_path, monkeypatch):
@@ -86,6 +135,7 @@ def test_two_checkpoints_are_shown_together_from_the_same_noise(tiny_checkpoint,
         (["--prompt", "a", "--out", "{tmp}/old.gif"], "exists already; pass --overwrite"),
         (["--prompt", "a", "--out", "{tmp}/a.gif", "--height", "9"], "height = 9: it must be"),
         (["--prompt", "a", "--against", "{tmp}/images"], "(MagicAnimate) and"),
+        (["--prompt", "a", "--out", "{tmp}/a.gif", "--resume"], "--resume goes on with a folder"),
         (["--prompt", "a", "--karras"], "ddim has no Karras noise levels; euler, dpmsolver++, "),
     ],
 )

@@ -66,6 +66,12 @@ CONFIG = loop.LoopConfig(
 )
 
 
+def test_several_hosts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="training works on one host; the devices are those of 2"):
+        loop.train(Line(), CONFIG, tmp_path)
+
+
 def test_interrupted_training_ends_like_an_uninterrupted_one(tmp_path):
     whole = loop.train(Line(), CONFIG, tmp_path / "whole")
     task = Line()

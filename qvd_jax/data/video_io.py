@@ -243,10 +243,15 @@ def write_contact_sheet(path: Path, videos: np.ndarray, columns: int = 8) -> Non
     Raises:
       InputError: the file could not be written.
     """
+    rows = np.concatenate(np.moveaxis(shown_frames(videos, columns), 1, 0), axis=2)
+    _write_pillow(path, np.concatenate(rows))
+
+
+def shown_frames(videos: np.ndarray, columns: int = 8) -> np.ndarray:
+    """The frames that a contact sheet shows, of videos `[B, F, H, W, 3]`."""
     frames = videos.shape[1]
     chosen = np.linspace(0, frames - 1, min(columns, frames)).round().astype(int)
-    rows = np.concatenate(np.moveaxis(videos[:, chosen], 1, 0), axis=2)
-    _write_pillow(path, np.concatenate(rows))
+    return videos[:, chosen]
 
 
 def tile(videos: np.ndarray, columns: int | None = None) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The sampling loop: one jit-compiled scan over the steps of a solver's table."""
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,16 +36,21 @@ def initial_state(latents: Array, table: StepTable) -> SamplerState:
     return SamplerState(latents, tuple(history))
 
 
-def initial_noise(seed: int | Array, videos: int, shape: tuple[int, ...]) -> Array:
+Videos = int | Sequence[int]
+"""How many videos there are, or their indices among those of a larger run."""
+
+
+def initial_noise(seed: int | Array, videos: Videos, shape: tuple[int, ...]) -> Array:
     """Unit-normal noise `[B, *shape]`; a video's depends on the seed and its index alone."""
     keys = video_keys(seed, videos)
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
 
 
-def video_keys(seed: int | Array, videos: int) -> Array:
+def video_keys(seed: int | Array, videos: Videos) -> Array:
     """One random key for each video, `[B]`."""
     base = jax.random.key(seed)
-    return jax.vmap(lambda index: jax.random.fold_in(base, index))(jnp.arange(videos))
+    indices = jnp.arange(videos) if isinstance(videos, int) else jnp.asarray(videos, jnp.int32)
+    return jax.vmap(lambda index: jax.random.fold_in(base, index))(indices)
 
 
 def window_overlap(window: int) -> int:

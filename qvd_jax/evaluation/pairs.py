@@ -2,9 +2,10 @@
 
 import functools
 import itertools
+import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from qvd_jax import memory
 from qvd_jax.axes import Array
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
+from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
 from qvd_jax.evaluation.videos import Source, open_videos, planned
+from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 from qvd_jax.quant.solve import LayerReport, sqnr
@@ -71,6 +74,8 @@ def compare(
     measures: Measures = PIXELS,
     real: Source | None = None,
     has_floor: bool = False,
+    hosts: Hosts = ALONE,
+    kept: Batches = NONE_KEPT,
 ) -> Comparison:
     """Samples all cases with every model and measures what tells them apart.
 
@@ -84,6 +89,9 @@ def compare(
       measures: what is measured of the videos.
       real: the videos that FVD is taken to; None takes the judge's, if there is one.
       has_floor: whether the reference samples other seeds too, for the floor of FVD against it.
+      hosts: among which the cases are shared out; elsewhere than at the first there are no
+        results.
+      kept: what an earlier run has sampled, to which this one adds.
 
     Raises:
       InputError: the models or the videos cannot be compared.
@@ -96,12 +104,15 @@ def compare(
     layers = layers or {name: [] for name in models}
     real = check_measures([*models], cases, want, seeds, measures, real)
     check_comparable(models, cases, want)
-    sampled = sample(models, cases, want, range(seed, seed + seeds))
+    sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept)
     others = None
     if has_floor:
         name = next(iter(models))
-        more = sample({name: models[name]}, cases, want, range(seed + seeds, seed + 2 * seeds))
-        others = more[name].videos
+        more = range(seed + seeds, seed + 2 * seeds)
+        floor = sample({name: models[name]}, cases, want, more, hosts, kept, "floor")
+        others = floor[name].videos if hosts.first else None
+    if not hosts.first:
+        return Comparison({}, {}, cases.titles, layers)
     results = {
         **environment(),
         "backend": jax.default_backend(),
@@ -194,6 +205,9 @@ def sample(
     cases: Cases,
     want: VideoDefaults,
     seeds: Sequence[int] = (0,),
+    hosts: Hosts = ALONE,
+    kept: Batches = NONE_KEPT,
+    part: str = "cases",
 ) -> dict[str, Sampled]:
     """Samples all inputs with every model, and shows how far it is.
 
@@ -202,18 +216,28 @@ def sample(
       cases: what is sampled.
       want: steps, frames, size and guidance of all videos.
       seeds: all inputs are sampled with each.
+      hosts: among which the batches are shared out.
+      kept: as of `compare`.
+      part: what tells this call from others of a run.
+
+    Returns:
+      What each model made, at the first host; nothing elsewhere.
 
     Raises:
       InputError: a model failed; it is named.
     """
-    videos: dict[str, list[np.ndarray]] = {name: [] for name in models}
-    totals = {name: np.zeros((2, want.steps)) for name in models}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    batches = [*itertools.product(seeds, range(0, len(cases.inputs), BATCH))]
+    own, kept = hosts.share(range(len(batches))), kept.of(part)
+    made = {number: kept.get(number) for number in own}
+    todo = [number for number in own if made[number] is None]
     compiled: set[tuple[str, int]] = set()
-    with Progress(_plan([*models], cases, want, seeds)) as progress:
-        for seed, start in _batches(cases, seeds):
+    plan = _plan([*models], cases, want, [batches[number] for number in todo])
+    with Progress(plan) as progress:
+        for number in todo:
+            seed, start = batches[number]
             batch = cases.inputs[start : start + BATCH]
             reference: list[np.ndarray] = []
+            arrays: list[np.ndarray] = []
             for name, pipe in models.items():
                 path: list[np.ndarray] = []
                 began = time.perf_counter()
@@ -231,36 +255,47 @@ def sample(
                         output_type="latents",
                         callback_on_step_end=functools.partial(_keep, path, progress),
                     )
-                if (name, len(batch)) in compiled:
-                    seconds[name].append((time.perf_counter() - began) / len(batch))
+                seconds = (time.perf_counter() - began) / len(batch)
+                seconds = seconds if (name, len(batch)) in compiled else math.nan
                 compiled.add((name, len(batch)))
-                videos[name].append(pipe.decode(latents))
+                videos = pipe.decode(latents)
                 progress.advance()
                 reference = reference or path
-                for step, (found, exact) in enumerate(zip(path, reference, strict=True)):
-                    totals[name][:, step] += np.square(found - exact).sum(), np.square(exact).sum()
-    return {
-        name: Sampled(
-            videos=np.concatenate(videos[name]),
-            noise=totals[name][0],
-            signal=totals[name][1],
-            seconds=statistics.median(seconds[name]) if seconds[name] else None,
+                energies = [
+                    (np.square(found - exact).sum(), np.square(exact).sum())
+                    for found, exact in zip(path, reference, strict=True)
+                ]
+                arrays += [videos, np.array(energies, np.float64), np.array(seconds)]
+            kept.put(number, arrays)
+            made[number] = arrays
+    gathered = hosts.gather(part, [made[number] or [] for number in own], len(batches))
+    return _join([*models], gathered) if gathered else {}
+
+
+def _join(names: Sequence[str], batches: Sequence[Sequence[np.ndarray]]) -> dict[str, Sampled]:
+    """What each model made, from batches of three arrays of each.
+
+    These are its videos, the energies of noise and signal after each step, `[S, 2]`, and the
+    seconds of a video, NaN where it was compiled meanwhile.
+    """
+    found = {}
+    for number, name in enumerate(names):
+        videos, energies, times = zip(
+            *(b[3 * number : 3 * number + 3] for b in batches), strict=True
         )
-        for name in models
-    }
-
-
-def _batches(cases: Cases, seeds: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Seed and number of the first input of each batch."""
-    return itertools.product(seeds, range(0, len(cases.inputs), BATCH))
+        seconds = [float(one) for one in times if not np.isnan(one)]
+        noise, signal = np.sum(energies, 0).T
+        median = statistics.median(seconds) if seconds else None
+        found[name] = Sampled(np.concatenate(videos), noise, signal, median)
+    return found
 
 
 def _plan(
-    names: Sequence[str], cases: Cases, want: VideoDefaults, seeds: Sequence[int]
+    names: Sequence[str], cases: Cases, want: VideoDefaults, batches: Sequence[tuple[int, int]]
 ) -> list[Part]:
     """Every step of every model, and the decoding behind it, which counts as one more."""
     parts = []
-    for (_, start), name in itertools.product(_batches(cases, seeds), names):
+    for (_, start), name in itertools.product(batches, names):
         count = len(cases.inputs[start : start + BATCH])
         parts += [
             Part(name, "sampling", name, count, want.steps, work=count),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array
-from qvd_jax.diffusion.sampler import Conditions
+from qvd_jax.diffusion.sampler import Conditions, Videos
 from qvd_jax.errors import InputError
 from qvd_jax.models.vae import to_unit_range
 from qvd_jax.pipelines.arguments import by_either_name
@@ -45,6 +45,7 @@ class AnimationPipeline(TextPipeline):
         latents: Array | np.ndarray | None = None,
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
+        indices: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Samples one video for each image, all of the same motion.
 
@@ -67,6 +68,8 @@ class AnimationPipeline(TextPipeline):
           output_type: "video" or "latents".
           callback_on_step_end: called after each step with the number of finished steps and the
             latents of all frames that are sampled, which it must copy to keep.
+          indices: of the videos among those of a larger run, by which their noise is drawn; None
+            counts from 0.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -89,6 +92,7 @@ class AnimationPipeline(TextPipeline):
             latents,
             output_type,
             callback_on_step_end,
+            indices,
         )
 
     def conditions(
@@ -97,6 +101,8 @@ class AnimationPipeline(TextPipeline):
         want: VideoDefaults,
         seed: int,
         motion_video: Images = (),
+        *,
+        indices: Sequence[int] | None = None,
     ) -> Conditions:
         """An empty text, the latents of the images, and the motion."""
         motion = to_arrays(motion_video, "motion_video")
@@ -124,7 +130,7 @@ class AnimationPipeline(TextPipeline):
         window = self.window(frames)
         return window * math.ceil(frames / window), height, width, channels
 
-    def initial_noise(self, seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+    def initial_noise(self, seed: int, videos: Videos, shape: tuple[int, ...]) -> Array:
         """Noise of one window, repeated over the video."""
         frames = shape[0]
         window = self.window(frames)

@@ -79,6 +79,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         latents: Array | np.ndarray | None = None,
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
+        indices: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Samples one video for each image, which it begins with.
 
@@ -101,6 +102,8 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
           output_type: "video" or "latents".
           callback_on_step_end: called after each step with the number of finished steps and the
             latents, which it must copy to keep.
+          indices: of the videos among those of a larger run, by which their noise is drawn; None
+            counts from 0.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -126,19 +129,25 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
                 raise InputError(f"{name} = {getattr(want, name):g}: it must be 0 or more")
         return self._generate(
             images,
-            lambda: self.conditions(images, want, seed),
+            lambda: self.conditions(images, want, seed, indices=indices),
             want,
             seed,
             latents,
             output_type,
             callback_on_step_end,
+            indices,
         )
 
     def conditions(
-        self, inputs: Sequence[np.ndarray], want: ImageToVideoDefaults, seed: int
+        self,
+        inputs: Sequence[np.ndarray],
+        want: ImageToVideoDefaults,
+        seed: int,
+        *,
+        indices: Sequence[int] | None = None,
     ) -> Conditions:
         """Embedding and latents of the images, behind zeros where guided; and the added ids."""
-        keys = sampler.video_keys(seed, len(inputs))
+        keys = sampler.video_keys(seed, len(inputs) if indices is None else indices)
         embeddings, latents = [], []
         for image, key in zip(to_arrays(inputs, "images"), keys, strict=True):
             pixels = to_unit_range(image)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError, NotFiniteError
+from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.quant.statistics import Statistics, draw_places, join, observe
+from qvd_jax.quant.statistics import Statistics, draw_places, observe
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how many parts are done and of how many."""
@@ -62,6 +63,7 @@ def collect(
     config: CalibrationConfig = CalibrationConfig(),
     options: Mapping[str, Any] | None = None,
     progress: Progress = unseen,
+    hosts: Hosts = ALONE,
 ) -> Observed:
     """Samples the inputs and observes every layer's input at every step.
 
@@ -72,6 +74,10 @@ def collect(
       config: how much to sample.
       options: of the pipeline's calls, as in `quantize`.
       progress: told how far it is.
+      hosts: among which the inputs are shared out.
+
+    Returns:
+      What was seen on all hosts, at the first; nothing elsewhere.
 
     Raises:
       InputError: there are no inputs, or a layer's is not finite: it and its step are named.
@@ -83,42 +89,43 @@ def collect(
     steps = config.steps or want.steps
     want = replace(want, steps=steps)
     schedule = pipe.schedule(steps)
-    noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
-    first = np.asarray(noise) * schedule.initial_scale
-    after, failure = _sample_path(pipe, inputs, options, steps, config.seed, noise, progress)
-    before = [first, *after]
+    numbers = hosts.share(range(len(inputs)))
+    before, failure = _sample_path(pipe, inputs, numbers, options, want, config.seed, progress)
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
-    parts: dict[str, list[Statistics]] = {path: [] for path in paths}
     before_loop = draw_places(key, math.ceil(config.rows / len(inputs)))
     temporal: Any = None
     calls = steps * len(inputs)
     rows = math.ceil(config.rows / calls)
-    in_loop: set[str] = set()
     window = pipe.window(want.frames)
-    for number, given in enumerate(inputs):
-        conditions = pipe.conditions([given], want, config.seed, **more)
+    paths = [*paths]
+    seen: list[list[np.ndarray]] = []
+    for place, number in enumerate(numbers):
+        parts: dict[str, list[Statistics]] = {path: [] for path in paths}
+        in_loop: set[str] = set()
+        conditions = pipe.conditions([inputs[number]], want, config.seed, **more, indices=[number])
         if temporal is None:
             # They are the same for all inputs.
             steps_and_ids = (timesteps, conditions.added_ids)
             temporal, found = _observe(
                 unet, params, steps_and_ids, None, method="temporal_features"
             )
-            _add(parts, found, "the time embedding")
+            if number == 0:
+                _add(parts, found, "the time embedding")
         context, found = _observe(
             unet, params, (conditions.context,), before_loop, method="context_features"
         )
         _add(parts, found, f"input {number + 1}")
         control = None
         if conditions.control is not None:
-            seen = conditions.control[:, :window]
-            control, found = _observe(unet, params, (seen,), before_loop, method="control_features")
+            shown = (conditions.control[:, :window],)
+            control, found = _observe(unet, params, shown, before_loop, method="control_features")
             _add(parts, found, f"input {number + 1}")
         for step in range(min(steps, len(before))):
             call = number * steps + step
-            progress("observing", call, calls)
-            scaled = schedule.table.model_in[step] * before[step][number, None, :window]
+            progress("observing", place * steps + step, steps * len(numbers))
+            scaled = schedule.table.model_in[step] * before[step][place, None, :window]
             latents = jnp.asarray(np.concatenate([scaled] * len(conditions.context)))
             latents = sampler.add_image(latents, conditions.image)
             feature = jax.tree.map(lambda leaf, step=step: leaf[step][None], temporal)
@@ -128,53 +135,87 @@ def collect(
             _, found = _observe(unet, params, inside, places, method="denoise")
             if call * config.rows // calls == (call + 1) * config.rows // calls:
                 # Of more calls than rows only some, evenly chosen, give one.
-                found = {path: seen._replace(rows=seen.rows[:0]) for path, seen in found.items()}
+                found = {path: one._replace(rows=one.rows[:0]) for path, one in found.items()}
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
+        seen.append(_to_arrays(parts, in_loop))
     if failure is not None:
         raise failure
-    by_step = {path: _by_step(parts[path], steps) for path in in_loop}
-    joined = {path: join(seen) for path, seen in parts.items() if seen}
+    return _from_arrays(hosts.gather("observed", seen, len(inputs)), paths)
+
+
+def _to_arrays(parts: Mapping[str, Sequence[Statistics]], in_loop: set[str]) -> list[np.ndarray]:
+    """What was seen of one input: the paths of layers, and five arrays of each.
+
+    These are the lowest and highest values of its channels, `[C]`, sampled rows, and the lowest and
+    highest values at each step, `[S, C]`, of a layer in the loop.
+    """
+    paths = [path for path, found in parts.items() if found]
+    arrays = [np.array(paths)]
+    for path in paths:
+        lower = np.array([one.lower for one in parts[path]])
+        upper = np.array([one.upper for one in parts[path]])
+        rows = np.concatenate([one.rows for one in parts[path]])
+        steps = slice(None if path in in_loop else 0)
+        arrays += [lower.min(0), upper.max(0), rows, lower[steps], upper[steps]]
+    return arrays
+
+
+def _fives(arrays: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
+    return (arrays[start : start + 5] for start in range(0, len(arrays), 5))
+
+
+def _from_arrays(inputs: Sequence[Sequence[np.ndarray]], paths: Iterable[str]) -> Observed:
+    """What was seen of all inputs, of which each is as `_to_arrays` makes it."""
+    found: dict[str, list[Sequence[np.ndarray]]] = {path: [] for path in paths}
+    for names, *arrays in inputs:
+        for path, own in zip(names.tolist(), _fives(arrays), strict=True):
+            found[path].append(own)
+    joined, by_step = {}, {}
+    for path, seen in found.items():
+        if seen:
+            lower, upper, rows, lowest, highest = zip(*seen, strict=True)
+            whole = np.min(lower, 0), np.max(upper, 0), np.concatenate(rows), True
+            joined[path] = Statistics(*map(jnp.asarray, whole))
+            if lowest[0].size:
+                by_step[path] = np.min(lowest, 0), np.max(highest, 0)
     return Observed(joined, by_step)
 
 
 def _sample_path(
     pipe: VideoPipeline,
     inputs: Sequence[Any],
+    numbers: Sequence[int],
     options: Mapping[str, Any],
-    steps: int,
+    want: Any,
     seed: int,
-    noise: Array,
     progress: Progress,
 ) -> tuple[list[np.ndarray], NotFiniteError | None]:
-    """Latents `[B, F, h, w, C]` after each step; up to the one that gave none, and why."""
-    after: list[np.ndarray] = []
+    """Latents `[B, F, h, w, C]` before each step; up to the one that gave none, and why."""
+    if not numbers:
+        return [], None
+    noise = pipe.initial_noise(seed, numbers, _latents_shape(pipe, want))
+    before = [np.asarray(noise) * pipe.schedule(want.steps).initial_scale]
 
     def keep(done: int, latents: Array) -> None:
-        progress("sampling", done, steps)
-        after.append(np.array(latents))
+        progress("sampling", done, want.steps)
+        before.append(np.array(latents))
 
     try:
         pipe(
-            inputs,
+            [inputs[number] for number in numbers],
             **options,
-            steps=steps,
+            steps=want.steps,
             seed=seed,
+            indices=numbers,
             latents=noise,
             output_type="latents",
             callback_on_step_end=keep,
         )
     except NotFiniteError as error:
         # The layer it began in is found by observing the steps up to there.
-        return after, error
-    return after, None
-
-
-def _by_step(parts: list[Statistics], steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ranges at each step, from statistics of prompt after prompt."""
-    lower = np.stack([part.lower for part in parts]).reshape(-1, steps, len(parts[0].lower))
-    upper = np.stack([part.upper for part in parts]).reshape(lower.shape)
-    return lower.min(0), upper.max(0)
+        return before, error
+    return before, None
 
 
 @functools.partial(jax.jit, static_argnames=("unet", "method"))

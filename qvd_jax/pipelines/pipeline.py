@@ -17,7 +17,7 @@ from qvd_jax import memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
-from qvd_jax.diffusion.sampler import Conditions, SamplerConfig
+from qvd_jax.diffusion.sampler import Conditions, SamplerConfig, Videos
 from qvd_jax.diffusion.schedules import SchedulerConfig, Solver, TimestepSpacing, switch
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
@@ -132,11 +132,19 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         latents: Array | np.ndarray | None = None,
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
+        indices: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Samples one video for each input."""
 
     @abc.abstractmethod
-    def conditions(self, inputs: Sequence[Any], want: Defaults, seed: int) -> Conditions:
+    def conditions(
+        self,
+        inputs: Sequence[Any],
+        want: Defaults,
+        seed: int,
+        *,
+        indices: Sequence[int] | None = None,
+    ) -> Conditions:
         """What the UNet sees of the inputs, with negatives if `want` asks for guidance."""
 
     @property
@@ -158,7 +166,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         limit = self.unet.config.max_frames
         return frames if limit is None or frames <= limit else min(self.defaults.frames, limit)
 
-    def initial_noise(self, seed: int, videos: int, shape: tuple[int, ...]) -> Array:
+    def initial_noise(self, seed: int, videos: Videos, shape: tuple[int, ...]) -> Array:
         """Unit-normal noise `[B, *shape]` from which the videos are made."""
         return sampler.initial_noise(seed, videos, shape)
 
@@ -256,14 +264,16 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         latents: Array | np.ndarray | None,
         output_type: OutputType,
         callback: StepCallback | None,
+        indices: Sequence[int] | None,
     ) -> np.ndarray:
         """Checks what every pipeline takes, computes the conditions, samples and decodes."""
         count = len(inputs)
         shape = self.latents_shape(want.frames, want.height, want.width)
         schedule = self.schedule(want.steps)
         check_choice("output_type", output_type, ("video", "latents"))
+        videos: Videos = count if indices is None else check_indices(indices, count)
         if latents is None:
-            noise = self.initial_noise(seed, count, shape)
+            noise = self.initial_noise(seed, videos, shape)
         else:
             noise = jnp.asarray(latents, jnp.float32)
             if noise.shape != (count, *shape):
@@ -276,7 +286,8 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         whole = replace(want, frames=shape[0])
         computed = conditions()
         _check_finite(computed)
-        sampled = np.asarray(self._sample(noise, schedule, computed, whole, seed, callback))
+        keys = sampler.video_keys(seed, videos)
+        sampled = np.asarray(self._sample(noise, schedule, computed, whole, keys, callback))
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
 
@@ -315,7 +326,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         schedule: Schedule,
         conditions: Conditions,
         want: Defaults,
-        seed: int,
+        keys: Array,
         callback: StepCallback | None,
     ) -> Array:
         unet, params = self.unet, self.params["unet"]
@@ -331,7 +342,6 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
             place = NamedSharding(mesh, spec)
         latents = jax.device_put(latents, place)
         state = sampler.initial_state(latents, table)
-        keys = sampler.video_keys(seed, latents.shape[0])
         gains = self.params.get(GAINS)
         prepared = sampler.prepare(unet, params, table.timestep, conditions, gains)
         config = self.sampler_config(want, schedule, on_cpu=jax.default_backend() == "cpu")
@@ -396,6 +406,17 @@ def _mesh(params: Params) -> Mesh | None:
     sharding = jax.tree.leaves(params)[0].sharding
     mesh = getattr(sharding, "mesh", None)
     return mesh if isinstance(mesh, Mesh) else Mesh(np.array(list(sharding.device_set)), ("data",))
+
+
+def check_indices(indices: Sequence[int], count: int) -> Sequence[int]:
+    """The indices of so many videos.
+
+    Raises:
+      InputError: there are more or fewer, or one is negative.
+    """
+    if len(indices) != count or min(indices, default=0) < 0:
+        raise InputError(f"indices = {list(indices)}: {count} that are not negative are needed")
+    return indices
 
 
 @program(static=("vae",))

@@ -51,6 +51,7 @@ class TextToVideoPipeline(TextPipeline):
         controlnet_conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        indices: Sequence[int] | None = None,
     ) -> np.ndarray:
         """Samples one video for each prompt.
 
@@ -80,6 +81,8 @@ class TextToVideoPipeline(TextPipeline):
           controlnet_conditioning_scale: factor of what the ControlNet adds.
           control_guidance_start: share of the steps before the first to which it adds.
           control_guidance_end: share of the steps up to the last to which it adds.
+          indices: of the videos among those of a larger run, by which their noise is drawn; None
+            counts from 0.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -144,6 +147,7 @@ class TextToVideoPipeline(TextPipeline):
             latents,
             output_type,
             callback_on_step_end,
+            indices,
         )
 
     def conditions(
@@ -157,6 +161,8 @@ class TextToVideoPipeline(TextPipeline):
         controlnet_conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        *,
+        indices: Sequence[int] | None = None,
     ) -> Conditions:
         """The embedding of the texts, behind that of the negative ones where guided."""
         text = self.embed(inputs)

@@ -195,9 +195,13 @@ def data_mesh(config: LoopConfig) -> Mesh:
     """All devices, over which a batch divides.
 
     Raises:
-      InputError: it does not.
+      InputError: it does not, or they are those of several hosts.
     """
     accelerators.check_used()
+    if jax.process_count() > 1:
+        raise InputError(
+            f"training works on one host; the devices are those of {jax.process_count()}"
+        )
     mesh = Mesh(np.array(jax.devices()), ("data",))
     if config.batch_size % mesh.size:
         raise InputError(

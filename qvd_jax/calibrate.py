@@ -26,6 +26,7 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
@@ -65,8 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
     if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
+    want = check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
+    mesh = asked_mesh(args, [args.checkpoint], want, len(inputs.names))
     with restoring(argv):
         pipe = load(source).with_scheduler(**asked_scheduler(args))
     note_unknown_words(pipe, inputs.names)
@@ -78,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
     checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
+    mesh = pipe.work(len(inputs.values), want).resolve(mesh, jax.device_count())
     started = time.perf_counter()
     steps, count = args.steps or pipe.defaults.steps, len(inputs.values)
     done_before = {"sampling": 0, "observing": steps, "layers": steps + steps * count}
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         def report(what: str, done: int, _: int) -> None:
             progress.advance(done_before[what] + done)
 
-        observed = collect(pipe, plan.layers, inputs.values, config, options, report)
+        observed = collect(pipe, plan.layers, inputs.values, config, options, report, mesh)
         quantized, reports = solve_plan(pipe, plan, observed, config, report)
     assert quantized.quantization is not None
     if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
@@ -168,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     add_input_arguments(parser)
     add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument(
         "--samples",
         type=positive_int,

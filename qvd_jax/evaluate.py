@@ -27,11 +27,13 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.evaluation import Cases, compare, write_comparison
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.evaluation.pairs import BATCH
 from qvd_jax.files import check_folder
-from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
+from qvd_jax.meshes import replicated
+from qvd_jax.pipelines.loading import load, load_layer_reports, read_configs
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 
@@ -49,13 +51,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases.check(want)
     layers = {name: load_layer_reports(name) for name in names}
 
-    sharding = devices_for(min(BATCH, len(cases.inputs)))
+    mesh = asked_mesh(args, names, want, min(BATCH, len(cases.inputs)))
     with restoring(argv):
-        models = {name: load(name, sharding=sharding) for name in names}
+        models = {name: load(name, sharding=replicated()) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     reference = models[names[0]]
     note_unknown_words(reference, cases.titles)
-    comparison = compare(models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers)
+    comparison = compare(
+        models, cases, want, seed=args.seed, seeds=args.seeds, layers=layers, mesh=mesh
+    )
     line = command_line("qvd_jax.evaluate", argv)
     print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
 
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=seed_int, default=0, metavar="N", help="the first seed")
     add_sampler_arguments(parser, "the reference's")
     add_size_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )

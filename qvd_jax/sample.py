@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,14 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
+from qvd_jax.meshes import replicated
 from qvd_jax.pipelines.components import DTYPES
-from qvd_jax.pipelines.loading import devices_for, load
+from qvd_jax.pipelines.loading import load
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
@@ -61,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
     check_same_inputs(names)
-    check_videos(names, args, args.checkpoint, **asked_scheduler(args))
+    want = check_videos(names, args, args.checkpoint, **asked_scheduler(args))
     inputs = read_inputs(args, checkpoint.find(args.checkpoint))
     control = read_control(args, checkpoint.find(args.checkpoint))
+    guidance = passed(args, "guidance_scale")
+    mesh = asked_mesh(args, names, replace(want, **guidance), len(inputs.names))
     outputs = plan_outputs(
         args.out, inputs.names, contact_sheet=args.contact_sheet, overwrite=args.overwrite
     )
@@ -73,12 +78,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"compilation cache: {enable_compilation_cache() or 'none'}")
 
     with restoring(argv):
-        loaded = [timed_load(name, args, len(inputs.names)) for name in names]
+        loaded = [timed_load(name, args) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []
     note_unknown_words(own, [*inputs.values, *negatives])
-    options = {**call_options(own, args), **control, **inputs.options}
+    options = {**call_options(own, args), **control, **inputs.options, "mesh": mesh}
     fps = args.fps or followed or own.defaults.fps
     compile_seconds = _count_compile_seconds()
     videos, rows = [], []
@@ -91,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(cost_table(rows))
 
 
-def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoPipeline, float]:
+def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, float]:
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
-    pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=devices_for(videos))
+    pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=replicated())
     return pipe.with_scheduler(**asked_scheduler(args)), time.perf_counter() - started
 
 
@@ -293,6 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument(
         "--min-guidance-scale", type=float, metavar="G", help="of the first frame, from images"

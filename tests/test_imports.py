@@ -17,6 +17,7 @@ GROUND = {
     "errors",
     "files",
     "markdown",
+    "meshes",
     "progress",
 }
 ALLOWED = {
@@ -25,6 +26,7 @@ ALLOWED = {
     "environment": set(),
     "errors": set(),
     "markdown": set(),
+    "meshes": {"axes", "errors"},
     "progress": set(),
     "quiet": {"accelerators", "remarks"},
     "remarks": set(),
@@ -35,7 +37,7 @@ ALLOWED = {
     "exported": set(),
     "items": {"axes", "errors"},
     "checkpoint": GROUND | {"items", "memory"},
-    "kernels": {"axes", "errors"},
+    "kernels": {"axes", "errors", "meshes"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND | {"programs"},
     "data": GROUND,
@@ -51,6 +53,7 @@ ALLOWED = {
     "shapes": GROUND
     | {"checkpoint", "data", "diffusion", "evaluation", "items", "metrics", "models", "pipelines"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
+    "cli_mesh": GROUND | {"pipelines"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},
 }

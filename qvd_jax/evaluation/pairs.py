@@ -16,6 +16,7 @@ from qvd_jax.axes import Array
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.cases import Cases, Figures
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.metrics import paired, temporal
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
@@ -68,6 +69,7 @@ def compare(
     seed: int = 0,
     seeds: int = 1,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
+    mesh: MeshConfig | None = None,
 ) -> Comparison:
     """Samples all cases with every model and measures what tells them apart.
 
@@ -78,6 +80,7 @@ def compare(
       seed: the first.
       seeds: videos of each case.
       layers: of each model, from `load_layer_reports`.
+      mesh: of the pipelines' calls.
 
     Raises:
       InputError: the models or the videos cannot be compared.
@@ -89,7 +92,7 @@ def compare(
     }
     layers = layers or {name: [] for name in models}
     check_comparable(models, cases, want)
-    sampled = sample(models, cases, want, range(seed, seed + seeds))
+    sampled = sample(models, cases, want, range(seed, seed + seeds), mesh)
     results = {
         **environment(),
         "backend": jax.default_backend(),
@@ -146,6 +149,7 @@ def sample(
     cases: Cases,
     want: VideoDefaults,
     seeds: Sequence[int] = (0,),
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Sampled]:
     """Samples all inputs with every model, and shows how far it is.
 
@@ -154,6 +158,7 @@ def sample(
       cases: what is sampled.
       want: steps, frames, size and guidance of all videos.
       seeds: all inputs are sampled with each.
+      mesh: of the pipelines' calls.
 
     Raises:
       InputError: a model failed; it is named.
@@ -182,6 +187,7 @@ def sample(
                         seed=seed * len(cases.inputs) + start,
                         output_type="latents",
                         callback_on_step_end=functools.partial(_keep, path, progress),
+                        mesh=mesh,
                     )
                 if (name, len(batch)) in compiled:
                     seconds[name].append((time.perf_counter() - began) / len(batch))

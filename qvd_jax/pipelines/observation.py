@@ -13,6 +13,7 @@ import numpy as np
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError, NotFiniteError
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.statistics import Statistics, draw_places, join, observe
@@ -62,6 +63,7 @@ def collect(
     config: CalibrationConfig = CalibrationConfig(),
     options: Mapping[str, Any] | None = None,
     progress: Progress = unseen,
+    mesh: MeshConfig | None = None,
 ) -> Observed:
     """Samples the inputs and observes every layer's input at every step.
 
@@ -72,6 +74,7 @@ def collect(
       config: how much to sample.
       options: of the pipeline's calls, as in `quantize`.
       progress: told how far it is.
+      mesh: of the pipeline's call; what it sampled is observed on the parameters' device.
 
     Raises:
       InputError: there are no inputs, or a layer's is not finite: it and its step are named.
@@ -85,7 +88,9 @@ def collect(
     schedule = pipe.schedule(steps)
     noise = pipe.initial_noise(config.seed, len(inputs), _latents_shape(pipe, want))
     first = np.asarray(noise) * schedule.initial_scale
-    after, failure = _sample_path(pipe, inputs, options, steps, config.seed, noise, progress)
+    after, failure = _sample_path(
+        pipe, inputs, {**options, "mesh": mesh}, steps, config.seed, noise, progress
+    )
     before = [first, *after]
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))

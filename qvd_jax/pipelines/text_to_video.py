@@ -14,6 +14,7 @@ from qvd_jax.axes import Array
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.images import Images, check_image, to_arrays
 from qvd_jax.pipelines.pipeline import (
@@ -51,6 +52,7 @@ class TextToVideoPipeline(TextPipeline):
         controlnet_conditioning_scale: float = 1.0,
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
+        mesh: MeshConfig | None = None,
     ) -> np.ndarray:
         """Samples one video for each prompt.
 
@@ -80,6 +82,7 @@ class TextToVideoPipeline(TextPipeline):
           controlnet_conditioning_scale: factor of what the ControlNet adds.
           control_guidance_start: share of the steps before the first to which it adds.
           control_guidance_end: share of the steps up to the last to which it adds.
+          mesh: how the work divides over the devices, as of `VideoPipeline.__call__`.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -90,7 +93,7 @@ class TextToVideoPipeline(TextPipeline):
         """
         channels = self.unet.config.context_dim
         inputs = read_texts(prompts, prompt_embeds, "prompt_embeds", channels)
-        if inputs is None:
+        if inputs is None or not len(inputs):
             raise InputError("there are no prompts; prompts or prompt_embeds are needed")
         negatives = _for_all(
             read_texts(
@@ -144,6 +147,7 @@ class TextToVideoPipeline(TextPipeline):
             latents,
             output_type,
             callback_on_step_end,
+            mesh,
         )
 
     def conditions(

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qvd_jax import items
 from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
 from qvd_jax.files import read_arrays, replace_when_whole
+from qvd_jax.meshes import DATA, replicated
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
@@ -304,7 +305,7 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed
         )
         return (mean * config.scaling_factor).astype(jnp.float16)
 
-    over_videos = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    over_videos = NamedSharding(replicated().mesh, PartitionSpec(DATA))
     group = _ENCODE_VIDEOS * jax.device_count()
     rng = np.random.default_rng([seed, count])
     every = scenes_of("train")

@@ -1,9 +1,6 @@
-"""Small random pipelines of several families, sampled on several devices: see `test_meshes.py`.
+"""Small random pipelines of all families, sampled on several devices: see `test_devices.py`."""
 
-python tests/divided.py OUT.npz NAME=FAMILY:KIND:VIDEOS:WINDOW:MESH ...
-"""
-
-import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,7 +139,7 @@ def call(pipe: VideoPipeline, videos: int, **options: Any) -> np.ndarray:
         case "svd":
             return pipe(images, **options)
         case "magicanimate":
-            # An empty text stands in for what its tokenizer would make of one.
+            # There is no tokenizer to make something of the empty text.
             object.__setattr__(pipe, "encode_text", lambda _: jnp.asarray(texts[:1]))
             poses = rng.integers(0, 256, (options["frames"], SIDE, SIDE, 3)).astype(np.uint8)
             return pipe(images, poses, **options)
@@ -152,32 +149,19 @@ def call(pipe: VideoPipeline, videos: int, **options: Any) -> np.ndarray:
 
 
 def run(case: str) -> np.ndarray:
-    """FAMILY:KIND:VIDEOS:WINDOW:MESH; MESH is "one", "rule", or as `meshes.parse` has it.
+    """Latents, or pixels, of FAMILY:KIND:VIDEOS:WINDOW:MESH.
 
-    WINDOW is how many of the frames the UNet sees at once, or "pixels" for decoded videos.
+    WINDOW is how many frames the UNet sees at once, or "pixels" for decoded videos; MESH is "one"
+    device, the "rule", or what `meshes.parse` reads.
     """
     family, kind, videos, window, mesh = case.split(":")
     pipe = pipeline(family, kind)
-    options: dict[str, Any] = {"output_type": "latents"}
-    if window == "pixels":
-        options = {}
-    elif int(window) < FRAMES:
-        options["frames"] = FRAMES - 2
-        changed = pipe.unet.clone(
-            config=UNETS[family].__class__(**{**vars(UNETS[family]), "max_frames": int(window)})
-        )
-        object.__setattr__(pipe, "unet", changed)
-    if mesh != "one":
-        place = meshes.replicated()
-        object.__setattr__(pipe, "params", jax.device_put(pipe.params, place))
+    options: dict[str, Any] = {} if window == "pixels" else {"output_type": "latents"}
+    if window.isdecimal():
+        config = replace(pipe.unet.config, max_frames=int(window))
+        pipe = replace(pipe, unet=pipe.unet.clone(config=config))
     asked = None if mesh in ("one", "rule") else meshes.parse(mesh)
+    if mesh != "one":
+        devices = jax.devices()[: asked.size if asked else DEVICES]
+        pipe = replace(pipe, params=jax.device_put(pipe.params, meshes.replicated(devices)))
     return np.asarray(call(pipe, int(videos), mesh=asked, **options))
-
-
-def main(out: str, *cases: str) -> None:
-    assert jax.device_count() == DEVICES
-    np.savez(out, **{case: run(case) for case in cases})
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

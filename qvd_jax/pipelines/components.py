@@ -130,7 +130,6 @@ class ComponentConfigs:
           InputError: as of `latents_shape`.
         """
         _, height, width, _ = self.latents_shape(window, height, width)
-        levels = range(len(self.unet.block_channels))
         whole = {}
         if not guided:
             whole[GUIDANCE] = "there is no guidance"
@@ -140,8 +139,7 @@ class ComponentConfigs:
             videos,
             1 + guided,
             window,
-            # Halves of odd sides are rounded up.
-            tuple(-(-height // 2**level) * -(-width // 2**level) for level in levels),
+            tuple(h * w for h, w in self.unet.sizes(height, width)),
             whole,
         )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qvd_jax.diffusion.schedules import SchedulerConfig
     from qvd_jax.errors import InputError
+    from qvd_jax.meshes import MeshConfig, replicated
     from qvd_jax.models.clip import (
         CLIPTextConfig,
         CLIPTextEncoder,
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from qvd_jax.pipelines.animation import AnimationPipeline
     from qvd_jax.pipelines.export import export
     from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults, ImageToVideoPipeline
-    from qvd_jax.pipelines.loading import devices_for, load, save
+    from qvd_jax.pipelines.loading import load, save
     from qvd_jax.pipelines.observation import CalibrationConfig
     from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
     from qvd_jax.pipelines.quantization import quantize
@@ -44,6 +45,7 @@ __all__ = [
     "InputError",
     "LayerSet",
     "LayerSpec",
+    "MeshConfig",
     "ModuleReport",
     "Policy",
     "QuantizedModule",
@@ -55,18 +57,19 @@ __all__ = [
     "VAEConfig",
     "VideoDefaults",
     "VideoPipeline",
-    "devices_for",
     "export",
     "from_nnx",
     "load",
     "quantize",
     "quantize_module",
+    "replicated",
     "save",
 ]
 
 _PLACES = {
     "diffusion.schedules": ("SchedulerConfig",),
     "errors": ("InputError",),
+    "meshes": ("MeshConfig", "replicated"),
     "models.clip": ("CLIPTextConfig", "CLIPTextEncoder", "CLIPVisionConfig", "CLIPVisionEncoder"),
     "models.configs": ("UNet3DConfig",),
     "models.layers": ("FLOAT", "LayerSet"),
@@ -75,7 +78,7 @@ _PLACES = {
     "pipelines.animation": ("AnimationPipeline",),
     "pipelines.export": ("export",),
     "pipelines.image_to_video": ("ImageToVideoDefaults", "ImageToVideoPipeline"),
-    "pipelines.loading": ("devices_for", "load", "save"),
+    "pipelines.loading": ("load", "save"),
     "pipelines.observation": ("CalibrationConfig",),
     "pipelines.pipeline": ("VideoDefaults", "VideoPipeline"),
     "pipelines.quantization": ("quantize",),

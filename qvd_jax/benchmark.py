@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qvd_jax import meshes
 from qvd_jax.benchmarks import (
     chips,
     compiled,
@@ -28,6 +29,7 @@ from qvd_jax.cli import add_size_arguments, command, command_line, make_parser, 
 from qvd_jax.environment import environment, version
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.components import DTYPES, latents_size
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.policy import named_policy
@@ -87,15 +89,16 @@ def measure_profile(args: argparse.Namespace) -> Measured:
 
 def measure_compiled(args: argparse.Namespace) -> Measured:
     """What a chip's compiler makes of one forward and its parts."""
-    chip = chips.find(args.chip)
     case = _unet_case(args)
+    mesh = MeshConfig() if args.mesh is None else meshes.parse(args.mesh)
+    target = compiled.Target(chips.find(args.chip), mesh)
     names = list(dict.fromkeys(args.part))
     for name in names:
         parts.check(name, case.config)
     for policy in args.policy:
         named_policy(policy)
     variants = unet_variants(args.dtype, args.policy, {})
-    results = compiled.measure(case, chip, names, variants)
+    results = compiled.measure(case, target, names, variants)
     return case, results, compiled.table(results)
 
 
@@ -263,7 +266,15 @@ def _parser() -> argparse.ArgumentParser:
             )
         if name == "compiled":
             one.set_defaults(dtype=["bfloat16"])
-            one.add_argument("--chip", required=True, metavar="C", help=", ".join(chips.CHIPS))
+            one.add_argument(
+                "--chip",
+                required=True,
+                metavar="C[:NxN]",
+                help=f"{', '.join(chips.CHIPS)}, or several such as v5e:2x4",
+            )
+            one.add_argument(
+                "--mesh", metavar="data=N,guidance=N,frame=N", help="how several share the work"
+            )
             one.add_argument(
                 "--part",
                 nargs="+",

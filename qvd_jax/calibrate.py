@@ -26,6 +26,7 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
@@ -91,8 +92,9 @@ def calibrate(
     source = checkpoint.find(args.checkpoint)
     if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
-    check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
+    want = check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
+    mesh = asked_mesh(args, [args.checkpoint], want, len(hosts.share(inputs.names)))
     compare(hosts, args, [args.checkpoint], inputs, control)
     with restoring:
         pipe = load(source).with_scheduler(**asked_scheduler(args))
@@ -115,7 +117,7 @@ def calibrate(
         def report(what: str, done: int, _: int) -> None:
             progress.advance(done_before[what] + done)
 
-        observed = collect(pipe, plan.layers, inputs.values, config, options, report, hosts)
+        observed = collect(pipe, plan.layers, inputs.values, config, options, report, hosts, mesh)
         if not hosts.first:
             return
         quantized, reports = solve_plan(pipe, plan, observed, config, report)
@@ -199,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add_input_arguments(parser)
     add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument(
         "--samples",
         type=positive_int,

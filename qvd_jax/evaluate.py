@@ -35,6 +35,7 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import to_dict
 from qvd_jax.data.prompts import read_prompts
 from qvd_jax.diffusion.schedules import switch
@@ -47,10 +48,11 @@ from qvd_jax.evaluation.pairs import BATCH, check_measures
 from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.hosts import Hosts
+from qvd_jax.meshes import replicated
 from qvd_jax.metrics.fvd import PROTOCOLS
 from qvd_jax.outputs import differences
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
-from qvd_jax.pipelines.loading import devices_for, load, load_layer_reports, read_configs
+from qvd_jax.pipelines.loading import load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults
 from qvd_jax.runs import add_host_arguments, checkpoint_digests, described, given, joined
 from qvd_jax.runs import compare as compare_hosts
@@ -133,9 +135,9 @@ def sample(
         go_on(kept.folder, args, names, want, inputs, cases)
     compare_hosts(hosts, args, names, inputs, cases.options)
 
-    sharding = devices_for(min(BATCH, len(cases.inputs)))
+    mesh = asked_mesh(args, names, want, min(BATCH, len(cases.inputs)))
     with restoring:
-        models = {name: load(name, sharding=sharding) for name in names}
+        models = {name: load(name, sharding=replicated()) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
     note_unknown_words(models[names[0]], cases.titles)
     comparison = compare(
@@ -150,6 +152,7 @@ def sample(
         has_floor=args.floor,
         hosts=hosts,
         kept=kept,
+        mesh=mesh,
     )
     if args.vbench and hosts.first:
         shown = {file_name(name): videos for name, videos in comparison.videos.items()}
@@ -313,6 +316,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sampler_arguments(parser, "the reference's")
     add_size_arguments(parser)
     _add_metric_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="results.json, report.html, sheets"
     )

@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +34,17 @@ from qvd_jax.cli import (
     restoring,
     seed_int,
 )
+from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import switch
 from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.hosts import Hosts
+from qvd_jax.meshes import MeshConfig, replicated
 from qvd_jax.outputs import Outputs, Record, find_finished, plan_outputs
 from qvd_jax.pipelines.components import DTYPES
-from qvd_jax.pipelines.loading import devices_for, load, read_configs
+from qvd_jax.pipelines.loading import load, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
@@ -98,6 +101,7 @@ class Request(NamedTuple):
       options: of the pipelines' calls, beside the inputs' own and the seed.
       fps: frames per second of the files.
       outputs: the files.
+      mesh: how each batch divides over the devices; None leaves it to the pipeline.
       records: of the videos that get a file each.
     """
 
@@ -106,6 +110,7 @@ class Request(NamedTuple):
     options: dict[str, Any]
     fps: float
     outputs: Outputs
+    mesh: MeshConfig | None
     records: dict[Path, Record]
 
 
@@ -117,16 +122,18 @@ def read_request(args: argparse.Namespace) -> Request:
     """
     names = [args.against, args.checkpoint] if args.against else [args.checkpoint]
     check_same_inputs(names)
-    check_videos(names, args, args.checkpoint, **asked_scheduler(args))
+    want = check_videos(names, args, args.checkpoint, **asked_scheduler(args))
     place = checkpoint.find(args.checkpoint)
     inputs, control = read_inputs(args, place), read_control(args, place)
+    guidance = passed(args, "guidance_scale")
+    mesh = asked_mesh(args, names, replace(want, **guidance), len(inputs.names))
     outputs = plan_outputs(args.out, inputs.names, contact_sheet=args.contact_sheet)
     followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
     options = {**call_options(args), **control}
     fps = args.fps or followed or read_configs(place).defaults.fps
-    request = Request(names, inputs, options, fps, outputs, {})
+    request = Request(names, inputs, options, fps, outputs, mesh, {})
     return request._replace(records=make_records(args, request)) if outputs.each else request
 
 
@@ -179,10 +186,10 @@ def check_outputs(args: argparse.Namespace, request: Request) -> frozenset[Path]
     return finished
 
 
-def timed_load(name: str, args: argparse.Namespace, videos: int) -> tuple[VideoPipeline, float]:
+def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, float]:
     """A pipeline with the scheduler asked for, and the seconds it took to load."""
     started = time.perf_counter()
-    pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=devices_for(videos))
+    pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=replicated())
     return pipe.with_scheduler(**asked_scheduler(args)), time.perf_counter() - started
 
 
@@ -222,10 +229,11 @@ def sample_all(
       What all are shown together by, as `kept`, and a row of the table of costs for each model.
     """
     names, outputs = request.names, request.outputs
-    together = jax.local_device_count() if outputs.each else len(todo)
+    at_once = jax.local_device_count() if request.mesh is None else request.mesh.data
+    together = at_once if outputs.each else len(todo)
     size = min(args.batch_size or together, len(todo))
     with restoring:
-        loaded = [timed_load(name, args, size) for name in names]
+        loaded = [timed_load(name, args) for name in names]
     own, _ = loaded[-1]
     print(f"{own.description}; {own.scheduler.solver}; {jax.default_backend()}")
     negatives = [args.negative_prompts] if args.negative_prompts else []
@@ -292,6 +300,7 @@ def sample(
         **options,
         seed=seed,
         indices=batch,
+        mesh=request.mesh,
         output_type="latents",
         callback_on_step_end=lambda *_: progress.advance(),
     )
@@ -408,6 +417,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_sampler_arguments(parser, "the checkpoint's own")
     add_size_arguments(parser)
+    add_mesh_argument(parser)
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="1 turns guidance off")
     parser.add_argument(
         "--min-guidance-scale", type=float, metavar="G", help="of the first frame, from images"

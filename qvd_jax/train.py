@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from qvd_jax import meshes
 from qvd_jax.arrows import pixels as arrows_pixels
 from qvd_jax.arrows.image_to_video_task import ImageToVideo, ImageToVideoConfig
 from qvd_jax.cli import command, make_parser
+from qvd_jax.cli_mesh import add_mesh_argument
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.shapes import pixels as shapes_pixels
@@ -52,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"{args.out} is no folder")
     # A task may prepare for minutes.
-    loop.data_mesh(config.loop)
+    mesh = None if args.mesh is None else meshes.parse(args.mesh)
+    loop.data_mesh(config.loop, mesh)
     task = make_task(config)
-    params = loop.train(task, config.loop, args.out)
+    params = loop.train(task, config.loop, args.out, mesh)
     task.export(params, args.out / "model")
     print(args.out / "model")
 
@@ -81,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="checkpoints, sample sheets and DIR/model; a run already there goes on",
     )
+    add_mesh_argument(parser)
     return parser
 
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
 from qvd_jax import accelerators, benchmark
 from qvd_jax.benchmarks import chips, compiled, compilers, footprint, hlo, roof, rounds
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
 
 # Written by hand: a loop of 5 turns around a loop of 3, told in two ways; a choice; a fusion in a
 # fusion; a kernel written by hand; what costs nothing.
@@ -337,7 +339,9 @@ def describe_doubled(dump):
     chip, x = chips.find("v5e"), jax.ShapeDtypeStruct((512, 128), jnp.float32)
     (kernel,) = roof.kernels(jax.make_jaxpr(doubled)(x).jaxpr, "tpu")
     bundles = compilers.bundles(chip, kernel.call, dump)
-    return bundles, compiled.describe(chip, doubled, (x,), {kernel.key: bundles})
+    mesh = compilers.mesh(chip, MeshConfig())
+    found = compiled.describe(chip, mesh, doubled, (x,), (PartitionSpec(),), {kernel.key: bundles})
+    return bundles, found
 
 
 @pytest.mark.usefixtures("needs_libtpu")
@@ -365,6 +369,18 @@ def test_kernels_written_by_hand_are_counted_by_their_bundles(tmp_path):
         ),
         (["--height", "20"], "height = 20: it must be a positive multiple of 8"),
         (["--policy", "w9"], "unknown policy 'w9'"),
+        (["--chip", "v5e:2x2x2"], "unknown grid of chips 'v5e:2x2x2'; one is written like v5e:2x2"),
+        (["--chip", "h200:2x2"], "unknown grid of chips 'h200:2x2'"),
+        (["--mesh", "tensor=8"], "unknown axis 'tensor'"),
+        (["--chip", "v5e:2x4", "--mesh", "data=4"], "the axes multiply to 4, there are 8 devices"),
+        (
+            ["--chip", "v5e:2x4", "--mesh", "guidance=2,frame=4"],
+            "2 frames do not divide into 4 parts; frame may be 1",
+        ),
+        (
+            ["--chip", "v5e:2x4", "--mesh", "data=4,guidance=2"],
+            "2 videos, guidance halves counted, do not divide into 8 parts",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(capsys, arguments, message):
@@ -420,22 +436,24 @@ def test_a_compiler_that_cannot_be_had_is_refused(monkeypatch, said, message):
 
     monkeypatch.setattr(compilers, "get_topology_desc", refuse)
     with pytest.raises(InputError, match=message):
-        compilers.placement(chips.find("v5e"))
+        compilers.mesh(chips.find("v5e"), MeshConfig())
 
 
 def test_what_the_memory_cannot_hold_is_refused_with_what_fits(monkeypatch, tmp_path):
-    monkeypatch.setattr(compilers, "placement", lambda chip: None)
-    chip, program = chips.find("h200"), ("0.resnet", Variant("qvd_jax", "float", "bfloat16"))
+    one = MeshConfig().over(jax.devices())
+    monkeypatch.setattr(compilers, "mesh", lambda *_: one)
+    target = compiled.Target(chips.find("h200"))
+    program = ("0.resnet", Variant("qvd_jax", "float", "bfloat16"))
     case = Case("tiny", 2, 16, 8192, 8192)
     with pytest.raises(InputError, match=r"needs about .* GB, a h200 has 141\.0") as refused:
-        compiled.prepare(case, chip, [program], tmp_path)
+        compiled.prepare(case, target, [program], tmp_path)
     frames = int(re.search(r"about (\d+) frames", str(refused.value))[1])
     assert 0 < frames < 16
-    compiled.prepare(replace(case, frames=frames), chip, [program], tmp_path)
+    compiled.prepare(replace(case, frames=frames), target, [program], tmp_path)
     with pytest.raises(InputError, match="fits"):
-        compiled.prepare(replace(case, frames=frames + 1), chip, [program], tmp_path)
+        compiled.prepare(replace(case, frames=frames + 1), target, [program], tmp_path)
     side = int(re.search(r"16 of (\d+)x", str(refused.value))[1]) // 8
-    compiled.prepare(replace(case, height=side, width=side), chip, [program], tmp_path)
+    compiled.prepare(replace(case, height=side, width=side), target, [program], tmp_path)
 
 
 OUT_OF_MEMORY = (
@@ -461,6 +479,9 @@ def test_what_a_compiler_refuses_is_said_in_one_line(monkeypatch, said, message)
         raise jax.errors.JaxRuntimeError(said)
 
     monkeypatch.setattr(compiled, "describe", refuse)
+    one = MeshConfig().over(jax.devices())
+    monkeypatch.setattr(compilers, "mesh", lambda *_: one)
+    target = compiled.Target(chips.find("v5e"))
     program = ("0.resnet", Variant("qvd_jax", "float", "bfloat16"))
     with pytest.raises(InputError, match=message):
-        compiled.compile_program(Case("tiny", 2, 16, 64, 64), chips.find("v5e"), program, {})
+        compiled.compile_program(Case("tiny", 2, 16, 64, 64), target, program, {})

@@ -18,6 +18,7 @@ GROUND = {
     "files",
     "hosts",
     "markdown",
+    "meshes",
     "progress",
 }
 ALLOWED = {
@@ -26,6 +27,7 @@ ALLOWED = {
     "environment": set(),
     "errors": set(),
     "markdown": set(),
+    "meshes": {"axes", "errors"},
     "progress": set(),
     "quiet": {"accelerators", "remarks"},
     "remarks": set(),
@@ -37,7 +39,7 @@ ALLOWED = {
     "exported": set(),
     "items": {"axes", "errors"},
     "checkpoint": GROUND | {"items", "memory"},
-    "kernels": {"axes", "errors"},
+    "kernels": {"axes", "errors", "meshes"},
     "models": GROUND | {"kernels"},
     "diffusion": GROUND | {"programs"},
     "data": GROUND,
@@ -59,6 +61,7 @@ ALLOWED = {
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
     "outputs": GROUND | {"data"},
     "runs": GROUND | {"checkpoint", "cli"},
+    "cli_mesh": GROUND | {"pipelines"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},
 }

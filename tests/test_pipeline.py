@@ -13,7 +13,7 @@ from qvd_jax import memory
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError
 from qvd_jax.memory import tree_bytes
-from qvd_jax.pipelines import pipeline
+from qvd_jax.pipelines import autoencoder
 
 PROMPTS = ["a red circle", "a blue square moving left"]
 SMALL = {"frames": 3, "height": 8, "width": 12, "steps": 2}
@@ -114,13 +114,13 @@ def test_decoding_in_chunks_equals_decoding_at_once(pipe, monkeypatch):
     # As if a quarter of the memory held two and a half frames.
     needed = tree_bytes(pipe.params["vae"]) + memory.total_bytes() // 10
     monkeypatch.setattr(memory, "peak_bytes", lambda *_: needed)
-    decode, seen = pipeline.decode_frames, []
+    decode, seen = autoencoder.decode_frames, []
 
     def spy(vae, params, part, *place):
         seen.append(part.shape[1])
         return decode(vae, params, part, *place)
 
-    monkeypatch.setattr(pipeline, "decode_frames", spy)
+    monkeypatch.setattr(autoencoder, "decode_frames", spy)
     np.testing.assert_array_equal(pipe.decode(latents), whole)
     assert seen == [2, 2, 2] * 2
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental.topologies import get_topology_desc
 from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -19,6 +18,7 @@ from qvd_jax.benchmarks import hlo
 from qvd_jax.benchmarks.chips import Chip
 from qvd_jax.environment import version
 from qvd_jax.errors import InputError, first_line
+from qvd_jax.meshes import MeshConfig
 
 _PACKAGES = {"tpu": ("libtpu", "tpu"), "cuda": ("jax-cuda12-plugin", "cuda12")}
 """What has a platform's compiler, and the extra of JAX that asks for it."""
@@ -72,17 +72,17 @@ def environment(chip: Chip, dump: str | None = None) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def placement(chip: Chip) -> NamedSharding:
-    """Puts arrays whole on one chip that is not there.
+def mesh(chip: Chip, config: MeshConfig) -> Mesh:
+    """The mesh of chips that are not there.
 
     Raises:
-      InputError: its compiler cannot be had.
+      InputError: their compiler cannot be had.
     """
     try:
         devices = _devices(chip)
     except Exception as error:  # Each compiler has its own kinds.
         raise InputError(_refusal(chip, error)) from error
-    return NamedSharding(Mesh(np.array(devices), ("chip",)), PartitionSpec())
+    return config.over(devices)
 
 
 def bundles(chip: Chip, call: core.JaxprEqn, dump: Path) -> int:
@@ -93,7 +93,7 @@ def bundles(chip: Chip, call: core.JaxprEqn, dump: Path) -> int:
       call: of the kernel, of a traced function.
       dump: the folder `environment` was given.
     """
-    placed = placement(chip)
+    placed = NamedSharding(mesh(chip.one, MeshConfig()), PartitionSpec())
     avals: list[Any] = [var.aval for var in call.invars]
     arguments = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
     run = functools.partial(call.primitive.bind, **call.params)
@@ -119,13 +119,14 @@ def _devices(chip: Chip) -> list[jax.Device]:
             platform="cuda", topology_name="", topology=chip.topology, target_config=target
         )
     else:
-        topology = get_topology_desc(
-            platform="tpu",
-            topology_name=chip.topology,
-            chip_config_name="default",
-            chips_per_host_bounds=(1, 1, 1),
-            num_slices=1,
-        )
+        options: dict[str, Any] = {}
+        if chip.count == 1:
+            options = {
+                "chip_config_name": "default",
+                "chips_per_host_bounds": (1, 1, 1),
+                "num_slices": 1,
+            }
+        topology = get_topology_desc(platform="tpu", topology_name=chip.topology, **options)
     return list(topology.devices)
 
 

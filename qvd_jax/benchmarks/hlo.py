@@ -7,8 +7,10 @@ an estimate of cycles beside each operation, but for kernels written by hand.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # The type may be a tuple and has parentheses in its layout, but no word right before one.
@@ -44,6 +46,17 @@ _MOVES = {
     "tuple",
 }
 """Operations that give what they are given, in other places."""
+_GROUPS = re.compile(r"replica_groups=\{(\{.*?\})\}")
+_COUNTED_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_PAIRS = re.compile(r"source_target_pairs=\{(\{.*?\})\}")
+_SENT: Mapping[str, Callable[[int], float]] = {
+    "all-gather": lambda chips: chips - 1,
+    "all-reduce": lambda chips: 2 * (chips - 1) / chips,
+    "all-to-all": lambda chips: (chips - 1) / chips,
+    "collective-permute": lambda chips: 1,
+    "reduce-scatter": lambda chips: (chips - 1) / chips,
+}
+"""By operation, how much of what it is given each of some chips sends, in a ring or directly."""
 _NO_KERNEL = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
 
@@ -58,6 +71,21 @@ class Product:
 
     operands: tuple[str, str]
     op_name: str
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What chips do together.
+
+    Attributes:
+      kind: the operation's name.
+      bytes: that each chip sends at least.
+      groups: the numbers of the chips that do it with each other.
+    """
+
+    kind: str
+    bytes: int
+    groups: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -78,6 +106,7 @@ class Operation:
       target: of a custom call; of a fusion that the compiler gave a kernel of its own, its kind.
       operands: the types of what it is given.
       bytes: of what it is given and gives that is in the chip's main memory, each array once.
+      collective: what it does with other chips, if it does.
     """
 
     name: str
@@ -92,6 +121,7 @@ class Operation:
     target: str | None
     operands: tuple[str, ...]
     bytes: int
+    collective: Collective | None
 
 
 @dataclass(frozen=True)
@@ -198,13 +228,17 @@ def types(*shaped: str) -> tuple[str, ...]:
     )
 
 
-def arrays(shaped: str) -> Iterator[tuple[str, tuple[int, ...], int]]:
+def arrays(shaped: str, *, on_chip: bool = False) -> Iterator[tuple[str, tuple[int, ...], int]]:
     """Elements, shapes and bytes of a type's arrays, of those in the chip's main memory.
 
     What a TPU keeps in a memory on the chip has the number of that in its layout.
+
+    Args:
+      shaped: the type.
+      on_chip: whether those in memories on the chip are given, too.
     """
     for element, sizes, layout in _ARRAY.findall(shaped):
-        if "S(" not in layout:
+        if on_chip or "S(" not in layout:
             shape, width = _sizes(sizes), re.match(r"[a-z]+(\d+)", element)
             yield element, shape, (int(width[1]) if width else 8) * math.prod(shape) // 8
 
@@ -270,7 +304,36 @@ def _operation(
         target[1] if target and not moves_only else None,
         tuple(given[name] for name in instruction.operands),
         sum(size for shaped in types for _, _, size in arrays(shaped)),
+        next(filter(None, (_collective(computations[where], line) for where, line in fused)), None),
     )
+
+
+def _collective(lines: Mapping[str, _Instruction], instruction: _Instruction) -> Collective | None:
+    """What an instruction does with other chips."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _SENT:
+        return None
+    given = sum(
+        size
+        for name in instruction.operands
+        for _, _, size in arrays(lines[name].result, on_chip=True)
+    )
+    groups = _groups(instruction.attributes)
+    return Collective(kind, math.ceil(_SENT[kind](len(groups[0])) * given), groups)
+
+
+def _groups(attributes: str) -> tuple[tuple[int, ...], ...]:
+    if pairs := _PAIRS.search(attributes):
+        return tuple(tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs[1]))
+    if listed := _GROUPS.search(attributes):
+        return tuple(_sizes(group) for group in re.findall(r"\{([\d,]+)\}", listed[1]))
+    counted = _COUNTED_GROUPS.search(attributes)
+    if counted is None:
+        raise ValueError(f"no groups of chips in {attributes[:200]}")
+    shape, axes, order = (_sizes(text or "") for text in counted.groups())
+    numbers = np.arange(math.prod(axes)).reshape(axes)
+    rows = numbers.transpose(order or range(len(axes))).reshape(shape)
+    return tuple(map(tuple, rows.tolist()))
 
 
 def _fused(

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from qvd_jax.benchmarks.unet import TEXT_LENGTH, Case
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import AXES, DATA, FRAME, GUIDANCE
 from qvd_jax.models.attention import Context
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT, LayerSet
@@ -38,11 +40,27 @@ class Part:
       network: makes the network of layers.
       method: called with the network, and with `inputs`.
       inputs: shapes, of the dtype that is asked for.
+      placed: how each input lies on a mesh; the result lies as the first.
     """
 
     network: Callable[[LayerSet], nn.Module]
     method: Callable[..., Any]
     inputs: tuple[Any, ...]
+    placed: tuple[PartitionSpec, ...]
+
+
+_ROWS = (DATA, GUIDANCE)
+_VIDEOS, _FRAMES = PartitionSpec(_ROWS), PartitionSpec(_ROWS, FRAME)
+_PLACES = {
+    "x": _FRAMES,
+    "wide": _FRAMES,
+    "tokens": _FRAMES,
+    # All frames of positions.
+    "moved": PartitionSpec(_ROWS, None, FRAME),
+    "temporal": PartitionSpec(),
+    "context": _VIDEOS,
+}
+"""How inputs lie on a mesh, by their names."""
 
 
 class Kind(NamedTuple):
@@ -117,7 +135,7 @@ KINDS = {
     "self_attention": Kind(_has_attention, ("tokens",), _self_attention),
     "cross_attention": Kind(_has_attention, ("tokens", "context"), _cross_attention),
     "feed_forward": Kind(_has_attention, ("tokens",), _feed_forward),
-    "temporal_attention": Kind(_has_motion, ("tokens",), _temporal_attention),
+    "temporal_attention": Kind(_has_motion, ("moved",), _temporal_attention),
     # The convolution that halves or doubles the resolution.
     "sampler": Kind(_has_sampler, ("x",), _sample),
 }
@@ -159,6 +177,7 @@ def find(name: str, case: Case, dtype: DTypeLike) -> Part:
             lambda layers: AutoencoderKL(VAEConfig(), layers),
             lambda vae, latents: to_bytes(vae.decode(latents / vae.config.scaling_factor)),
             (jax.ShapeDtypeStruct((1, *latents.shape[1:]), dtype),),
+            (PartitionSpec(None, AXES),),
         )
 
     def network(layers: LayerSet) -> nn.Module:
@@ -166,7 +185,8 @@ def find(name: str, case: Case, dtype: DTypeLike) -> Part:
 
     if name == UNET:
         latents, text = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (latents, text))
-        return Part(network, UNet3D.__call__, (latents, timesteps, text))
+        placed = _FRAMES, PartitionSpec(), _VIDEOS
+        return Part(network, UNet3D.__call__, (latents, timesteps, text), placed)
     level, _, kind = name.partition(".")
     place = _levels(case.config)[level]
 
@@ -175,7 +195,9 @@ def find(name: str, case: Case, dtype: DTypeLike) -> Part:
         return KINDS[kind].call(stage, stage.blocks[place.number], *inputs)
 
     shapes = _inputs(case, place.stage, place.number, dtype)
-    return Part(network, call, tuple(shapes[given] for given in KINDS[kind].inputs))
+    names = KINDS[kind].inputs
+    inputs = tuple(shapes[given] for given in names)
+    return Part(network, call, inputs, tuple(_PLACES[given] for given in names))
 
 
 class _Place(NamedTuple):
@@ -208,8 +230,7 @@ def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str
     """What the kinds of parts are called with, by name."""
     config, level = case.config, stage.level
     channels, heads = config.block_channels[level], config.num_heads[level]
-    # Halves of odd sides are rounded up.
-    height, width = -(-case.height >> level), -(-case.width >> level)
+    height, width = config.sizes(case.height, case.width)[level]
     positions = height * width
     keys = (case.batch, TEXT_LENGTH, heads, channels // heads)
 
@@ -221,6 +242,7 @@ def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str
         # With the skip's channels.
         "wide": shape(case.batch, case.frames, height, width, stage.in_channels[number]),
         "tokens": shape(case.batch, case.frames, positions, channels),
+        "moved": shape(case.batch, case.frames, positions, channels),
         "temporal": shape(1, channels),
         "context": jax.eval_shape(Context, shape(*keys), shape(*keys))
         if stage.has_attention[number]

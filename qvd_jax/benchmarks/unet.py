@@ -75,6 +75,11 @@ class Case:
         """The UNet's config."""
         return SIZES[self.size]()
 
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """H W of each level."""
+        return tuple(h * w for h, w in self.config.sizes(self.height, self.width))
+
     def inputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Latents `[B, F, H, W, C]` and text `[B, L, C]`, the same for every variant."""
         rng = np.random.default_rng(0)

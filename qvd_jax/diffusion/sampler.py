@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,8 +12,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from qvd_jax import meshes
 from qvd_jax.axes import Array, Params, exportable
 from qvd_jax.diffusion.solvers import StepTable, step
+from qvd_jax.meshes import DATA, FRAME, GUIDANCE
 from qvd_jax.programs import program
 
 
@@ -100,6 +102,18 @@ class Conditions(NamedTuple):
     control_scale: Array | None = None
 
 
+def padded(conditions: Conditions, videos: int, parts: int) -> Conditions:
+    """The conditions of as many videos as divide into parts, the last one's repeated."""
+
+    def halves(leaf: Array) -> Array:
+        apart = leaf.reshape(-1, videos, *leaf.shape[1:])
+        return meshes.padded(apart, parts, axis=1).reshape(-1, *leaf.shape[1:])
+
+    context, image = jax.tree.map(halves, (conditions.context, conditions.image))
+    reference = meshes.padded(conditions.reference, parts)
+    return conditions._replace(context=context, image=image, reference=reference)
+
+
 @exportable
 class Prepared(NamedTuple):
     """What the UNet needs of the conditions and the steps, computed once before the loop.
@@ -171,8 +185,8 @@ class SamplerConfig:
         makes a video's rounding independent of the batch, instead of all at once.
       noisy: whether the table takes fresh noise.
       clip: magnitude to which predicted samples are clipped.
-      mesh: devices among which the videos divide, or which each sample all of them where they do
-        not; None is the only device there is.
+      mesh: of a `MeshConfig`, among whose devices the work divides; None is the only device there
+        is.
     """
 
     count: int
@@ -183,6 +197,20 @@ class SamplerConfig:
     noisy: bool = False
     clip: float | None = None
     mesh: Mesh | None = None
+
+    @property
+    def halves(self) -> int:
+        """Of guidance."""
+        return 2 if self.guided else 1
+
+    def parts(self, axis: str) -> int:
+        """How many devices there are along an axis of the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    @property
+    def apart(self) -> bool:
+        """Whether a video's predictions come from several devices."""
+        return self.parts(GUIDANCE) * self.parts(FRAME) > 1
 
 
 # The state is donated: the loop then needs no second copy of the latents.
@@ -214,9 +242,8 @@ def sample_steps(
     Returns:
       The state after the last step, and whether each step's latents were finite, `[count]`.
     """
-    halves = 2 if config.guided else 1
     context, image = jax.tree.map(
-        lambda leaf: leaf.reshape(halves, -1, *leaf.shape[1:]),
+        lambda leaf: leaf.reshape(config.halves, -1, *leaf.shape[1:]),
         (prepared.context, prepared.image),
     )
     arguments = (
@@ -228,18 +255,20 @@ def sample_steps(
         keys,
         start,
     )
+    if config.parts(FRAME) > 1:
+        unet = unet.clone(layers=replace(unet.layers, frame_axis=FRAME))
     run = functools.partial(_scan, unet, config)
     if config.mesh is not None:
-        # Every device runs the loop of its own videos: nothing is moved between them.
-        shared = videos = both = PartitionSpec()
-        if len(keys) % config.mesh.size == 0:
-            videos, both = (PartitionSpec(*at, config.mesh.axis_names) for at in ((), (None,)))
+        # Every device has all frames of its videos' latents, which are few; those which share a
+        # video take the same steps.
+        shared, videos = PartitionSpec(), PartitionSpec(DATA)
+        both = PartitionSpec(GUIDANCE, DATA)
         divided = Prepared._make((shared, both, both, shared, videos, shared, shared))
         run = jax.shard_map(
             run,
             mesh=config.mesh,
             in_specs=(shared, videos, shared, divided, shared, videos, shared),
-            out_specs=(videos, both),
+            out_specs=(videos, PartitionSpec(None, DATA)),
             check_vma=False,
         )
     state, finite = run(*arguments)
@@ -261,14 +290,16 @@ def _scan(
     frames = window_frames(state.latents.shape[1], config.window, closed=config.closed)
 
     def predict(latents: Array, at_step: Prepared) -> Array:
+        halves = config.halves // config.parts(GUIDANCE)
         context, image = jax.tree.map(
             lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (at_step.context, at_step.image)
         )
         at_step = at_step._replace(context=context, image=image)
+        seen = jnp.concatenate([latents] * halves) if halves > 1 else latents
+        found = _predict_windows(unet, params, seen, at_step, frames, config)
         if not config.guided:
-            return _predict_windows(unet, params, latents, at_step, frames)
-        latents = jnp.concatenate([latents, latents])
-        negative, positive = jnp.split(_predict_windows(unet, params, latents, at_step, frames), 2)
+            return found
+        negative, positive = jnp.split(found, 2)
         return negative + guidance_scale[None, :, None, None, None] * (positive - negative)
 
     def predict_one_by_one(latents: Array, at_step: Prepared) -> Array:
@@ -314,9 +345,17 @@ def _step_noise(keys: Array, index: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _predict_windows(
-    unet: nn.Module, params: Params, latents: Array, prepared: Prepared, frames: np.ndarray
+    unet: nn.Module,
+    params: Params,
+    latents: Array,
+    prepared: Prepared,
+    frames: np.ndarray,
+    config: SamplerConfig,
 ) -> Array:
-    """The UNet's prediction, averaged over the windows `[N, window]` that see each frame."""
+    """The UNet's prediction, averaged over the windows `[N, window]` that see each frame.
+
+    The latents are those of this device's halves, what is returned is that of both.
+    """
     temporal, context, image, control, reference, gains, control_scale = prepared
     variables = {"params": params} if gains is None else {"params": params, "quant": gains}
 
@@ -327,13 +366,32 @@ def _predict_windows(
             variables, part, temporal, context, control, reference, method="denoise", **weighed
         )
 
-    if len(frames) == 1:
+    if len(frames) == 1 and not config.apart:
         return denoise(latents, control)
 
     def add(total: Array, seen: Array) -> tuple[Array, None]:
         part, shown = jax.tree.map(lambda leaf: leaf[:, seen], (latents, control))
         return total.at[:, seen].add(denoise(part, shown)), None
 
-    total, _ = lax.scan(add, jnp.zeros_like(latents), jnp.asarray(frames))
+    total, _ = lax.scan(add, jnp.zeros_like(latents), _own_frames(frames, config))
+    if config.apart:
+        total = _joined(total, config)
     views = np.bincount(frames.ravel()).astype(np.float32)
     return total / views[None, :, None, None, None]
+
+
+def _own_frames(frames: np.ndarray, config: SamplerConfig) -> Array:
+    """Of each window `[N, window]` the part of this device."""
+    parts = config.parts(FRAME)
+    if parts == 1:
+        return jnp.asarray(frames)
+    size = frames.shape[1] // parts
+    return lax.dynamic_slice_in_dim(jnp.asarray(frames), lax.axis_index(FRAME) * size, size, 1)
+
+
+def _joined(own: Array, config: SamplerConfig) -> Array:
+    """Both halves, of which each device has one or both, with zeros for the frames of others."""
+    if config.parts(GUIDANCE) > 1:
+        nothing = jnp.zeros((config.halves, *own.shape), own.dtype)
+        own = nothing.at[lax.axis_index(GUIDANCE)].set(own).reshape(-1, *own.shape[1:])
+    return lax.psum(own, (GUIDANCE, FRAME))

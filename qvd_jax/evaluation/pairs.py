@@ -21,6 +21,7 @@ from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
 from qvd_jax.evaluation.videos import Source, open_videos, planned
 from qvd_jax.hosts import ALONE, Hosts
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 from qvd_jax.quant.solve import LayerReport, sqnr
@@ -76,6 +77,7 @@ def compare(
     has_floor: bool = False,
     hosts: Hosts = ALONE,
     kept: Batches = NONE_KEPT,
+    mesh: MeshConfig | None = None,
 ) -> Comparison:
     """Samples all cases with every model and measures what tells them apart.
 
@@ -92,6 +94,7 @@ def compare(
       hosts: among which the cases are shared out; elsewhere than at the first there are no
         results.
       kept: what an earlier run has sampled, to which this one adds.
+      mesh: of the pipelines' calls.
 
     Raises:
       InputError: the models or the videos cannot be compared.
@@ -104,12 +107,12 @@ def compare(
     layers = layers or {name: [] for name in models}
     real = check_measures([*models], cases, want, seeds, measures, real)
     check_comparable(models, cases, want)
-    sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept)
+    sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept, mesh=mesh)
     others = None
     if has_floor:
         name = next(iter(models))
         more = range(seed + seeds, seed + 2 * seeds)
-        floor = sample({name: models[name]}, cases, want, more, hosts, kept, "floor")
+        floor = sample({name: models[name]}, cases, want, more, hosts, kept, "floor", mesh)
         others = floor[name].videos if hosts.first else None
     if not hosts.first:
         return Comparison({}, {}, cases.titles, layers)
@@ -208,6 +211,7 @@ def sample(
     hosts: Hosts = ALONE,
     kept: Batches = NONE_KEPT,
     part: str = "cases",
+    mesh: MeshConfig | None = None,
 ) -> dict[str, Sampled]:
     """Samples all inputs with every model, and shows how far it is.
 
@@ -219,6 +223,7 @@ def sample(
       hosts: among which the batches are shared out.
       kept: as of `compare`.
       part: what tells this call from others of a run.
+      mesh: of the pipelines' calls.
 
     Returns:
       What each model made, at the first host; nothing elsewhere.
@@ -254,6 +259,7 @@ def sample(
                         seed=seed * len(cases.inputs) + start,
                         output_type="latents",
                         callback_on_step_end=functools.partial(_keep, path, progress),
+                        mesh=mesh,
                     )
                 seconds = (time.perf_counter() - began) / len(batch)
                 seconds = seconds if (name, len(batch)) in compiled else math.nan

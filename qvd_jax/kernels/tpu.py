@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 
 from qvd_jax.axes import Array
 from qvd_jax.kernels.blocks import largest_divisor
+from qvd_jax.meshes import is_of_one_device
 
 LANES = 128
 """Of the vector unit: what the last axis is padded to."""
@@ -29,15 +30,9 @@ def on_tpu(kernel: Callable[..., Any], otherwise: Callable[..., Any], *operands:
     cannot divide a kernel among devices either: where there are several, kernels are for functions
     inside `jax.shard_map`, and what is outside is made of the other operations.
     """
-    if jax.device_count() > 1 and not _is_of_one_device():
+    if jax.device_count() > 1 and not is_of_one_device():
         return otherwise(*operands)
     return _on_tpu(kernel, otherwise, *operands)
-
-
-def _is_of_one_device() -> bool:
-    """Whether what is traced is one device's part of a `jax.shard_map`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -12,6 +12,7 @@ from qvd_jax.kernels.attention import (
     dot_product_attention,
     split_heads,
 )
+from qvd_jax.meshes import to_frames, to_positions
 from qvd_jax.models.layers import (
     AlphaBlender,
     FeedForward,
@@ -362,8 +363,9 @@ class TemporalTransformer(nn.Module):
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
         batch, frames, height, width, _ = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, -1)
-        tokens = self.block(tokens).reshape(batch, frames, height, width, -1)
-        return self.proj_out(tokens, x)
+        moved = self.block(to_positions(tokens, self.layers.frame_axis))
+        tokens = to_frames(moved, self.layers.frame_axis, tokens.shape)
+        return self.proj_out(tokens.reshape(batch, frames, height, width, -1), x)
 
 
 class SpatioTemporalTransformer(nn.Module):
@@ -412,8 +414,10 @@ class SpatioTemporalTransformer(nn.Module):
         spatial_context, temporal_context = context
         tokens = self.proj_in(self.norm(x)).reshape(batch, frames, height * width, channels)
         spatial = self.block(tokens, spatial_context)
-        sinusoid = sinusoidal_embedding(jnp.arange(frames), channels).astype(x.dtype)
-        moving = spatial + self.time_pos_embed(sinusoid)[None, :, None]
+        moving = to_positions(spatial, self.layers.frame_axis)
+        sinusoid = sinusoidal_embedding(jnp.arange(moving.shape[1]), channels).astype(x.dtype)
+        moving = moving + self.time_pos_embed(sinusoid)[None, :, None]
         temporal = self.temporal_block(moving, temporal_context)
+        temporal = to_frames(temporal, self.layers.frame_axis, spatial.shape)
         tokens = self.time_mixer(spatial, temporal)
         return self.proj_out(tokens.reshape(x.shape), x)

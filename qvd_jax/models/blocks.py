@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope
+from qvd_jax.meshes import to_frames, to_positions
 from qvd_jax.models.layers import AlphaBlender, LayerSet
 
 
@@ -19,6 +20,7 @@ class ResnetBlock(nn.Module):
       layers: the layer classes.
       kernel_size: of both convolutions, over H and W or over F, H and W.
       has_temporal_feature: whether the block takes a projection of the time embedding.
+      over_positions: whether of divided frames it is given `meshes.to_positions`.
     """
 
     in_channels: int
@@ -29,13 +31,22 @@ class ResnetBlock(nn.Module):
     layers: LayerSet
     kernel_size: tuple[int, ...] = (3, 3)
     has_temporal_feature: bool = True
+    over_positions: bool = False
 
     def setup(self) -> None:
-        self.norm1 = self.layers.group_norm(self.norm_groups, self.epsilon, self.norm_scope)
+        def norm() -> nn.Module:
+            return self.layers.group_norm(
+                self.norm_groups,
+                self.epsilon,
+                self.norm_scope,
+                over_positions=self.over_positions,
+            )
+
+        self.norm1 = norm()
         self.conv1 = self.layers.conv(self.out_channels, self.kernel_size)
         if self.has_temporal_feature:
             self.time_emb_proj = self.layers.dense(self.out_channels)
-        self.norm2 = self.layers.group_norm(self.norm_groups, self.epsilon, self.norm_scope)
+        self.norm2 = norm()
         self.conv2 = self.layers.conv(self.out_channels, self.kernel_size)
         if self.in_channels != self.out_channels:
             self.conv_shortcut = self.layers.dense(self.out_channels)
@@ -93,7 +104,9 @@ class SpatioTemporalResnet(nn.Module):
             has_temporal_feature=feature,
         )
         epsilon = self.temporal_epsilon or epsilon
-        self.temporal = ResnetBlock(out, out, groups, epsilon, "joint", layers, (3, 1, 1), feature)
+        self.temporal = ResnetBlock(
+            out, out, groups, epsilon, "joint", layers, (3, 1, 1), feature, over_positions=True
+        )
         self.time_mixer = AlphaBlender(layers, self.switched_blend)
 
     def temporal_features(self, activated_embedding: Array) -> tuple[Array, Array]:
@@ -107,8 +120,10 @@ class SpatioTemporalResnet(nn.Module):
         self, x: Array, temporal_features: tuple[Array | None, Array | None] = (None, None)
     ) -> Array:
         """Maps `[B, F, H, W, in_channels]` to `[B, F, H, W, out_channels]`."""
+        axis = self.layers.frame_axis
         spatial = self.spatial(x, temporal_features[0])
-        return self.time_mixer(spatial, self.temporal(spatial, temporal_features[1]))
+        temporal = self.temporal(to_positions(spatial, axis), temporal_features[1])
+        return self.time_mixer(spatial, to_frames(temporal, axis, spatial.shape))
 
 
 class TemporalConv(nn.Module):
@@ -128,16 +143,17 @@ class TemporalConv(nn.Module):
 
     def setup(self) -> None:
         self.norms = [
-            self.layers.group_norm(self.norm_groups, 1e-5, self.norm_scope) for _ in range(4)
+            self.layers.group_norm(self.norm_groups, 1e-5, self.norm_scope, over_positions=True)
+            for _ in range(4)
         ]
         self.convs = [self.layers.conv(self.channels, (3, 1, 1)) for _ in range(4)]
 
     def __call__(self, x: Array) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, H, W, C]`."""
-        h = x
+        h = to_positions(x, self.layers.frame_axis)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             h = conv(norm(h).silu())
-        return x + h
+        return x + to_frames(h, self.layers.frame_axis, x.shape)
 
 
 class Downsample(nn.Module):

@@ -124,6 +124,11 @@ class UNet3DConfig:
         """By how much H and W of the latents shrink on the way down."""
         return 2 ** (len(self.block_channels) - 1)
 
+    def sizes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """H and W of each level, for latents of a size; halves of odd sides are rounded up."""
+        levels = range(len(self.block_channels))
+        return [(-(-height // 2**level), -(-width // 2**level)) for level in levels]
+
 
 def animatediff(
     version: Literal["v1", "v2", "v3"], norms: Literal["diffusers", "original"] = "diffusers"

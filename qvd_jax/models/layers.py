@@ -264,12 +264,15 @@ class LayerSet:
       conv_cls: called like `Conv`.
       dtype: dtype of the computation.
       param_dtype: dtype in which parameters are stored.
+      frame_axis: of the mesh, along which the frames of a network are divided inside
+        `jax.shard_map`; None where each device has all of them.
     """
 
     dense_cls: Callable[..., nn.Module]
     conv_cls: Callable[..., nn.Module]
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
+    frame_axis: str | None = None
 
     def __post_init__(self) -> None:
         # One dtype has several names, whose hashes differ.
@@ -320,9 +323,24 @@ class LayerSet:
         """LayerNorm over the last axis, with epsilon 1e-5."""
         return LayerNorm(param_dtype=self.param_dtype)
 
-    def group_norm(self, groups: int, epsilon: float, scope: NormScope = "frame") -> "GroupNorm":
-        """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames."""
-        return GroupNorm(groups, epsilon, scope, param_dtype=self.param_dtype)
+    def group_norm(
+        self,
+        groups: int,
+        epsilon: float,
+        scope: NormScope = "frame",
+        *,
+        over_positions: bool = False,
+    ) -> "GroupNorm":
+        """GroupNorm of `[B, F, H, W, C]`, per frame or jointly over the frames.
+
+        Args:
+          groups: divides C.
+          epsilon: added to the variance.
+          scope: of the statistics.
+          over_positions: whether of divided frames it is given `meshes.to_positions`.
+        """
+        axis = self.frame_axis if over_positions or scope == "joint" else None
+        return GroupNorm(groups, epsilon, scope, self.param_dtype, axis)
 
 
 FLOAT = LayerSet(

@@ -140,12 +140,15 @@ class GroupNorm(nn.Module):
       epsilon: added to the variance.
       norm_scope: "frame" normalizes every frame alone, "joint" all frames of a video together.
       param_dtype: dtype of `scale` and `bias`.
+      axis_name: of the mesh, along which equal parts of what is normalized are divided; None where
+        a device has all of it.
     """
 
     groups: int
     epsilon: float
     norm_scope: NormScope = "frame"
     param_dtype: DTypeLike = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Normalized:
@@ -162,7 +165,10 @@ class GroupNorm(nn.Module):
             if self.norm_scope == "joint":
                 means = means.mean(1, keepdims=True)
             grouped = means.reshape(*means.shape[:-1], self.groups, channels // self.groups)
-            return jnp.matmul(grouped.mean(-1), members, precision="highest")
+            of_groups = grouped.mean(-1)
+            if self.axis_name is not None:
+                of_groups = jax.lax.pmean(of_groups, self.axis_name)
+            return jnp.matmul(of_groups, members, precision="highest")
 
         def in_passes(x: Array) -> tuple[Array, Array]:
             from_first = x.astype(jnp.float32) - x[:, :, :1, :1].astype(jnp.float32)

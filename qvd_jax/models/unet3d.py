@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
+from qvd_jax.meshes import divided_by_xla
 from qvd_jax.models.appearance import AppearanceEncoder
 from qvd_jax.models.attention import TemporalTransformer
 from qvd_jax.models.configs import UNet3DConfig
@@ -18,7 +19,6 @@ from qvd_jax.models.layers import (
     silu,
     sinusoidal_embedding,
 )
-from qvd_jax.models.meshes import divided_by_xla
 from qvd_jax.models.stages import Features, down_stages, map_stages, mid_stage, run_down, up_stages
 
 _INPUT_TRANSFORMER_HEADS = 8

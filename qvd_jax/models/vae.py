@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array
+from qvd_jax.meshes import to_frames, to_positions
 from qvd_jax.models.attention import SelfAttention
 from qvd_jax.models.blocks import Downsample, ResnetBlock, SpatioTemporalResnet, Upsample
 from qvd_jax.models.layers import FLOAT, LayerSet
@@ -240,7 +241,10 @@ class Decoder(nn.Module):
         for stage in self.up_blocks:
             x = stage(x)
         x = self.conv_out(self.conv_norm_out(x).silu())
-        return self.time_conv_out(x) if self.config.temporal_decoder else x
+        if not self.config.temporal_decoder:
+            return x
+        axis = self.layers.frame_axis
+        return to_frames(self.time_conv_out(to_positions(x, axis)), axis, x.shape)
 
 
 class AutoencoderKL(nn.Module):

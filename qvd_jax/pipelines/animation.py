@@ -10,7 +10,10 @@ import numpy as np
 from qvd_jax.axes import Array
 from qvd_jax.diffusion.sampler import Conditions, Videos
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import to_unit_range
+from qvd_jax.pipelines import autoencoder
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.images import Images, check_image, check_images, to_arrays
 from qvd_jax.pipelines.pipeline import (
@@ -46,6 +49,7 @@ class AnimationPipeline(TextPipeline):
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
         indices: Sequence[int] | None = None,
+        mesh: MeshConfig | None = None,
     ) -> np.ndarray:
         """Samples one video for each image, all of the same motion.
 
@@ -70,6 +74,7 @@ class AnimationPipeline(TextPipeline):
             latents of all frames that are sampled, which it must copy to keep.
           indices: of the videos among those of a larger run, by which their noise is drawn; None
             counts from 0.
+          mesh: how the work divides over the devices, as of `VideoPipeline.__call__`.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -93,6 +98,7 @@ class AnimationPipeline(TextPipeline):
             output_type,
             callback_on_step_end,
             indices,
+            mesh,
         )
 
     def conditions(
@@ -108,21 +114,20 @@ class AnimationPipeline(TextPipeline):
         motion = to_arrays(motion_video, "motion_video")
         text = self.encode_text([""])
         text = jnp.repeat(text, len(inputs) * (1 + want.guided), axis=0)
-        # One by one: an image's latents must not depend on the others, even in rounding.
-        means = [
-            self.encode(to_unit_range(image)[None])[0] for image in to_arrays(inputs, "images")
-        ]
+        images = [to_unit_range(image) for image in to_arrays(inputs, "images")]
+        means = autoencoder.encode_each(self.vae, self.params["vae"], images)
         sampled, *_ = self.latents_shape(want.frames, want.height, want.width)
         poses = np.stack([motion[min(frame, want.frames - 1)] for frame in range(sampled)])
         return Conditions(
             text,
             control=jnp.asarray(poses[None], jnp.float32) / 255,
-            reference=jnp.stack(means) * self.vae.config.scaling_factor,
+            reference=means[:, None] * self.vae.config.scaling_factor,
         )
 
-    def window(self, frames: int) -> int:
+    @classmethod
+    def window_of(cls, unet: UNet3DConfig, defaults: VideoDefaults, frames: int) -> int:
         """The default's number of frames, whatever a video has."""
-        return super().window(self.defaults.frames)
+        return super().window_of(unet, defaults, defaults.frames)
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """As of every pipeline, of whole windows."""

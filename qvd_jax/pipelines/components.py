@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import GUIDANCE, Work
 from qvd_jax.models.clip import (
     CLIPTextConfig,
     CLIPTextEncoder,
@@ -114,6 +115,33 @@ class ComponentConfigs:
             (1, 1, height, width, config.in_channels) if config.appearance_encoder else None,
         )
         return tuple(None if s is None else jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)
+
+    def work(self, videos: int, window: int, height: int, width: int, *, guided: bool) -> Work:
+        """What there is to divide of a batch.
+
+        Args:
+          videos: B.
+          window: F the UNet sees at once.
+          height: H in pixels.
+          width: W in pixels.
+          guided: whether there is guidance.
+
+        Raises:
+          InputError: as of `latents_shape`.
+        """
+        _, height, width, _ = self.latents_shape(window, height, width)
+        whole = {}
+        if not guided:
+            whole[GUIDANCE] = "there is no guidance"
+        elif self.unet.appearance_encoder:
+            whole[GUIDANCE] = "the negatives see no reference image"
+        return Work(
+            videos,
+            1 + guided,
+            window,
+            tuple(h * w for h, w in self.unet.sizes(height, width)),
+            whole,
+        )
 
     def control_shape(self, frames: int, height: int, width: int) -> tuple[int, ...]:
         """Shape `[1, F, H, W, C]` of the ControlNet's condition for latents of a size."""

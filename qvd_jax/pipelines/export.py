@@ -20,8 +20,9 @@ from qvd_jax.diffusion.sampler import Conditions, Prepared
 from qvd_jax.diffusion.solvers import Schedule
 from qvd_jax.errors import InputError
 from qvd_jax.files import write_folder
+from qvd_jax.pipelines.autoencoder import decode_frames, decoded_together
 from qvd_jax.pipelines.components import GAINS
-from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline, decode_frames
+from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.text import encode_tokens
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 
@@ -82,7 +83,8 @@ def export(
         frames=frames, height=height, width=width, steps=steps, guidance_scale=guidance_scale
     )
     shape = pipe.latents_shape(want.frames, want.height, want.width)
-    schedule, together = pipe.schedule(want.steps), pipe.decoded_together(shape)
+    schedule = pipe.schedule(want.steps)
+    together = decoded_together(pipe.vae, pipe.params["vae"], shape)
     with write_folder(Path(path), exported.INDEX, overwrite=overwrite) as folder:
         digests = {}
 

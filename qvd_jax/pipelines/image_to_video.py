@@ -11,8 +11,10 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.clip import CLIPVisionEncoder
 from qvd_jax.models.vae import to_unit_range
+from qvd_jax.pipelines import autoencoder
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.components import ComponentConfigs
 from qvd_jax.pipelines.images import Images, check_images, to_arrays
@@ -80,6 +82,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
         indices: Sequence[int] | None = None,
+        mesh: MeshConfig | None = None,
     ) -> np.ndarray:
         """Samples one video for each image, which it begins with.
 
@@ -104,6 +107,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             latents, which it must copy to keep.
           indices: of the videos among those of a larger run, by which their noise is drawn; None
             counts from 0.
+          mesh: how the work divides over the devices, as of `VideoPipeline.__call__`.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -136,6 +140,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
             output_type,
             callback_on_step_end,
             indices,
+            mesh,
         )
 
     def conditions(
@@ -148,17 +153,17 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
     ) -> Conditions:
         """Embedding and latents of the images, behind zeros where guided; and the added ids."""
         keys = sampler.video_keys(seed, len(inputs) if indices is None else indices)
-        embeddings, latents = [], []
+        embeddings, shown = [], []
         for image, key in zip(to_arrays(inputs, "images"), keys, strict=True):
             pixels = to_unit_range(image)
             seen = clip_pixels(image, self.image_encoder.config.image_size)
             embeddings.append(_embed(self.image_encoder, self.params["image_encoder"], seen))
             # Stream 0 of the video's key: the sampler's steps draw from stream 1 on.
             noise = jax.random.normal(jax.random.fold_in(key, 0), pixels.shape)
-            mean, _ = self.encode((pixels + want.noise_aug_strength * noise)[None])
-            # Other than the noisy latents these are not scaled.
-            latents.append(mean[0])
-        context, image_latents = jnp.stack(embeddings)[:, None], jnp.stack(latents)[:, None]
+            shown.append(pixels + want.noise_aug_strength * noise)
+        # Other than the noisy latents these are not scaled.
+        latents = autoencoder.encode_each(self.vae, self.params["vae"], shown)
+        context, image_latents = jnp.stack(embeddings)[:, None], latents[:, None]
         if want.guided:
             context, image_latents = (
                 jnp.concatenate([jnp.zeros_like(x), x]) for x in (context, image_latents)

@@ -1,7 +1,6 @@
 """Checkpoints to pipelines and back."""
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from qvd_jax.config import check_choice, from_dict, to_dict
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line, naming
 from qvd_jax.memory import tree_bytes
+from qvd_jax.meshes import Work
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.pipelines.components import DTYPES, ComponentConfigs, in_dtype
 from qvd_jax.pipelines.families import FAMILIES, Family, Takes
@@ -50,8 +50,8 @@ def load(
     Args:
       path: its folder, or the name of a model of the package ("shapes").
       dtype: float32 or bfloat16, for parameters and computation; None keeps the stored one.
-      sharding: where parameters are put; None is the default device. With `devices_for` the
-        videos of a call divide over the devices.
+      sharding: where parameters are put; None is the default device. With `replicated()` calls
+        divide over all devices.
 
     Raises:
       InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
@@ -114,6 +114,12 @@ class CheckpointConfigs(NamedTuple):
         """What it makes videos from."""
         return self.family.takes_with(self.components.unet)
 
+    def work(self, videos: int, want: VideoDefaults) -> Work:
+        """What there is to divide of so many videos, as of `VideoPipeline.work`."""
+        unet, pipeline = self.components.unet, self.family.pipeline
+        window = pipeline.window_of(unet, self.defaults, want.frames)
+        return self.components.work(videos, window, want.height, want.width, guided=want.guided)
+
     def check(self, want: VideoDefaults, scheduler: SchedulerConfig) -> None:
         """Checks what videos are to be like, before any array is loaded.
 
@@ -161,16 +167,6 @@ def parse_configs(path: Path, manifest: checkpoint.Manifest) -> CheckpointConfig
             f"the family {manifest.family!r} has {', '.join(family.pipeline.networks)}"
         )
     return CheckpointConfigs(family, components, scheduler, defaults, quantization)
-
-
-def devices_for(videos: int) -> jax.sharding.Sharding:
-    """A copy of the parameters on each of this host's devices, as many as the videos divide over.
-
-    A pipeline loaded so samples on all of these devices at once, each its own videos.
-    """
-    count = math.gcd(videos, jax.local_device_count())
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:count]), ("data",))
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def save(

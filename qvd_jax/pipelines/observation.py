@@ -14,6 +14,7 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.hosts import ALONE, Hosts
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.statistics import Statistics, draw_places, observe
@@ -64,6 +65,7 @@ def collect(
     options: Mapping[str, Any] | None = None,
     progress: Progress = unseen,
     hosts: Hosts = ALONE,
+    mesh: MeshConfig | None = None,
 ) -> Observed:
     """Samples the inputs and observes every layer's input at every step.
 
@@ -75,6 +77,7 @@ def collect(
       options: of the pipeline's calls, as in `quantize`.
       progress: told how far it is.
       hosts: among which the inputs are shared out.
+      mesh: of the pipeline's call; what it sampled is observed on the parameters' device.
 
     Returns:
       What was seen on all hosts, at the first; nothing elsewhere.
@@ -90,7 +93,8 @@ def collect(
     want = replace(want, steps=steps)
     schedule = pipe.schedule(steps)
     numbers = hosts.share(range(len(inputs)))
-    before, failure = _sample_path(pipe, inputs, numbers, options, want, config.seed, progress)
+    of_calls = {**options, "mesh": mesh}
+    before, failure = _sample_path(pipe, inputs, numbers, of_calls, want, config.seed, progress)
     unet, params = pipe.unet, pipe.params["unet"]
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)

@@ -1,7 +1,6 @@
 """What every pipeline does: checks, noise, the sampling loop, the VAE's decoder."""
 
 import abc
-import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from qvd_jax import memory
+from qvd_jax import meshes
 from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice
 from qvd_jax.diffusion import sampler
@@ -21,11 +20,12 @@ from qvd_jax.diffusion.sampler import Conditions, SamplerConfig, Videos
 from qvd_jax.diffusion.schedules import SchedulerConfig, Solver, TimestepSpacing, switch
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
-from qvd_jax.memory import tree_bytes
+from qvd_jax.meshes import DATA, MeshConfig, Work
+from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.unet3d import UNet3D
-from qvd_jax.models.vae import AutoencoderKL, to_bytes
+from qvd_jax.models.vae import AutoencoderKL
+from qvd_jax.pipelines import autoencoder
 from qvd_jax.pipelines.components import GAINS, ComponentConfigs
-from qvd_jax.programs import program
 from qvd_jax.quant.policy import Quantization
 
 _logger = logging.getLogger(__name__)
@@ -35,10 +35,6 @@ StepCallback = Callable[[int, Array], None]
 
 # Frames that windows share, from which on neighbors blend into each other.
 _SMOOTH_OVERLAP = 2
-
-# Of all memory, what the decoder's values may take: more of one whose frames see each other, for
-# they do not see beyond their chunk.
-_DECODE_SHARE, _TEMPORAL_DECODE_SHARE = 0.25, 0.5
 
 
 @dataclass(frozen=True)
@@ -133,8 +129,13 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         output_type: OutputType = "video",
         callback_on_step_end: StepCallback | None = None,
         indices: Sequence[int] | None = None,
+        mesh: MeshConfig | None = None,
     ) -> np.ndarray:
-        """Samples one video for each input."""
+        """Samples one video for each input.
+
+        The work divides over the devices that hold the parameters, as `mesh` says or else as
+        `meshes.Work.choose` chooses; where only one holds them, a mesh is of all there are.
+        """
 
     @abc.abstractmethod
     def conditions(
@@ -161,10 +162,20 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """Guidance scale of each frame, `[F]`."""
         return np.full(want.frames, want.guidance_scale, np.float32)
 
+    @classmethod
+    def window_of(cls, unet: UNet3DConfig, defaults: VideoDefaults, frames: int) -> int:
+        """How many frames a UNet sees at once: all, or its default where these are too many."""
+        limit = unet.max_frames
+        return frames if limit is None or frames <= limit else min(defaults.frames, limit)
+
     def window(self, frames: int) -> int:
-        """How many frames the UNet sees at once: all, or its default where these are too many."""
-        limit = self.unet.config.max_frames
-        return frames if limit is None or frames <= limit else min(self.defaults.frames, limit)
+        """How many frames the UNet sees at once, as in `window_of`."""
+        return self.window_of(self.unet.config, self.defaults, frames)
+
+    def work(self, videos: int, want: VideoDefaults) -> Work:
+        """What there is to divide of so many videos."""
+        window = self.window(want.frames)
+        return self.configs.work(videos, window, want.height, want.width, guided=want.guided)
 
     def initial_noise(self, seed: int, videos: Videos, shape: tuple[int, ...]) -> Array:
         """Unit-normal noise `[B, *shape]` from which the videos are made."""
@@ -187,61 +198,12 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         return self.configs.latents_shape(frames, height, width)
 
     def decode(self, latents: Array | np.ndarray) -> np.ndarray:
-        """Pixels of latents.
-
-        In chunks of as many frames as a quarter of the memory holds, which changes nothing; with a
-        temporal decoder as half of it holds, which is as `decode_chunk_size` in diffusers.
-
-        Args:
-          latents: `[B, F, h, w, C]`.
-
-        Returns:
-          uint8 `[B, F, H, W, 3]`.
-        """
-        videos, frames, *_ = latents.shape
-        weights, temporal = self.params["vae"], self.vae.config.temporal_decoder
-        size = self.decoded_together(latents.shape[1:])
-        # A decoder that looks at neighboring frames has the whole chunk on each device.
-        mesh, place = _mesh(weights), None
-        if mesh is not None:
-            divides = not temporal and size % mesh.size == 0
-            spec = PartitionSpec(None, mesh.axis_names) if divides else PartitionSpec()
-            place = NamedSharding(mesh, spec)
-        decoded = []
-        for video in np.asarray(latents):
-            for start in range(0, frames, size):
-                # The last chunk is moved back to be as long as the others: one compilation.
-                first = min(start, frames - size)
-                chunk = video[None, first : first + size]
-                if place is not None:
-                    chunk = jax.device_put(chunk, place)
-                part = decode_frames(self.vae, weights, chunk, place)
-                decoded.append(np.asarray(part[0, start - first :]))
-        result = np.concatenate(decoded)
-        return result.reshape(videos, frames, *result.shape[1:])
-
-    def decoded_together(self, latents_shape: Sequence[int]) -> int:
-        """How many frames of a video, whose latents are `[F, h, w, C]`, are decoded at once."""
-        frames, *of_frame = latents_shape
-        weights, temporal = self.params["vae"], self.vae.config.temporal_decoder
-        one = jax.ShapeDtypeStruct((1, 1, *of_frame), jnp.float32)
-        decode_one = functools.partial(decode_frames, self.vae)
-        needed = memory.peak_bytes(decode_one, weights, one) - tree_bytes(weights)
-        share = _TEMPORAL_DECODE_SHARE if temporal else _DECODE_SHARE
-        together = int(share * memory.total_bytes() // needed)
-        chunks = math.ceil(frames / max(1, together))
-        return math.ceil(frames / chunks)
+        """Pixels, uint8 `[B, F, H, W, 3]`, of latents `[B, F, h, w, C]`: `autoencoder.decode`."""
+        return autoencoder.decode(self.vae, self.params["vae"], latents)
 
     def encode(self, images: np.ndarray | Array) -> tuple[Array, Array]:
-        """Posterior of the latents of images.
-
-        Args:
-          images: `[N, H, W, 3]` in [-1, 1].
-
-        Returns:
-          Mean and log-variance, each `[N, h, w, C]`, not yet multiplied by the scaling factor.
-        """
-        return _encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
+        """Posterior of the latents of images `[N, H, W, 3]` in [-1, 1]: `autoencoder.encode`."""
+        return autoencoder.encode(self.vae, self.params["vae"], jnp.asarray(images, jnp.float32))
 
     def wanted(self, **asked: Any) -> Defaults:
         """What a video is to be like: the defaults with what was asked for.
@@ -265,6 +227,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         output_type: OutputType,
         callback: StepCallback | None,
         indices: Sequence[int] | None,
+        mesh: MeshConfig | None,
     ) -> np.ndarray:
         """Checks what every pipeline takes, computes the conditions, samples and decodes."""
         count = len(inputs)
@@ -281,15 +244,29 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                     f"latents of shape {noise.shape}: {(count, *shape)} is needed for {count} "
                     f"videos of {want.frames} frames, {want.height}x{want.width}"
                 )
+        divided = self._over(mesh, count, want)
         self._note_windows(shape[0], want)
         noise = noise * schedule.initial_scale
         whole = replace(want, frames=shape[0])
         computed = conditions()
         _check_finite(computed)
         keys = sampler.video_keys(seed, videos)
-        sampled = np.asarray(self._sample(noise, schedule, computed, whole, keys, callback))
+        sampled = self._sample(noise, schedule, computed, whole, keys, callback, divided)
         sampled = sampled[:, : want.frames]
         return sampled if output_type == "latents" else self.decode(sampled)
+
+    def _over(self, asked: MeshConfig | None, videos: int, want: VideoDefaults) -> Mesh | None:
+        """The mesh on which videos are sampled; None where there is only one device.
+
+        Raises:
+          InputError: the one that is asked for does not fit.
+        """
+        devices = meshes.devices_of(self.params)
+        if asked is not None and len(devices) == 1:
+            devices = jax.local_devices()
+        config = self.work(videos, want).resolve(asked, len(devices))
+        # Kernels are for `jax.shard_map`, on one of several devices too.
+        return config.over(devices) if jax.device_count() > 1 else None
 
     def sampler_config(
         self, want: VideoDefaults, schedule: Schedule, *, on_cpu: bool
@@ -328,21 +305,22 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         want: Defaults,
         keys: Array,
         callback: StepCallback | None,
-    ) -> Array:
-        unet, params = self.unet, self.params["unet"]
+        mesh: Mesh | None,
+    ) -> np.ndarray:
+        unet, params, gains = self.unet, self.params["unet"], self.params.get(GAINS)
         table = jax.tree.map(jnp.asarray, schedule.table)
-        steps = len(table.timestep)
+        steps, videos = len(table.timestep), len(latents)
         count = steps if callback is None else 1
-        mesh = _mesh(params)
         # Placed as the loop leaves them, so that its second call does not compile anew.
-        place = conditions.context.sharding
+        place: Any = conditions.context.sharding
         if mesh is not None:
-            divides = len(latents) % mesh.size == 0
-            spec = PartitionSpec(mesh.axis_names) if divides else PartitionSpec()
-            place = NamedSharding(mesh, spec)
+            place = NamedSharding(mesh, PartitionSpec(DATA))
+            params, gains = meshes.replicate((params, gains), mesh)
+            parts = mesh.shape[DATA]
+            latents, keys = meshes.padded((latents, keys), parts)
+            conditions = meshes.replicate(sampler.padded(conditions, videos, parts), mesh)
         latents = jax.device_put(latents, place)
         state = sampler.initial_state(latents, table)
-        gains = self.params.get(GAINS)
         prepared = sampler.prepare(unet, params, table.timestep, conditions, gains)
         config = self.sampler_config(want, schedule, on_cpu=jax.default_backend() == "cpu")
         config = replace(config, count=count, mesh=mesh)
@@ -358,7 +336,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                 jnp.int32(start),
                 config,
             )
-            finite = np.asarray(finite)
+            finite = meshes.to_host(finite)
             if not finite.all():
                 step = start + int(np.argmin(finite))
                 raise NotFiniteError(
@@ -367,8 +345,9 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
                     f"than {want.guidance_scale:g}; calibration names the layer they come from"
                 )
             if callback is not None:
-                callback(start + count, state.latents)
-        return state.latents
+                latents = state.latents
+                callback(start + count, latents if len(latents) == videos else latents[:videos])
+        return meshes.to_host(state.latents)[:videos]
 
 
 def schedule_for(
@@ -399,15 +378,6 @@ def _check_finite(conditions: Conditions) -> None:
             )
 
 
-def _mesh(params: Params) -> Mesh | None:
-    """The devices that hold the parameters, for `jax.shard_map`; None where there is only one."""
-    if jax.device_count() == 1:
-        return None
-    sharding = jax.tree.leaves(params)[0].sharding
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if isinstance(mesh, Mesh) else Mesh(np.array(list(sharding.device_set)), ("data",))
-
-
 def check_indices(indices: Sequence[int], count: int) -> Sequence[int]:
     """The indices of so many videos.
 
@@ -417,33 +387,3 @@ def check_indices(indices: Sequence[int], count: int) -> Sequence[int]:
     if len(indices) != count or min(indices, default=0) < 0:
         raise InputError(f"indices = {list(indices)}: {count} that are not negative are needed")
     return indices
-
-
-@program(static=("vae",))
-def _encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Array]:
-    mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")
-    return mean[:, 0], log_variance[:, 0]
-
-
-@program(static=("vae", "place"))
-def decode_frames(
-    vae: AutoencoderKL,
-    params: Params,
-    latents: Array,
-    place: NamedSharding | None = None,
-) -> Array:
-    """Pixels of latents, on each of several devices those of its part of them."""
-
-    def decode(params: Params, latents: Array) -> Array:
-        latents = latents / vae.config.scaling_factor
-        return to_bytes(vae.apply({"params": params}, latents, method="decode"))
-
-    if place is not None:
-        decode = jax.shard_map(
-            decode,
-            mesh=place.mesh,
-            in_specs=(PartitionSpec(), place.spec),
-            out_specs=place.spec,
-            check_vma=False,
-        )
-    return decode(params, latents)

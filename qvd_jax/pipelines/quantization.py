@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.components import GAINS
@@ -40,6 +41,7 @@ def quantize(
     config: CalibrationConfig = _DEFAULT,
     options: Mapping[str, Any] | None = None,
     progress: Progress = unseen,
+    mesh: MeshConfig | None = None,
 ) -> tuple[VideoPipeline, list[LayerReport]]:
     """Quantizes the UNet of a float pipeline: `make_plan`, `collect` and `solve_plan`.
 
@@ -52,6 +54,7 @@ def quantize(
       options: of the pipeline's calls: frames, height and width where not its defaults, and
         what its videos follow.
       progress: told how far it is.
+      mesh: of the pipeline's call.
 
     Returns:
       The quantized pipeline, and for each layer what it is worth. A layer no data reached stays
@@ -65,7 +68,7 @@ def quantize(
     plan = make_plan(pipe, policy, config, options)
     given = pipe.defaults.prompts if prompts is None else prompts
     inputs = [given] if isinstance(given, str) else list(given)
-    observed = collect(pipe, plan.layers, inputs, config, options, progress)
+    observed = collect(pipe, plan.layers, inputs, config, options, progress, mesh=mesh)
     return solve_plan(pipe, plan, observed, config, progress)
 
 

@@ -14,6 +14,7 @@ from qvd_jax.axes import Array
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
+from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.images import Images, check_image, to_arrays
 from qvd_jax.pipelines.pipeline import (
@@ -52,6 +53,7 @@ class TextToVideoPipeline(TextPipeline):
         control_guidance_start: float = 0.0,
         control_guidance_end: float = 1.0,
         indices: Sequence[int] | None = None,
+        mesh: MeshConfig | None = None,
     ) -> np.ndarray:
         """Samples one video for each prompt.
 
@@ -83,6 +85,7 @@ class TextToVideoPipeline(TextPipeline):
           control_guidance_end: share of the steps up to the last to which it adds.
           indices: of the videos among those of a larger run, by which their noise is drawn; None
             counts from 0.
+          mesh: how the work divides over the devices, as of `VideoPipeline.__call__`.
 
         Returns:
           uint8 `[B, F, H, W, 3]`, or float32 `[B, F, h, w, C]` latents.
@@ -93,7 +96,7 @@ class TextToVideoPipeline(TextPipeline):
         """
         channels = self.unet.config.context_dim
         inputs = read_texts(prompts, prompt_embeds, "prompt_embeds", channels)
-        if inputs is None:
+        if inputs is None or not len(inputs):
             raise InputError("there are no prompts; prompts or prompt_embeds are needed")
         negatives = _for_all(
             read_texts(
@@ -148,6 +151,7 @@ class TextToVideoPipeline(TextPipeline):
             output_type,
             callback_on_step_end,
             indices,
+            mesh,
         )
 
     def conditions(

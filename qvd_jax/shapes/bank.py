@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
 from qvd_jax.files import read_arrays, replace_when_whole
+from qvd_jax.meshes import DATA, replicated
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
 
 Draw = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -54,8 +55,8 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, draw
         )
         return (mean * config.scaling_factor).astype(jnp.float16)
 
-    over_videos = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-    group = _ENCODE_VIDEOS * jax.device_count()
+    over_videos = NamedSharding(replicated().mesh, PartitionSpec(DATA))
+    group = _ENCODE_VIDEOS * jax.local_device_count()
     parts = []
     for start in tqdm.trange(0, count, group, desc="encoding", unit="batch"):
         # As many each time, so that it compiles once.

@@ -24,6 +24,7 @@ from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.memory import tree_bytes
+from qvd_jax.meshes import DATA, FRAME, GUIDANCE, MeshConfig, Work
 
 Batch = Mapping[str, np.ndarray]
 
@@ -119,7 +120,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def train(task: Task, config: LoopConfig, out: Path) -> Params:
+def train(task: Task, config: LoopConfig, out: Path, mesh: MeshConfig | None = None) -> Params:
     """Trains a task, from its newest good checkpoint if there is one.
 
     The examples and the noise of a step depend on the seed and the number of the step alone, so
@@ -129,6 +130,7 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
       task: what is trained.
       config: how.
       out: a folder for checkpoints and sample sheets; made if it does not exist.
+      mesh: of `data_mesh`.
 
     Returns:
       The moving average of the parameters.
@@ -137,9 +139,9 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
       InputError: the folder holds another run, the batch does not fit the devices, or the loss
         is not finite.
     """
-    mesh = data_mesh(config)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    over_batch = NamedSharding(mesh, PartitionSpec("data"))
+    divided = data_mesh(config, mesh)
+    replicated = NamedSharding(divided, PartitionSpec())
+    over_batch = NamedSharding(divided, PartitionSpec(DATA))
     optimizer = _optimizer(config)
 
     def fresh(key: Array) -> TrainState:
@@ -191,18 +193,20 @@ def train(task: Task, config: LoopConfig, out: Path) -> Params:
     return jax.device_put(state.average, jax.local_devices()[0])
 
 
-def data_mesh(config: LoopConfig) -> Mesh:
+def data_mesh(config: LoopConfig, asked: MeshConfig | None = None) -> Mesh:
     """All devices, over which a batch divides.
 
     Raises:
-      InputError: it does not, or they are those of several hosts.
+      InputError: it does not, what is asked for divides something else, or there are several hosts.
     """
     accelerators.check_used()
     if jax.process_count() > 1:
         raise InputError(
             f"training works on one host; the devices are those of {jax.process_count()}"
         )
-    mesh = Mesh(np.array(jax.devices()), ("data",))
+    devices = jax.devices()
+    whole = dict.fromkeys((GUIDANCE, FRAME), "training divides its batch alone")
+    mesh = Work(config.batch_size, whole=whole).resolve(asked, len(devices)).over(devices)
     if config.batch_size % mesh.size:
         raise InputError(
             f"batch_size = {config.batch_size} does not divide over {mesh.size} devices"

@@ -11,7 +11,7 @@ import jax
 import tqdm
 
 from qvd_jax import checkpoint, files
-from qvd_jax.cli import command, given_options, make_parser
+from qvd_jax.cli.command import command, given_options, make_parser
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import DTYPES
 

@@ -25,7 +25,8 @@ from qvd_jax.benchmarks import (
     unet,
 )
 from qvd_jax.benchmarks.rounds import Variant, in_fresh_process
-from qvd_jax.cli import add_size_arguments, command, command_line, make_parser, positive_int
+from qvd_jax.cli.command import command, command_line, make_parser, positive_int
+from qvd_jax.cli.videos import add_size_arguments
 from qvd_jax.environment import environment, version
 from qvd_jax.errors import InputError
 from qvd_jax.files import check_writable, write_bytes, write_text

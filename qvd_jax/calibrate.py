@@ -10,23 +10,17 @@ from pathlib import Path
 import jax
 
 from qvd_jax import checkpoint, evaluation, memory
-from qvd_jax.cli import (
-    add_input_arguments,
+from qvd_jax.cli.command import command, make_parser, passed, positive_int, restoring, seed_int
+from qvd_jax.cli.control import read_control
+from qvd_jax.cli.hosts import add_host_arguments, compare, joined
+from qvd_jax.cli.inputs import add_input_arguments, note_unknown_words, read_inputs
+from qvd_jax.cli.mesh import add_mesh_argument, asked_mesh
+from qvd_jax.cli.videos import (
     add_sampler_arguments,
     add_size_arguments,
     asked_scheduler,
     check_videos,
-    command,
-    make_parser,
-    note_unknown_words,
-    passed,
-    positive_int,
-    read_control,
-    read_inputs,
-    restoring,
-    seed_int,
 )
-from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
@@ -46,7 +40,6 @@ from qvd_jax.quant.policy import (
     policy_names,
 )
 from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
-from qvd_jax.runs import add_host_arguments, compare, joined
 
 # The search of one layer's ranges compiles about as long as so many layers of the network.
 _SOLVER_LAYERS = 14

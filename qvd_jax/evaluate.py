@@ -16,26 +16,32 @@ from pathlib import Path
 
 from qvd_jax import checkpoint, files
 from qvd_jax.arrows import judge as arrows
-from qvd_jax.cli import (
-    Inputs,
-    add_input_arguments,
-    add_sampler_arguments,
-    add_size_arguments,
-    asked_scheduler,
-    check_same_inputs,
-    check_videos,
+from qvd_jax.cli.command import (
     command,
     command_line,
     given_options,
     make_parser,
-    note_unknown_words,
     positive_int,
-    read_control,
-    read_inputs,
     restoring,
     seed_int,
 )
-from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
+from qvd_jax.cli.control import read_control
+from qvd_jax.cli.hosts import add_host_arguments, checkpoint_digests, described, given, joined
+from qvd_jax.cli.hosts import compare as compare_hosts
+from qvd_jax.cli.inputs import (
+    Inputs,
+    add_input_arguments,
+    check_same_inputs,
+    note_unknown_words,
+    read_inputs,
+)
+from qvd_jax.cli.mesh import add_mesh_argument, asked_mesh
+from qvd_jax.cli.videos import (
+    add_sampler_arguments,
+    add_size_arguments,
+    asked_scheduler,
+    check_videos,
+)
 from qvd_jax.config import to_dict
 from qvd_jax.data.prompts import read_prompts
 from qvd_jax.diffusion.schedules import switch
@@ -54,8 +60,6 @@ from qvd_jax.outputs import differences
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from qvd_jax.pipelines.loading import load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults
-from qvd_jax.runs import add_host_arguments, checkpoint_digests, described, given, joined
-from qvd_jax.runs import compare as compare_hosts
 from qvd_jax.shapes.judge import asks_for_shapes, held_out_cases
 
 _OF_GENERATED = (

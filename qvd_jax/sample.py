@@ -15,26 +15,30 @@ import jax
 import numpy as np
 
 from qvd_jax import checkpoint, memory
-from qvd_jax.cli import (
+from qvd_jax.cli.command import command, make_parser, passed, positive_int, restoring, seed_int
+from qvd_jax.cli.control import control_fps, read_control
+from qvd_jax.cli.hosts import (
+    add_host_arguments,
+    checkpoint_digests,
+    compare,
+    described,
+    given,
+    joined,
+)
+from qvd_jax.cli.inputs import (
     Inputs,
     add_input_arguments,
+    check_same_inputs,
+    note_unknown_words,
+    read_inputs,
+)
+from qvd_jax.cli.mesh import add_mesh_argument, asked_mesh
+from qvd_jax.cli.videos import (
     add_sampler_arguments,
     add_size_arguments,
     asked_scheduler,
-    check_same_inputs,
     check_videos,
-    command,
-    control_fps,
-    make_parser,
-    note_unknown_words,
-    passed,
-    positive_int,
-    read_control,
-    read_inputs,
-    restoring,
-    seed_int,
 )
-from qvd_jax.cli_mesh import add_mesh_argument, asked_mesh
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
 from qvd_jax.diffusion.schedules import switch
@@ -48,14 +52,6 @@ from qvd_jax.pipelines.loading import load, read_configs
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
-from qvd_jax.runs import (
-    add_host_arguments,
-    checkpoint_digests,
-    compare,
-    described,
-    given,
-    joined,
-)
 
 _OPTIONS = (
     "negative_prompts",

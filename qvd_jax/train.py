@@ -9,8 +9,8 @@ from pathlib import Path
 from qvd_jax import meshes
 from qvd_jax.arrows import pixels as arrows_pixels
 from qvd_jax.arrows.image_to_video_task import ImageToVideo, ImageToVideoConfig
-from qvd_jax.cli import command, make_parser
-from qvd_jax.cli_mesh import add_mesh_argument
+from qvd_jax.cli.command import command, make_parser
+from qvd_jax.cli.mesh import add_mesh_argument
 from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.shapes import pixels as shapes_pixels

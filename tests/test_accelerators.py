@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 import qvd_jax
-from qvd_jax import accelerators, cli
+from qvd_jax import accelerators
+from qvd_jax.cli.command import command
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_loading_looks_for_it(monkeypatch):
 def test_a_command_shows_it_where_errors_stand(machine, capsys):
     machine(accelerators.GPU)
 
-    @cli.command
+    @command
     def main(argv):
         accelerators.check_used()
         logging.getLogger("qvd_jax.pipelines").warning("windows hardly overlap")

@@ -8,7 +8,7 @@ import pytest
 
 import qvd_jax
 from qvd_jax import checkpoint, sample
-from qvd_jax.cli import note_unknown_words
+from qvd_jax.cli.inputs import note_unknown_words
 from qvd_jax.memory import tree_bytes
 from qvd_jax.shapes.judge import prompt_hits
 from qvd_jax.shapes.prompts import prompt_of

@@ -20,7 +20,8 @@ import pytest
 from pytorch_sources import edit_json
 
 import qvd_jax
-from qvd_jax import checkpoint, cli, items, memory
+from qvd_jax import checkpoint, items, memory
+from qvd_jax.cli import command
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import ComponentConfigs
@@ -113,9 +114,9 @@ def test_only_a_process_of_a_commands_own_has_its_allocator_changed(tiny_checkpo
     libraries = []
     monkeypatch.setattr(memory.ctypes, "CDLL", libraries.append)
     qvd_jax.load(tiny_checkpoint)
-    with cli.restoring(["--checkpoint", "a"]):
+    with command.restoring(["--checkpoint", "a"]):
         assert not libraries
-    with cli.restoring(None):
+    with command.restoring(None):
         assert libraries == [None]
 
 
@@ -123,9 +124,9 @@ def test_a_command_is_recorded_as_a_shell_reads_it(monkeypatch):
     words = ["--prompt", "a red; circle", "--out", "it's"]
     monkeypatch.setattr(sys, "argv", ["program", *words])
     for argv in (words, None):
-        recorded = cli.command_line("qvd_jax.evaluate", argv)
+        recorded = command.command_line("qvd_jax.evaluate", argv)
         assert shlex.split(recorded) == ["python", "-m", "qvd_jax.evaluate", *words]
-    assert shlex.split(cli.command_line("qvd_jax.evaluate", []))[3:] == []
+    assert shlex.split(command.command_line("qvd_jax.evaluate", []))[3:] == []
 
 
 def test_orbax_alone_restores_a_component(reference, tiny_checkpoint):

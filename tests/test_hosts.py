@@ -23,7 +23,7 @@ PROGRAM = """
 import json, os, sys, time
 import numpy as np
 from qvd_jax import hosts
-from qvd_jax.cli import command
+from qvd_jax.cli.command import command
 
 act, process, address = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 hosts._HEARTBEAT_SECONDS = 4

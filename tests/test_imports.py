@@ -60,8 +60,6 @@ ALLOWED = {
     | {"diffusion", "evaluation", "metrics", "models", "pipelines", "shapes", "training"},
     "cli": GROUND | {"checkpoint", "data", "diffusion", "memory", "pipelines", "quiet"},
     "outputs": GROUND | {"data"},
-    "runs": GROUND | {"checkpoint", "cli"},
-    "cli_mesh": GROUND | {"pipelines"},
     "benchmarks": GROUND
     | {"checkpoint", "cli", "data", "kernels", "memory", "models", "pipelines", "quant"},
 }

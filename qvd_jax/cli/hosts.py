@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from qvd_jax import checkpoint
-from qvd_jax.cli import Inputs
+from qvd_jax.cli.inputs import Inputs
 from qvd_jax.errors import InputError
 from qvd_jax.hosts import Coordinator, Hosts
 from qvd_jax.hosts import joined as joined_hosts

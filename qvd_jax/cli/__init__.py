@@ -1,0 +1,1 @@
+"""What all commands share: their arguments, inputs, devices and hosts, and how they end."""

@@ -41,6 +41,10 @@ _POLL_MILLISECONDS = 1000
 _FAILED = "qvd_jax/failed"
 
 
+class HostsDifferError(InputError):
+    """The processes do not do the same, as each finds by itself."""
+
+
 class Coordinator(NamedTuple):
     """How processes find each other; all None leaves it to a TPU pod, if this is one.
 
@@ -85,7 +89,7 @@ class Hosts:
           facts: what JSON can hold, by the name that a message gives it.
 
         Raises:
-          InputError: something differs; it and the processes are named.
+          HostsDifferError: something differs; it and the processes are named.
         """
         if self.count == 1:
             return
@@ -99,7 +103,7 @@ class Hosts:
             if first.get(name) != other.get(name) or (name in first) != (name in other)
         ]
         if differing:
-            raise InputError(f"the hosts differ: {'; '.join(differing)}")
+            raise HostsDifferError(f"the hosts differ: {'; '.join(differing)}")
 
     def gather(
         self, what: str, own: Sequence[Sequence[np.ndarray]], items: int
@@ -150,7 +154,8 @@ def joined(coordinator: Coordinator, again: str) -> Iterator[Hosts]:
         watch.end()
         if isinstance(error, KeyboardInterrupt) and watch.reason is not None:
             raise InputError(watch.reason) from None
-        _tell(hosts, error)
+        if not isinstance(error, HostsDifferError):
+            _tell(hosts, error)
         raise
     finally:
         watch.join()

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from qvd_jax.axes import Array
 from qvd_jax.errors import InputError
@@ -177,9 +184,11 @@ def devices_of(tree: Any) -> list[jax.Device]:
     return list(mesh.devices.flat) if isinstance(mesh, Mesh) else list(sharding.device_set)
 
 
-def replicated(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+def replicated(devices: Sequence[jax.Device] | None = None) -> Sharding:
     """A copy on each of some devices; None is all there are, those of other processes included."""
     devices = jax.devices() if devices is None else devices
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
     return NamedSharding(MeshConfig(data=len(devices)).over(devices), PartitionSpec())
 
 

@@ -18,7 +18,7 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.diffusion.schedules import SchedulerConfig, alphas_cumprod
 from qvd_jax.errors import InputError
 from qvd_jax.files import read_arrays, replace_when_whole
-from qvd_jax.meshes import DATA, replicated
+from qvd_jax.meshes import DATA, MeshConfig
 from qvd_jax.models.clip import CLIPTextConfig
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
@@ -305,8 +305,9 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, seed
         )
         return (mean * config.scaling_factor).astype(jnp.float16)
 
-    over_videos = NamedSharding(replicated().mesh, PartitionSpec(DATA))
-    group = _ENCODE_VIDEOS * jax.device_count()
+    mesh = MeshConfig(data=jax.device_count()).over(jax.devices())
+    over_videos = NamedSharding(mesh, PartitionSpec(DATA))
+    group = _ENCODE_VIDEOS * mesh.size
     rng = np.random.default_rng([seed, count])
     every = scenes_of("train")
     scenes = every[rng.integers(len(every), size=count)]

@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
     def check(self, case: Case) -> None:
         """Raises `InputError` if the work does not divide so."""
-        work = Work(case.batch, frames=case.frames, positions=case.positions)
+        work = Work(case.batch, case.frames, case.positions)
         work.check(self.mesh, self.chip.count)
         rows = self.mesh.data * self.mesh.guidance
         if case.batch % rows:

@@ -22,7 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from qvd_jax.axes import Array
 from qvd_jax.errors import InputError
@@ -97,14 +104,12 @@ class Work:
 
     Attributes:
       videos: B.
-      halves: 2 where there is guidance whose halves may be computed apart.
       frames: F the network sees at once.
       positions: H W of each level of the network.
       whole: axes that cannot divide it, with the reason.
     """
 
     videos: int
-    halves: int = 1
     frames: int = 1
     positions: tuple[int, ...] = (1,)
     whole: Mapping[str, str] = field(default_factory=dict)
@@ -124,11 +129,12 @@ class Work:
                 f"mesh {config}: {self.frames} frames do not divide into {config.frame} parts; "
                 f"frame may be {self._frame_parts()}"
             )
-        if any(positions % config.frame for positions in self.positions):
-            raise InputError(
-                f"mesh {config}: the {min(self.positions)} positions of the lowest resolution do "
-                f"not divide into {config.frame} parts; frame may be {self._frame_parts()}"
-            )
+        for level, positions in enumerate(self.positions):
+            if positions % config.frame:
+                raise InputError(
+                    f"mesh {config}: the {positions} positions of level {level} do not divide into "
+                    f"{config.frame} parts; frame may be {self._frame_parts()}"
+                )
 
     def choose(self, devices: int) -> MeshConfig:
         """The mesh of so many devices on which each has least to do.
@@ -140,7 +146,7 @@ class Work:
             MeshConfig(devices // (guidance * frame), guidance, frame)
             for guidance, frame in itertools.product((1, 2), range(1, devices + 1))
             if devices % (guidance * frame) == 0
-            and (guidance == 1 or (self.halves == 2 and GUIDANCE not in self.whole))
+            and (guidance == 1 or GUIDANCE not in self.whole)
             and (frame == 1 or (self._divides_into(frame) and FRAME not in self.whole))
         ]
 
@@ -177,9 +183,11 @@ def devices_of(tree: Any) -> list[jax.Device]:
     return list(mesh.devices.flat) if isinstance(mesh, Mesh) else list(sharding.device_set)
 
 
-def replicated(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+def replicated(devices: Sequence[jax.Device] | None = None) -> Sharding:
     """A copy on each of some devices; None is all of this process."""
     devices = jax.local_devices() if devices is None else devices
+    if len(devices) == 1:
+        return SingleDeviceSharding(devices[0])
     return NamedSharding(MeshConfig(data=len(devices)).over(devices), PartitionSpec())
 
 
@@ -189,6 +197,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
     def put(leaf: Any) -> Array:
         before = getattr(leaf, "sharding", None)
+        if before == place:
+            return leaf
         if (
             before is None
             or before.device_set != place.device_set

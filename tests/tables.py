@@ -13,6 +13,9 @@ replaced; `test_documents.py` holds the documents to it. Without names it is don
     <!-- figures: FILE.json | KEY.KEY | TITLE = NAME UNIT; TITLE = NAME -->
         A table of the figures found there, in one row or, of a list, in a row each. Units are GB
         and s; a name without one is shown as it is.
+    <!-- scaling: ONE.json; SEVERAL.json; ... -->
+        What the benchmark's `compiled` models of the same parts for one chip and for several, a row
+        for each part, layers and file that has both: its time beside one chip's, each for a video.
 """
 
 import json
@@ -30,7 +33,8 @@ DOCUMENTS = (
 )
 
 _SHOWN = re.compile(
-    r"(<!-- (table|figures): (\S+)((?: \| [^|\n]+)*) -->\n).*?(?=<!-- end -->)", re.DOTALL
+    r"(<!-- (table|figures|scaling): ([^|\n]+?)((?: \| [^|\n]+)*) -->\n).*?(?=<!-- end -->)",
+    re.DOTALL,
 )
 _UNITS = {"": "{}".format, "s": "{:.0f} s".format, "GB": lambda value: f"{value / 1e9:.2f} GB"}
 
@@ -39,10 +43,17 @@ def refresh(document: Path) -> str:
     """The document's text with the figures its files hold now."""
 
     def replace(found: re.Match[str]) -> str:
-        mark, kind, file, options = found.groups()
-        record = json.loads((document.parent / file).read_text(encoding="utf-8"))
+        mark, kind, files, options = found.groups()
+        texts = ((document.parent / file).read_text("utf-8") for file in files.split("; "))
+        first, *others = map(json.loads, texts)
         parts = [part.strip() for part in options.split(" | ")[1:]]
-        shown = figures(record, *parts) if kind == "figures" else table(record["table"], parts)
+        match kind:
+            case "scaling":
+                shown = scaling(first, others)
+            case "figures":
+                shown = figures(first, *parts)
+            case _:
+                shown = table(first["table"], parts)
         return f"{mark}\n{shown.strip()}\n\n"
 
     return _SHOWN.sub(replace, document.read_text(encoding="utf-8"))
@@ -80,6 +91,40 @@ def figures(record: Any, place: str, columns: str) -> str:
         *(_line(_UNITS[unit](row[name]) for name, _, unit in names) for row in rows),
     ]
     return "\n".join(lines)
+
+
+def scaling(one: Any, several: Sequence[Any]) -> str:
+    """A table of the parts of several chips, beside what one has of them."""
+    head = ("part", "layers", "chips", "mesh", "ms", "of one chip's", "chip ms", "of one chip's")
+    lines = [_line((*head, "sent MB", "peak GB")), _line(["---:"] * 10)]
+    # A video has two halves.
+    videos = one["case"]["batch"] / 2
+    alone = {_identity(result): result["modelled_ms"] / videos for result in one["results"]}
+    for record in several:
+        videos = record["case"]["batch"] / 2
+        for result in record["results"]:
+            if (key := _identity(result)) not in alone:
+                continue
+            spent = result["modelled_ms"] / videos
+            sent = sum(found["bytes"] for found in result["collectives"].values())
+            cells = (
+                result["part"],
+                f"{result['mode']} {result['dtype']}",
+                str(result["chips"]),
+                result["mesh"],
+                f"{spent:.2f}",
+                f"{spent / alone[key]:.3f}",
+                f"{result['chips'] * spent:.2f}",
+                f"{result['chips'] * spent / alone[key]:.2f}",
+                f"{sent / 1e6:.1f}",
+                f"{result['peak_memory_bytes'] / 1e9:.2f}",
+            )
+            lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _identity(result: Any) -> tuple[str, ...]:
+    return result["part"], result["mode"], result["dtype"]
 
 
 def _line(cells: Any) -> str:

@@ -19,7 +19,6 @@ from divided import DEVICES
 from parity import relative_error
 from test_training import CONFIG, Line
 
-from qvd_jax import meshes
 from qvd_jax.diffusion.sampler import Prepared, SamplerConfig, initial_state, sample_steps
 from qvd_jax.diffusion.solvers import StepTable
 from qvd_jax.errors import InputError
@@ -104,7 +103,7 @@ def several(folder: str, *cases: str) -> dict[str, np.ndarray]:
         "alone": np.asarray(states[0][0].latents),
         "divided": np.asarray(states[1][0].latents),
         "finite": np.asarray(states[1][1]),
-        "kernels": np.array(kernels(meshes.replicated().mesh)),
+        "kernels": np.array(kernels(MeshConfig(data=DEVICES).over(jax.devices()))),
         **trained(Path(folder)),
         **sampled(*cases),
     }

@@ -204,6 +204,24 @@ def test_rows_columns_and_figures_are_chosen(tmp_path):
         refresh(document)
 
 
+def test_what_several_chips_take_stands_beside_what_one_takes(tmp_path):
+    def record(file, batch, **result):
+        known = {"part": "unet", "mode": "float", "dtype": "bfloat16", "peak_memory_bytes": 2e9}
+        told = {"case": {"batch": batch}, "results": [known | result]}
+        (tmp_path / file).write_text(json.dumps(told))
+
+    record("one.json", 2, modelled_ms=80)
+    sent = {"all-to-all": {"count": 2, "bytes": 3e6}, "all-reduce": {"count": 1, "bytes": 5e5}}
+    record("four.json", 4, modelled_ms=50, chips=4, mesh="frame=4", collectives=sent)
+    document = tmp_path / "text.md"
+    document.write_text("<!-- scaling: one.json; four.json -->\n<!-- end -->\n")
+    # Of four halves, two videos': 25 ms each, a hundred of four chips.
+    expected = (
+        "| unet | float bfloat16 | 4 | frame=4 | 25.00 | 0.312 | 100.00 | 1.25 | 3.5 | 2.00 |"
+    )
+    assert refresh(document).splitlines()[-3] == expected
+
+
 @pytest.mark.slow
 def test_getting_started_runs_as_written(tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")

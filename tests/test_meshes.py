@@ -62,7 +62,7 @@ SVD = STABLE_VIDEO_DIFFUSION, 1, 14, 576, 1024
         (
             work(animatediff("v2"), 1, 16, 64, 320),
             "frame=8",
-            "the 5 positions of the lowest resolution do not divide into 8 parts; frame may be 1",
+            "the 20 positions of level 2 do not divide into 8 parts; frame may be 1",
         ),
         (
             work(*ANIMATEDIFF, guided=False),

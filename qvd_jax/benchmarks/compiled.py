@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
     def check(self, case: Case) -> None:
         """Raises `InputError` if the work does not divide so."""
-        work = Work(case.batch, frames=case.frames, positions=case.positions)
+        work = Work(case.batch, case.frames, case.positions)
         work.check(self.mesh, self.chip.count)
         rows = self.mesh.data * self.mesh.guidance
         if case.batch % rows:
@@ -287,7 +287,12 @@ def describe(
     for kernel in modelled["handwritten"]:
         products.update(kernel["products"])
     whole, least = modelled["modelled_ms"], 1e3 * roof.seconds(counts, handed, chip)
+    together: dict[str, Any] = {}
+    if mesh.size > 1:
+        divided = str(MeshConfig(*mesh.shape.values()))
+        together = {"mesh": divided, "chips": mesh.size, "collectives": _collectives(found)}
     return {
+        **together,
         **modelled,
         "roof_ms": least,
         "modelled_by_roof": None if whole is None else whole / least,
@@ -299,9 +304,6 @@ def describe(
         - stats.generated_code_size_in_bytes,
         "chip_memory_bytes": chip.memory,
         "program_bytes": stats.generated_code_size_in_bytes or None,
-        "mesh": str(MeshConfig(*mesh.shape.values())),
-        "chips": mesh.size,
-        "collectives": _collectives(found),
         "products": dict(products),
         "copies": sum(kind(operation) == COPIES for operation in estimated or found),
         "kernels": dict(Counter(one.target for one in found if one.target)),
@@ -334,12 +336,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 def _row(result: dict[str, Any]) -> dict[str, str]:
     whole, program = result["modelled_ms"], result["program_bytes"]
     row = {"part": result["part"], "layers": f"{result['mode']} {result['dtype']}"}
-    if result["chips"] > 1:
+    if "mesh" in result:
         row["mesh"] = result["mesh"]
     if whole is not None:
         spent = result["modelled_ms_by_kind"]
         row["modelled ms"] = f"{whole:.2f}"
-        shown = (name for name in KINDS if name != COLLECTIVES or result["chips"] > 1)
+        shown = (name for name in KINDS if name != COLLECTIVES or "mesh" in result)
         row |= {f"modelled {name}": f"{spent[name]:.2f}" for name in shown}
     row["roof ms"] = f"{result['roof_ms']:.2f}"
     if whole is not None:
@@ -348,7 +350,7 @@ def _row(result: dict[str, Any]) -> dict[str, str]:
     row["peak / chip GB"] = f"{peak:.2f} / {memory:.1f}"
     if program is not None:
         row["program GB"] = f"{program / 1e9:.3f}"
-    if result["chips"] > 1:
+    if "mesh" in result:
         row["sent by each chip"] = ", ".join(
             f"{found['count']} {kind}, {found['bytes'] / 1e6:.1f} MB"
             for kind, found in result["collectives"].items()

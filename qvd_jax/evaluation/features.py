@@ -18,7 +18,7 @@ from qvd_jax.errors import InputError
 from qvd_jax.evaluation.networks import Network
 from qvd_jax.evaluation.videos import VideoSet
 from qvd_jax.files import write_bytes
-from qvd_jax.meshes import DATA, replicated
+from qvd_jax.meshes import DATA, MeshConfig
 from qvd_jax.metrics import i3d
 from qvd_jax.metrics.fvd import Protocol, clips_of, prepare
 
@@ -110,7 +110,7 @@ def _computed(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Features of the videos of these numbers, each as soon as all of its clips have them."""
     devices = jax.local_devices()
-    sharding = NamedSharding(replicated(devices).mesh, PartitionSpec(DATA))
+    sharding = NamedSharding(MeshConfig(data=len(devices)).over(devices), PartitionSpec(DATA))
     params = jax.device_put(network.params, NamedSharding(sharding.mesh, PartitionSpec()))
     size = _CLIPS_PER_DEVICE * len(devices)
     counts: dict[int, int] = {}

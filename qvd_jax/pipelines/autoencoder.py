@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qvd_jax import memory, meshes
 from qvd_jax.axes import Array, Params
 from qvd_jax.memory import tree_bytes
-from qvd_jax.meshes import DATA, FRAME, MeshConfig, Work
+from qvd_jax.meshes import DATA, FRAME, GUIDANCE, MeshConfig, Work
 from qvd_jax.models.vae import AutoencoderKL, to_bytes
 from qvd_jax.programs import program
 
@@ -49,7 +49,9 @@ def decode(vae: AutoencoderKL, params: Params, latents: Array | np.ndarray) -> n
     if len(devices) == 1:
         length = decoded_together(vae, params, latents.shape[1:])
     elif vae.config.temporal_decoder:
-        config = Work(videos, frames=frames, positions=(height * width,)).choose(len(devices))
+        whole = {GUIDANCE: "a decoder has none"}
+        work = Work(videos, frames, (height * width,), whole)
+        config = work.choose(len(devices))
         rows = config.data
         length = decoded_together(vae, params, latents.shape[1:], config.frame)
     else:
@@ -58,6 +60,7 @@ def decode(vae: AutoencoderKL, params: Params, latents: Array | np.ndarray) -> n
         own = math.ceil(len(parts) / config.data)
         rows = config.data * decoded_together(vae, params, (own, *latents.shape[2:]))
     mesh = config.over(devices) if jax.device_count() > 1 else None
+    placed = params if mesh is None else meshes.replicate(params, mesh)
     decoded = []
     for first in range(0, len(parts), rows):
         row = parts[first : first + rows]
@@ -68,7 +71,7 @@ def decode(vae: AutoencoderKL, params: Params, latents: Array | np.ndarray) -> n
             chunk = meshes.padded(row[:, begin : begin + length], rows)
             if mesh is not None:
                 chunk = jax.device_put(chunk, NamedSharding(mesh, PartitionSpec(DATA, FRAME)))
-            pixels = decode_frames(vae, _on(params, mesh), chunk, mesh)
+            pixels = decode_frames(vae, placed, chunk, mesh)
             chunks.append(meshes.to_host(pixels)[: len(row), start - begin :])
         decoded.append(np.concatenate(chunks, axis=1))
     result = np.concatenate(decoded)
@@ -114,7 +117,7 @@ def encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Ar
     mesh = MeshConfig(data=len(devices)).over(devices)
     place = NamedSharding(mesh, PartitionSpec(DATA))
     given = jax.device_put(meshes.padded(images, len(devices)), place)
-    found = meshes.replicate(_encode(vae, _on(params, mesh), given, mesh), mesh)
+    found = meshes.replicate(_encode(vae, meshes.replicate(params, mesh), given, mesh), mesh)
     mean, log_variance = (values[: len(images)] for values in found)
     return mean, log_variance
 
@@ -132,10 +135,6 @@ def encode_each(vae: AutoencoderKL, params: Params, images: Sequence[Array]) -> 
     together = len(meshes.devices_of(params))
     groups = (images[first : first + together] for first in range(0, len(images), together))
     return jnp.concatenate([encode(vae, params, jnp.stack(group))[0] for group in groups])
-
-
-def _on(params: Params, mesh: Mesh | None) -> Params:
-    return params if mesh is None else meshes.replicate(params, mesh)
 
 
 @program(static=("vae", "mesh"))

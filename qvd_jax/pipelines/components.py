@@ -137,7 +137,6 @@ class ComponentConfigs:
             whole[GUIDANCE] = "the negatives see no reference image"
         return Work(
             videos,
-            1 + guided,
             window,
             tuple(h * w for h, w in self.unet.sizes(height, width)),
             whole,

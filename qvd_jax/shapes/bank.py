@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
 from qvd_jax.files import read_arrays, replace_when_whole
-from qvd_jax.meshes import DATA, replicated
+from qvd_jax.meshes import DATA, MeshConfig
 from qvd_jax.models.vae import AutoencoderKL, VAEConfig, to_unit_range
 
 Draw = Callable[[np.ndarray], tuple[np.ndarray, dict[str, np.ndarray]]]
@@ -55,8 +55,9 @@ def _encode_bank(file: Path, config: VAEConfig, params: Params, count: int, draw
         )
         return (mean * config.scaling_factor).astype(jnp.float16)
 
-    over_videos = NamedSharding(replicated().mesh, PartitionSpec(DATA))
-    group = _ENCODE_VIDEOS * jax.local_device_count()
+    mesh = MeshConfig(data=jax.local_device_count()).over(jax.local_devices())
+    over_videos = NamedSharding(mesh, PartitionSpec(DATA))
+    group = _ENCODE_VIDEOS * mesh.size
     parts = []
     for start in tqdm.trange(0, count, group, desc="encoding", unit="batch"):
         # As many each time, so that it compiles once.

@@ -58,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("one of --reference and --generated is required")
     check_folder(args.out, PAGE, overwrite=args.overwrite)
     comparison = _measure_generated(parser, args) if args.generated else _sample(args, argv)
-    for note in comparison.results.get("notes", ()):
-        print(f"note: {note}")
     line = command_line("qvd_jax.evaluate", argv)
     print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
 

@@ -79,28 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     line = command_line("qvd_jax.evaluate", argv)
     if args.generated:
         files.check_folder(args.out, PAGE, overwrite=args.overwrite)
-        write(_measure_generated(parser, args), args, line)
+        comparison = _measure_generated(parser, args)
+        print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
         return
     with joined(args, "run the same again on all hosts, with --resume") as hosts:
         comparison = sample(args, hosts, restoring(argv))
         if hosts.first:
-            write(comparison, args, line)
+            print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
     # Once all hosts are done: they may share the folder.
     if (folder := kept_by(args).folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def write(comparison: Comparison, args: argparse.Namespace, line: str) -> None:
-    """Writes what was found, and prints its table.
-
-    Args:
-      comparison: what was found.
-      args: the command line.
-      line: what runs the command again.
-    """
-    for note in comparison.results.get("notes", ()):
-        print(f"note: {note}")
-    print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
 
 
 def kept_by(args: argparse.Namespace) -> Batches:

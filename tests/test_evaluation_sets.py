@@ -212,6 +212,7 @@ def test_the_interval_of_fvd_covers_the_truth(seeds):
             None,
             "videos are uint8 .*, not float64",
         ),
+        ({"a": noise(0)}, sets.PIXELS, noise(1), "real videos are for the metric fvd, which is"),
         ({"a": noise(0)}, sets.Measures(("fid",)), None, "unknown metrics fid; fvd, psnr"),
     ],
 )
@@ -221,6 +222,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     monkeypatch.delattr(sets, "_measure")
     with pytest.raises(InputError, match=message):
         sets.compare_videos(sources, measures, real=real)
+
+
+def test_metrics_and_networks_come_together():
+    with pytest.raises(ValueError, match="the metric fvd and its network come together"):
+        sets.Measures(("fvd",))
+    with pytest.raises(ValueError, match="the metric fvd and its network come together"):
+        sets.Measures(("psnr",), i3d=I3D)
 
 
 def test_other_protocols_are_named():

@@ -167,7 +167,7 @@ def check_measures(
     beside = {}
     if real is not None:
         real = beside[REAL] = open_videos(real, REAL)
-    elif cases.judge is not None:
+    elif cases.judge is not None and "fvd" in measures.metrics:
         beside[REAL] = planned(REAL, count, shape)
     cases.check(want)
     check(sets, measures, beside)

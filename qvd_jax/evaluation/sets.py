@@ -62,6 +62,11 @@ class Measures:
     clip: CLIP | None = None
     cache: Path | None = None
 
+    def __post_init__(self) -> None:
+        for metric, network in (("fvd", self.i3d), ("lpips", self.lpips), ("clip", self.clip)):
+            if (metric in self.metrics) != (network is not None):
+                raise ValueError(f"the metric {metric} and its network come together")
+
     @classmethod
     def load(
         cls,
@@ -281,6 +286,8 @@ def check(
         if len(set(frames.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in frames.items())
             raise InputError(f"FVD compares clips of one number of frames: {shown}")
+    elif beside:
+        raise InputError(f"{', '.join(beside)} are for the metric fvd, which is not asked for")
     compared = [name for name in measures.metrics if name in PAIRED]
     if compared:
         for videos in others:

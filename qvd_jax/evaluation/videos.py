@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 
 from qvd_jax.data import folders
 from qvd_jax.errors import InputError
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,6 @@ class VideoSet:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        return map(self.read, range(len(self)))
 
     @property
     def size(self) -> str:
@@ -75,7 +75,7 @@ def planned(name: str, count: int, shape: tuple[int, int, int]) -> VideoSet:
 
 
 def open_videos(source: Source, name: str) -> VideoSet:
-    """Looks at all videos of a source, and reads none.
+    """Looks at all videos of a source; what is unequal among them is named in the log.
 
     Args:
       source: arrays or paths.
@@ -91,6 +91,9 @@ def open_videos(source: Source, name: str) -> VideoSet:
     paths = [Path(source)] if isinstance(source, str | Path) else [Path(path) for path in source]
     found = folders.find_videos(paths)
     probes = found.probes
+    notes = tuple(f"{name}: {note}" for note in found.notes)
+    for note in notes:
+        _logger.warning("%s", note)
     names = tuple(_name_within(probe.path, paths) for probe in probes)
     return VideoSet(
         name,
@@ -98,7 +101,7 @@ def open_videos(source: Source, name: str) -> VideoSet:
         tuple((probe.frames, probe.height, probe.width) for probe in probes),
         read=lambda number: folders.read(probes[number]),
         digest=functools.cache(lambda number: _digest_of_files(probes[number].path)),
-        notes=tuple(f"{name}: {note}" for note in found.notes),
+        notes=notes,
     )
 
 

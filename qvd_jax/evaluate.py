@@ -263,9 +263,7 @@ def read_cases(args: argparse.Namespace, want: VideoDefaults) -> Cases:
         if asked:
             raise InputError("--scenes arrows shows its own images; leave --image and prompts out")
         if not isinstance(want, ImageToVideoDefaults):
-            raise InputError(
-                f"--scenes arrows shows images; {path} makes no videos from these alone"
-            )
+            raise InputError(f"--scenes arrows shows images; {path} makes no videos from them")
         return arrows.held_out_cases(args.videos, args.seed, want)
     if asked or not asks_for_shapes(read_configs(path).defaults.prompts):
         given = read_inputs(args, path)

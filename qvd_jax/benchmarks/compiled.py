@@ -299,9 +299,7 @@ def describe(
         "operations": dict(counts),
         "handed_bytes": handed,
         "peak_memory_bytes": stats.peak_memory_in_bytes,
-        "activations_bytes": stats.peak_memory_in_bytes
-        - tree_bytes(arguments[0])
-        - stats.generated_code_size_in_bytes,
+        "activations_bytes": stats.peak_memory_in_bytes - tree_bytes(arguments[0]),
         "chip_memory_bytes": chip.memory,
         "program_bytes": stats.generated_code_size_in_bytes or None,
         "products": dict(products),

@@ -24,6 +24,16 @@ from convert.__main__ import main as convert
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles without LLVM's optimizations, which take longer than the small programs here run.
+
+    XLA's own, which choose and fuse operations, stay. Slow tests compute for long and have both.
+    """
+    if config.option.markexpr == "not slow":
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}".rstrip()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The tests sample few shapes many times, from several processes."""

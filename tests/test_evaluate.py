@@ -148,8 +148,9 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_kept(tmp_path):
     kept = Batches(tmp_path)
     first = {"a": Fake(1), "b": Fake(1.1)}
     pairs.sample(first, cases, want, (0, 1), kept=kept)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0000{i}.npz" for i in range(4)]
-    (tmp_path / "00002.npz").unlink()
+    folder = tmp_path / "cases"
+    assert sorted(path.name for path in folder.iterdir()) == [f"0000{i}.npz" for i in range(4)]
+    (folder / "00002.npz").unlink()
     again = {"a": Fake(1), "b": Fake(1.1)}
     found = pairs.sample(again, cases, want, (0, 1), kept=kept)
     assert [pipe.calls for pipe in (*first.values(), *again.values())] == [4, 4, 1, 1]

@@ -30,8 +30,8 @@ STEPS = 3
 EIGHT = replace(CONFIG, batch_size=8)
 TOLERANCE = 1e-5
 FLIPPED = 1e-2
-"""Of int8 products of divided halves or frames: what is a rounding apart before a quantizer may be a
-code apart behind it. Less than half of the latents are further apart than `TOLERANCE`."""
+"""Of int8 products of divided halves or frames: what is a rounding apart before a quantizer may be
+a code apart behind it. Less than half of the latents are further apart than `TOLERANCE`."""
 
 # All axes at once, windows, joint norms, videos that do not divide, noise at each step; frames of
 # networks with temporal convolutions and norms over them; step-aware scales.

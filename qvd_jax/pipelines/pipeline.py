@@ -262,7 +262,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
           InputError: the one that is asked for does not fit.
         """
         devices = meshes.devices_of(self.params)
-        if asked is not None and len(devices) == 1:
+        if asked is not None and len(devices) < asked.size:
             devices = jax.local_devices()
         config = self.work(videos, want).resolve(asked, len(devices))
         # Kernels are for `jax.shard_map`, on one of several devices too.

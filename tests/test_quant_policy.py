@@ -147,6 +147,7 @@ def test_a_rule_that_decides_about_nothing_is_an_error(rules, message):
         ({"method": "scri", "activation_bits": 12}, "activation_bits = 12: 2 to 8, or 16"),
         ({"method": "htdq", "activation_bits": 16}, "minmax is needed"),
         ({"methods": "scri"}, "unknown key 'methods'; did you mean 'method'"),
+        ({"method": "scri", "rounding": "adaround"}, "unknown value 'adaround'"),
     ],
 )
 def test_bad_rules_name_their_place(data, message):

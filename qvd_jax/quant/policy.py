@@ -10,6 +10,7 @@ from qvd_jax.config import did_you_mean
 from qvd_jax.errors import InputError
 
 Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "htdq"]
+Rounding = Literal["nearest", "gptq"]
 WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w8a16": (8, 16)}
 
 # A few hundredths of a percent of the operations, at the model's border to the outside.
@@ -66,6 +67,8 @@ class LayerSpec:
       step_aware: whether the input's quantizer has a step D of its own for each sampler step.
       weight_clipping: whether weights are clipped, each output's where its error is least; None
         clips those of 4 bits and fewer, where it is worth something.
+      rounding: of weights: to the nearest code, or so that errors make up for each other on the
+        inputs that calibration saw (`rounding.round_weights`).
     """
 
     method: Method
@@ -73,11 +76,16 @@ class LayerSpec:
     activation_bits: int = 8
     step_aware: bool = False
     weight_clipping: bool | None = None
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise ValueError(
                 f"method = {self.method!r}: {', '.join(get_args(Method))} are possible"
+            )
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(
+                f"rounding = {self.rounding!r}: {', '.join(get_args(Rounding))} are possible"
             )
         if self.activation_bits == 16 and self.method != "minmax":
             raise ValueError(
@@ -266,6 +274,7 @@ def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
         if spec:
             how = f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}"
             how += ", weights clipped" if spec.clips_weights else ""
+            how += f", {spec.rounding}" if spec.rounding != "nearest" else ""
         if own:
             lines.append(
                 f"{rule.pattern:32} {len(own):6} {sum(x.parameters for x in own):12,} "

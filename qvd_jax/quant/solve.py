@@ -18,7 +18,7 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
-from qvd_jax.quant import baselines, clipping, htdq, scri
+from qvd_jax.quant import baselines, clipping, htdq, rounding, scri
 from qvd_jax.quant.codec import (
     SCALE_DTYPE,
     channel_codes,
@@ -349,19 +349,21 @@ def find_quantizer(
 def _quantize_weights(
     rows: Array, weights: Array, exact: Array, spec: LayerSpec, input_step: Array | float = 1.0
 ) -> tuple[Array, Array]:
-    """`quantize_weights`, clipped as `clipping.search_weight_clip` finds if the spec says so."""
+    """Clipped as `clipping.search_weight_clip` finds, and rounded, where the spec says so."""
+    # A float input's layer has no bias that takes the error's mean.
+    mean_counts = spec.activation_bits == 16
     clip: Array | float = 1.0
     if spec.clips_weights:
-        # A float input's layer has no bias that takes the error's mean.
         clip = clipping.search_weight_clip(
-            rows,
-            weights,
-            exact,
-            spec.weight_bits,
-            input_step,
-            mean_counts=spec.activation_bits == 16,
+            rows, weights, exact, spec.weight_bits, input_step, mean_counts=mean_counts
         )
-    return quantize_weights(weights, spec.weight_bits, input_step, clip)
+    codes, scale = quantize_weights(weights, spec.weight_bits, input_step, clip)
+    if spec.rounding == "gptq":
+        steps = scale.astype(jnp.float32) / input_step
+        codes = rounding.round_weights(
+            weights, steps, rows, spec.weight_bits, mean_counts=mean_counts
+        )
+    return codes, scale
 
 
 def _mean_product(rows: Array, weights: Array) -> Array:

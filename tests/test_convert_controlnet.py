@@ -197,8 +197,8 @@ def walk(tmp_path) -> Path:
 def test_the_command_follows_a_video_at_its_rate(converted, walk, tmp_path, monkeypatch, capsys):
     given = {}
 
-    def without_sampling(_pipe, _inputs, options, *_):
-        given.update(options)
+    def without_sampling(_pipe, request, *_):
+        given.update(request.options)
         return np.zeros((1, 3, *SIZE.values(), 3), np.uint8), {}
 
     monkeypatch.setattr(sample, "sample", without_sampling)

@@ -228,11 +228,15 @@ def pixels(seed: int, *shape: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("frames", "windows", "guidance"),
     [
-        (4, [[0, 1, 2, 3]], 3.0),
-        (3, [[0, 1, 2, 3]], 1.0),
-        (6, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 0, 1]], 3.0),
+        pytest.param(4, [[0, 1, 2, 3]], 3.0, id="one window", marks=pytest.mark.slow),
+        pytest.param(3, [[0, 1, 2, 3]], 1.0, id="no guidance and a frame more"),
+        pytest.param(
+            6,
+            [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 0, 1]],
+            3.0,
+            id="a loop of windows and two frames more",
+        ),
     ],
-    ids=["one window", "no guidance and a frame more", "a loop of windows and two frames more"],
 )
 def test_latents_equal_the_oracle(models, converted, frames, windows, guidance):
     """One image, same noise, 4 steps; the last pose is held until the windows are whole."""

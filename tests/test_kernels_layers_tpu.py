@@ -226,8 +226,10 @@ def quantized(module, size=(16, 16)):
         name = path[-1].key
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jnp.asarray(RNG.integers(-127, 128, leaf.shape), leaf.dtype)
-        about = {"in_scale": 30, "scale": 1e-4 if leaf.dtype == jnp.bfloat16 else 1}.get(name, 0)
-        return jnp.asarray(about + max(about, 1) * 0.1 * normal(*leaf.shape), leaf.dtype)
+        # Products about as large as the input, or attention hangs on a rounding between two keys.
+        about = {"in_scale": 30, "scale": 1e-5 if leaf.dtype == jnp.bfloat16 else 1}.get(name)
+        drawn = 0.1 * normal(*leaf.shape)
+        return jnp.asarray(drawn if about is None else about * (1 + drawn), leaf.dtype)
 
     def summed(layer):
         if not isinstance(layer, dict):

@@ -85,9 +85,9 @@ def test_the_tokenizer_may_be_shorter_than_the_encoder(tiny, pipe):
 
 def test_the_command_names_cut_words_once(tiny_checkpoint, tmp_path, monkeypatch, capsys):
 
-    def without_sampling(pipe, inputs, options, *_):
-        pipe.encode_text(inputs)
-        return np.zeros((1, len(inputs), 2, 8, 12, 3), np.uint8)[0], {}
+    def without_sampling(pipe, request, batch, *_):
+        pipe.encode_text(request.inputs.take(batch).values)
+        return np.zeros((len(batch), 2, 8, 12, 3), np.uint8), {}
 
     monkeypatch.setattr(sample, "sample", without_sampling)
     (tmp_path / "prompts.txt").write_text(f"short\n{LONG}\n")
@@ -180,21 +180,25 @@ def save_embeds(folder: Path) -> None:
 
 def test_the_command_takes_files_of_embeddings(tiny_checkpoint, tmp_path, monkeypatch):
     save_embeds(tmp_path)
-    given = {}
+    given = []
 
-    def without_sampling(_pipe, inputs, options, *_):
-        assert not inputs
-        given.update(options)
-        return np.zeros((2, 2, 8, 12, 3), np.uint8), {}
+    def without_sampling(_pipe, request, batch, *_):
+        inputs = request.inputs.take(batch)
+        assert not inputs.values
+        given.append(inputs.options)
+        return np.zeros((1, 2, 8, 12, 3), np.uint8), {}
 
     monkeypatch.setattr(sample, "sample", without_sampling)
     arguments = ["--prompt-embeds", str(tmp_path / "two.npy"), "--out", str(tmp_path / "out")]
     arguments += ["--negative-prompt-embeds", str(tmp_path / "one.safetensors")]
     assert sample.main(["--checkpoint", str(tiny_checkpoint), *SMALL, *arguments]) == 0
-    np.testing.assert_array_equal(given["prompt_embeds"], embeds(2, 16))
-    np.testing.assert_array_equal(given["negative_prompt_embeds"], embeds(16)[None])
+    # On one device one video after the other is sampled and written.
+    found = np.concatenate([options["prompt_embeds"] for options in given])
+    np.testing.assert_array_equal(found, embeds(2, 16))
+    for options in given:
+        np.testing.assert_array_equal(options["negative_prompt_embeds"], embeds(16)[None])
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["000-two-0.mp4", "001-two-1.mp4"]
+    assert written == [f"00{i}-two-{i}.{kind}" for i in range(2) for kind in ("json", "mp4")]
 
 
 @pytest.mark.parametrize(

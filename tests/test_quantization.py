@@ -225,22 +225,25 @@ def test_rescaled_channels_of_the_shapes_model_change_no_output():
 
 def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
     config = replace(CONFIG, step_aware=True)
-    aware, _ = quantize(pipe, "minmax-w8a8", PROMPTS[:1], config, SIZE)
+    # Of a few layers: what belongs to one belongs to all.
+    policy = Policy("own", (Rule("*/ff/*", LayerSpec("minmax")),))
+    aware, _ = quantize(pipe, policy, PROMPTS, config, SIZE)
+    assert jax.tree.leaves(aware.params["unet_gains"])
     for gain in jax.tree.leaves(aware.params["unet_gains"]):
         assert gain.shape == (2,)
         assert float(gain.min()) > 0
         # The step with the widest range needs the layer's own D.
         assert float(gain.max()) == pytest.approx(1, rel=0.02)
-    exact, found = (p(PROMPTS[:1], **SAMPLE) for p in (pipe, aware))
+    exact, found = (p(PROMPTS, **SAMPLE) for p in (pipe, aware))
     assert np.square(found - exact).sum() < 0.02 * np.square(exact).sum()
     save(aware, tmp_path / "aware")
     restored = qvd_jax.load(tmp_path / "aware")
-    np.testing.assert_array_equal(restored(PROMPTS[:1], **SAMPLE), found)
+    np.testing.assert_array_equal(restored(PROMPTS, **SAMPLE), found)
     with pytest.raises(InputError, match=r"3 steps of ddim: .* one for each of 2 other steps"):
-        restored(PROMPTS[:1], **{**SAMPLE, "steps": 3})
+        restored(PROMPTS, **{**SAMPLE, "steps": 3})
     scheduler = replace(restored.scheduler, timestep_spacing="trailing")
     with pytest.raises(InputError, match=r"2 steps of ddim: .* one for each of 2 other steps"):
-        replace(restored, scheduler=scheduler)(PROMPTS[:1], **SAMPLE)
+        replace(restored, scheduler=scheduler)(PROMPTS, **SAMPLE)
 
 
 def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):

@@ -229,7 +229,9 @@ def pixels(seed: int, *shape: int) -> np.ndarray:
     ("frames", "windows", "guidance"),
     [
         pytest.param(4, [[0, 1, 2, 3]], 3.0, id="one window", marks=pytest.mark.slow),
-        pytest.param(3, [[0, 1, 2, 3]], 1.0, id="no guidance and a frame more"),
+        pytest.param(
+            3, [[0, 1, 2, 3]], 1.0, id="no guidance and a frame more", marks=pytest.mark.slow
+        ),
         pytest.param(
             6,
             [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 0, 1]],

@@ -203,7 +203,7 @@ def test_under_vmap(case, plain):
     assert_close(found[:, 0], plain)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("float", marks=pytest.mark.slow), "int8"])
 def test_under_checkpoint(kind):
     network, variables = make(kind, Down)
     latents, *others = make_inputs(2)

@@ -87,7 +87,7 @@ def calibrate(
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
     want = check_videos([args.checkpoint], args, args.checkpoint, **asked_scheduler(args))
     inputs, control = read_inputs(args, source), read_control(args, source)
-    mesh = asked_mesh(args, [args.checkpoint], want, len(hosts.share(inputs.names)))
+    mesh = asked_mesh(args, [args.checkpoint], want)
     compare(hosts, args, [args.checkpoint], inputs, control)
     with restoring:
         pipe = load(source).with_scheduler(**asked_scheduler(args))

@@ -50,13 +50,13 @@ from qvd_jax.evaluation import Cases, Comparison, compare, write_comparison
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.generated import compare_generated
 from qvd_jax.evaluation.page import PAGE, file_name
-from qvd_jax.evaluation.pairs import BATCH, check_measures
+from qvd_jax.evaluation.pairs import check_measures
 from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.hosts import Hosts
 from qvd_jax.meshes import replicated
 from qvd_jax.metrics.fvd import PROTOCOLS
-from qvd_jax.outputs import differences
+from qvd_jax.outputs import check_same_run, read_record
 from qvd_jax.pipelines.image_to_video import ImageToVideoDefaults
 from qvd_jax.pipelines.loading import load, load_layer_reports, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -113,6 +113,7 @@ def sample(
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     want = check_videos(names, args, args.reference, **asked)
+    mesh = asked_mesh(args, names, want)
     cases = read_cases(args, want)
     measures = _measures(args)
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
@@ -127,7 +128,6 @@ def sample(
         go_on(kept.folder, args, names, want, inputs, cases)
     compare_hosts(hosts, args, names, inputs, cases.options)
 
-    mesh = asked_mesh(args, names, want, min(BATCH, len(cases.inputs)))
     with restoring:
         models = {name: load(name, sharding=replicated()) for name in names}
     models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
@@ -189,15 +189,8 @@ def go_on(
     file = folder / "run.json"
     text = json.dumps(record, indent=1) + "\n"
     if file.is_file():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file} is no record of a run: {error}") from error
-        if changed := differences(found, json.loads(text)):
-            raise InputError(
-                f"{folder}: this run is not the one that --resume is to go on with: "
-                f"{'; '.join(changed)}; remove the folder, or name another --out"
-            )
+        found = read_record(file, "run")
+        check_same_run(folder, found, json.loads(text), "remove the folder, or name another --out")
         return
     folder.mkdir(exist_ok=True)
     files.write_text(file, text)

@@ -113,39 +113,52 @@ def find_finished(folder: Path, planned: Mapping[Path, Record]) -> frozenset[Pat
     records = {Record.place(video): (video, record) for video, record in planned.items()}
     finished = []
     for file in sorted(folder.glob("*.json")):
-        found = _read_record(file)
+        found = from_dict(Record, read_record(file, "video"), str(file))
         if file not in records:
             raise InputError(
                 f"{folder} is of another run: it has {file.name}, of {found.input!r}, which this "
                 f"one does not make; name another folder"
             )
         video, record = records[file]
-        if changed := differences(asdict(found), json.loads(json.dumps(asdict(record)))):
-            raise InputError(
-                f"{file}: this run is not the one that --resume is to go on with: "
-                f"{'; '.join(changed)}; name another folder, or the same settings"
-            )
+        planned_now = json.loads(json.dumps(asdict(record)))
+        remedy = "name another folder, or the same settings"
+        check_same_run(file, asdict(found), planned_now, remedy)
         if video.exists():
             finished.append(video)
     files.remove_partial(folder)
     return frozenset(finished)
 
 
-def _read_record(file: Path) -> Record:
+def read_record(file: Path, what: str) -> Any:
+    """What a run has written of what it makes, as JSON.
+
+    Raises:
+      InputError: the file is no record of `what`.
+    """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{file} is no record of a video: {error}") from error
-    return from_dict(Record, data, str(file))
+        raise InputError(f"{file} is no record of a {what}: {error}") from error
 
 
-def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def check_same_run(
+    where: Path, was: Mapping[str, Any], now: Mapping[str, Any], remedy: str
+) -> None:
+    """Raises `InputError`, which names what differs and a remedy, if two records do."""
+    if changed := _differences(was, now):
+        raise InputError(
+            f"{where}: this run is not the one that --resume is to go on with: "
+            f"{'; '.join(changed)}; {remedy}"
+        )
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the records of two runs, in words."""
     changes: list[str] = []
     for name in dict.fromkeys([*was, *now]):
         before, after = was.get(name), now.get(name)
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            changes += differences(before, after)
+            changes += _differences(before, after)
         elif before != after:
             changes.append(f"{name} was {json.dumps(before)}, is {json.dumps(after)}")
     return changes

@@ -122,7 +122,7 @@ def read_request(args: argparse.Namespace) -> Request:
     place = checkpoint.find(args.checkpoint)
     inputs, control = read_inputs(args, place), read_control(args, place)
     guidance = passed(args, "guidance_scale")
-    mesh = asked_mesh(args, names, replace(want, **guidance), len(inputs.names))
+    mesh = asked_mesh(args, names, replace(want, **guidance))
     outputs = plan_outputs(args.out, inputs.names, contact_sheet=args.contact_sheet)
     followed = None if args.fps else control_fps(args)
     if followed:

@@ -27,7 +27,7 @@ from qvd_jax.pipelines.image_to_video import (
 from qvd_jax.pipelines.loading import load, save
 from qvd_jax.shapes.bank import Draw, load_bank
 from qvd_jax.shapes.vae_task import load_vae
-from qvd_jax.training.initial import merge, silence_outputs
+from qvd_jax.training.initial import initial_params
 
 _SHEET_VIDEOS = 5
 
@@ -120,14 +120,9 @@ class ImageToVideo:
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; those of `config.start` where it has them."""
+        modules = {name: self._modules[name] for name in ("unet", "image_encoder")}
         inputs = self._components.example_inputs()
-        keys = dict(zip(("unet", "image_encoder"), jax.random.split(key), strict=True))
-        params = {
-            name: self._modules[name].init(keys[name], *inputs[name])["params"] for name in keys
-        }
-        params["unet"] = silence_outputs(params["unet"])
-        trained = {name: self._start[name] for name in self._start if name in params}
-        return merge(params, trained, f"{self.config.start}")
+        return initial_params(key, modules, inputs, self._start, f"{self.config.start}")
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Random videos of the bank.

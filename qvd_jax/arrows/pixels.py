@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qvd_jax.arrows.scenes import GROUNDS, HEADINGS, SHAPES, TEXTURES, Split, draw_scenes
-from qvd_jax.shapes.scenes import COLORS
+from qvd_jax.arrows.scenes import GROUNDS, HEADINGS, SHAPES, TEXTURES, draw_scenes
+from qvd_jax.shapes.scenes import COLORS, Split
 
 FRAMES = 16
 SIZE = 64

@@ -1,12 +1,10 @@
 """Scenes of two pointing shapes on a textured ground, and the split that models are judged by."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from qvd_jax.shapes.scenes import COLORS
-
-Split = Literal["train", "held_out"]
+from qvd_jax.shapes.scenes import COLORS, Split, combinations_of
 
 SHAPES = ("triangle", "arrow", "drop", "chevron", "dome")
 HEADINGS = ("right", "down right", "down", "down left", "left", "up left", "up", "up right")
@@ -27,8 +25,6 @@ ATTRIBUTES = {"texture": TEXTURES, "ground": tuple(GROUNDS)} | {
 }
 """What a scene chooses, in its order."""
 
-_HELD_OUT_FRACTION = 0.1
-
 
 class Object(NamedTuple):
     """One shape; None where something of it cannot be told.
@@ -45,16 +41,8 @@ class Object(NamedTuple):
 
 
 def objects_of(split: Split) -> np.ndarray:
-    """All objects of a split, as indices `[N, 3]` into `OBJECT`.
-
-    One combination in ten, spread at random, is held out: a model never trained on it, but on
-    each of its parts.
-    """
-    sizes = [len(values) for values in OBJECT.values()]
-    every = np.indices(sizes).reshape(len(sizes), -1).T
-    order = np.random.default_rng(0).permutation(len(every))
-    count = round(_HELD_OUT_FRACTION * len(every))
-    return every[order[:count] if split == "held_out" else order[count:]]
+    """All objects of a split, as indices `[N, 3]` into `OBJECT`."""
+    return combinations_of(OBJECT, split)
 
 
 def draw_scenes(rng: np.random.Generator, count: int, split: Split) -> np.ndarray:

@@ -23,15 +23,14 @@ def add_mesh_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def asked_mesh(
-    args: argparse.Namespace, names: Sequence[str], want: VideoDefaults, videos: int
+    args: argparse.Namespace, names: Sequence[str], want: VideoDefaults
 ) -> MeshConfig | None:
     """The mesh the command line asks for, checked before any array is loaded.
 
     Args:
       args: of `add_mesh_argument`.
       names: of the checkpoints.
-      want: what the videos are like.
-      videos: that are sampled at once.
+      want: what the videos are like, of which any number fits.
 
     Raises:
       InputError: it cannot be read, or does not fit the devices or the videos of a checkpoint.
@@ -42,5 +41,5 @@ def asked_mesh(
     accelerators.check_used()
     for name in names:
         with naming(name):
-            read_configs(name).work(videos, want).check(config, jax.local_device_count())
+            read_configs(name).work(1, want).check(config, jax.local_device_count())
     return config

@@ -1,8 +1,11 @@
 """Scenes of one moving shape: five choices each, and the split that models are judged by."""
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+Split = Literal["train", "held_out"]
 
 SIZES = ("small", "large")
 COLORS = {
@@ -64,13 +67,18 @@ class Description(NamedTuple):
     background: str | None
 
 
-def scenes_of(split: Literal["train", "held_out"]) -> np.ndarray:
-    """All scenes of a split, as indices `[N, 5]` into `ATTRIBUTES`.
+def scenes_of(split: Split) -> np.ndarray:
+    """All scenes of a split, as indices `[N, 5]` into `ATTRIBUTES`."""
+    return combinations_of(ATTRIBUTES, split)
+
+
+def combinations_of(choices: Mapping[str, Sequence[str]], split: Split) -> np.ndarray:
+    """All combinations of some choices in a split, as indices `[N, len(choices)]`.
 
     One combination in ten, spread at random, is held out: a model never trained on it, but on
     each of its parts.
     """
-    sizes = [len(values) for values in ATTRIBUTES.values()]
+    sizes = [len(values) for values in choices.values()]
     every = np.indices(sizes).reshape(len(sizes), -1).T
     order = np.random.default_rng(0).permutation(len(every))
     count = round(_HELD_OUT_FRACTION * len(every))

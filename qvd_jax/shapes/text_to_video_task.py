@@ -25,7 +25,7 @@ from qvd_jax.shapes.prompts import prompt_of
 from qvd_jax.shapes.scenes import ATTRIBUTES, scenes_of
 from qvd_jax.shapes.tokenizer import make_tokenizer
 from qvd_jax.shapes.vae_task import load_vae
-from qvd_jax.training.initial import merge, silence_outputs
+from qvd_jax.training.initial import initial_params
 
 _SHEET_VIDEOS = 8
 
@@ -130,14 +130,9 @@ class TextToVideo:
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; those of `config.start` where it has them."""
+        modules = {name: self._modules[name] for name in ("unet", "text_encoder")}
         inputs = self._components.example_inputs()
-        keys = dict(zip(("unet", "text_encoder"), jax.random.split(key), strict=True))
-        params = {
-            name: self._modules[name].init(keys[name], *inputs[name])["params"] for name in keys
-        }
-        params["unet"] = silence_outputs(params["unet"])
-        trained = {name: self._start[name] for name in self._start if name in params}
-        return merge(params, trained, f"{self.config.start}")
+        return initial_params(key, modules, inputs, self._start, f"{self.config.start}")
 
     def batch(self, rng: np.random.Generator, size: int) -> dict[str, np.ndarray]:
         """Latents `[B, F, h, w, C]` of random videos of the bank, and token ids `[B, L]`.

@@ -40,7 +40,7 @@ def dequantized(
         if path not in records:
             return value(f"{path}/kernel"), value(f"{path}/bias")
         stored = {name: jnp.asarray(value(f"{path}/{name}")) for name in records[path].params()}
-        return QuantizedParams(**stored).dequantized()
+        return QuantizedParams(**stored).dequantized(quantization.specs[path].rotation)
 
     def through_attention(path: str) -> np.ndarray | float:
         attention, _, last = path.rpartition("/")

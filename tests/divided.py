@@ -109,7 +109,7 @@ def pipeline(family: str, kind: str) -> VideoPipeline:
         specs = {
             path: LayerSpec("htdq" if "time_emb" in path else "scri")
             if "time" in path or "to_kv" in path
-            else LayerSpec("scri", step_aware=aware)
+            else LayerSpec("scri", ranges="step" if aware else "static")
             for path in sorted(paths)
         }
         steps = schedule_for(scheduler, STEPS, None).table.timestep

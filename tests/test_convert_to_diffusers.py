@@ -293,7 +293,7 @@ def random_record(spec: LayerSpec, channels: int, features: int, *taps: int) -> 
 
 SPECS = {
     "scri": LayerSpec("scri"),
-    "steps": LayerSpec("scri", step_aware=True),
+    "steps": LayerSpec("scri", ranges="step"),
     "htdq": LayerSpec("htdq"),
     "int4": LayerSpec("minmax", weight_bits=4),
     "float input": LayerSpec("minmax", activation_bits=16),

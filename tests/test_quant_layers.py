@@ -103,7 +103,7 @@ METHODS = ["minmax", "mse", "smoothquant", "qdiffusion", "scri"]
         (None, LayerSpec("scri", 4)),
         (None, LayerSpec("htdq")),
         (None, LayerSpec("minmax", 8, 16)),
-        ("3x3", LayerSpec("minmax", step_aware=True)),
+        ("3x3", LayerSpec("minmax", ranges="step")),
         ("1x1", LayerSpec("mse")),
         ("temporal", LayerSpec("minmax", 4, 16)),
     ],
@@ -120,7 +120,7 @@ def test_what_calibration_writes_layers_read_and_loading_expects_are_one_record(
 
     assert described(read["params"]) == described(solved) == described(expected)
     assert described(read.get("quant", {})) == described(gains)
-    assert bool(gains) is spec.step_aware
+    assert bool(gains) is (spec.ranges == "step")
 
 
 def test_specs_of_a_layer_that_is_not_there_are_refused():

@@ -112,7 +112,7 @@ def test_a_layer_gains_on_rows_it_has_not_seen(method, bits, least):
         record, _ = solve_layer("layer", {"kernel": weights}, statistics, spec, quantizer)
         values = jnp.asarray(other)
         if quantizer is not None:
-            values = jnp.round(record.steps(values, bits[1]))
+            values = jnp.round(record.steps(values, spec))
         kernel, scale, bias = (np.float64(part) for part in record[:3])
         found = np.float64(values) @ kernel.T * scale + bias
         errors.append(np.square(found - other @ np.float64(weights)).mean())

@@ -260,7 +260,7 @@ def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):
     [
         ("*/conv1", LayerSpec("htdq"), "conv1: htdq is for layers that read the time embedding"),
         ("*/to_qkv", LayerSpec("htdq"), "to_qkv: htdq is for layers that read the time embedding"),
-        ("time_embedding/*", LayerSpec("scri", step_aware=True), "linear_1: it runs once before"),
+        ("time_embedding/*", LayerSpec("scri", ranges="step"), "linear_1: it runs once before"),
     ],
 )
 def test_methods_are_refused_where_they_have_no_meaning(pipe, pattern, spec, message):

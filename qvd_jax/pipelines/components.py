@@ -58,7 +58,7 @@ class ComponentConfigs:
     def items(self, quantization: Quantization | None = None) -> tuple[str, ...]:
         """The names of a checkpoint's trees of arrays."""
         specs = quantization.specs.values() if quantization else ()
-        return (*self.networks, *([GAINS] if any(spec.step_aware for spec in specs) else []))
+        return (*self.networks, *([GAINS] if any(spec.ranges == "step" for spec in specs) else []))
 
     def modules(
         self, dtype: DTypeLike, quantization: Quantization | None = None

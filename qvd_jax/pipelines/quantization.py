@@ -112,7 +112,7 @@ def make_plan(
     outside = _check_specs(pipe, specs)
     if config.step_aware:
         specs = {
-            path: replace(spec, step_aware=path not in outside and spec.activation_bits < 16)
+            path: _by_step(path, spec) if path not in outside else spec
             for path, spec in specs.items()
         }
     return Plan(policy.name, {layer.path: layer for layer in layers}, specs)
@@ -153,8 +153,8 @@ def solve_plan(
     solved = solve_layers(plan.layers, specs, observed.joined, pipe.params["unet"], splits)
     progress("layers", 0, len(specs))
     for path, record, report in solved:
-        if specs[path].step_aware:
-            gain = step_gains(*observed.by_step[path], record, specs[path].activation_bits)
+        if specs[path].ranges == "step":
+            gain = step_gains(*observed.by_step[path], record, specs[path])
             record = record._replace(gain=gain)
         records[path] = record
         reports.append(report)
@@ -187,9 +187,23 @@ def _check_specs(pipe: VideoPipeline, specs: Mapping[str, LayerSpec]) -> set[str
     for path, spec in specs.items():
         if spec.method == "htdq" and path not in temporal:
             raise InputError(f"{path}: htdq is for layers that read the time embedding alone")
-        if spec.step_aware and path in outside:
+        if spec.ranges == "step" and path in outside:
             raise InputError(f"{path}: it runs once before the sampler's steps, not step by step")
     return outside
+
+
+def _by_step(path: str, spec: LayerSpec) -> LayerSpec:
+    """A spec with a range for each step, where its input has one.
+
+    Raises:
+      InputError: it has one for each token.
+    """
+    if spec.ranges == "token":
+        raise InputError(
+            f"{path}: its policy has ranges of tokens, found while sampling; a range for each step "
+            f"(step_aware) has no meaning beside them"
+        )
+    return spec if spec.activation_bits == 16 else replace(spec, ranges="step")
 
 
 def _outside_loop(pipe: VideoPipeline) -> tuple[set[str], set[str]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qvd_jax.axes import Array
-from qvd_jax.quant.codec import scale_for
+from qvd_jax.quant.codec import channel_values, scale_for
 from qvd_jax.quant.scri import CLIP_CANDIDATES, ActivationQuantizer
 
 SMOOTHQUANT_ALPHA = 0.5
@@ -44,6 +44,25 @@ def mse(lower: Array, upper: Array, inputs: Array, bits: int) -> ActivationQuant
 def _error(lower: Array, upper: Array, inputs: Array, clip: Array, bits: int) -> Array:
     quantizer = minmax(lower, upper, bits, clip)
     return jnp.square(quantizer.dequantized(inputs, bits) - inputs).mean()
+
+
+def rotated_clip(quantizer: ActivationQuantizer, inputs: Array, bits: int, rotation: int) -> float:
+    """The share of rotated values' reach at which their squared error is least.
+
+    Args:
+      quantizer: of the input before it is rotated.
+      inputs: sampled rows `[R, P, C]`.
+      bits: of a code.
+      rotation: channels of a group that are mixed.
+    """
+
+    def error(clip: float) -> float:
+        suited = quantizer.suited(inputs, clip, bits, rotation, token=False)
+        exact = channel_values(inputs, suited.in_scale, suited.in_offset, rotation)
+        found = suited.multiplied(inputs, bits, rotation)
+        return float(jnp.square((found - exact) * suited.step).mean())
+
+    return min(CLIP_CANDIDATES, key=error)
 
 
 def smoothquant(lower: Array, upper: Array, weights: Array, bits: int) -> ActivationQuantizer:

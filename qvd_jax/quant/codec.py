@@ -5,6 +5,8 @@ two functions, one that brings it to steps of its quantizer and clips, through w
 pass, and one that rounds. `record.QuantizedParams` says what codes stand for.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ from qvd_jax.axes import Array
 
 # Of the scales in a checkpoint. They are rounded to it before the codes are made: nothing is lost.
 SCALE_DTYPE = jnp.bfloat16
+
+# Of the factors of a low-rank branch.
+LOW_RANK_DTYPE = jnp.bfloat16
 
 # Features of few steps are searched in float64, layers compute in float32.
 AnyArray = TypeVar("AnyArray", Array, np.ndarray)
@@ -56,21 +61,52 @@ def quantize_weights(
     return jnp.clip(jnp.round(steps), -limit, limit).astype(jnp.int8), scale
 
 
-def channel_steps(x: Array, scale: Array, offset: Array, limit: float) -> Array:
-    """An input in steps of its quantizer, clipped and not yet rounded.
+def channel_values(x: Array, scale: Array, offset: Array, rotation: int = 1) -> Array:
+    """An input in steps of its quantizer, neither clipped nor rounded.
 
-    clip(x scale + offset, -limit, limit), which with SCRI's scale = 1 / (s D) and
-    offset = -z / (s D) is (x - z) / (s D).
+    H(x scale + offset), which with SCRI's scale = 1 / (s D) and offset = -z / (s D) is
+    H((x - z) / (s D)). H is `rotate`: what stands for the shift is code 0 with it, too.
 
     Args:
       x: `[..., C]`.
       scale: `[C]`, float32.
       offset: `[C]`, float32.
-      limit: the largest code.
+      rotation: channels of a group of H; 1 leaves all apart.
     """
     along = (1,) * (x.ndim - 1) + (-1,)
-    steps = x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along)
-    return jnp.clip(steps, -limit, limit)
+    return rotate(x.astype(jnp.float32) * scale.reshape(along) + offset.reshape(along), rotation)
+
+
+def channel_steps(x: Array, scale: Array, offset: Array, limit: float, rotation: int = 1) -> Array:
+    """`channel_values`, clipped: clip(H(x scale + offset), -limit, limit)."""
+    return jnp.clip(channel_values(x, scale, offset, rotation), -limit, limit)
+
+
+@functools.cache
+def hadamard(size: int) -> np.ndarray:
+    """Sylvester's Hadamard matrix, orthonormal and symmetric, `[size, size]`, a power of two."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.float32(np.sqrt(size))
+
+
+def rotate(x: Array, rotation: int) -> Array:
+    """Mixes the channels of each group: H of `x`, which is its own inverse.
+
+    The wide channels of a group are shared out over all of it (QuaRot: Ashkboos et al., arXiv
+    2404.00456; in groups of channels: arXiv 2512.03673).
+
+    Args:
+      x: `[..., C]`.
+      rotation: G, of neighboring channels in a group.
+    """
+    if rotation == 1:
+        return x
+    groups = x.reshape(*x.shape[:-1], -1, rotation)
+    # On a TPU three products in bfloat16, of 16 bits; codes have 8.
+    mixed = jnp.matmul(groups, hadamard(rotation), precision="high")
+    return mixed.reshape(x.shape)
 
 
 def channel_codes(steps: Array) -> Array:
@@ -81,6 +117,25 @@ def channel_codes(steps: Array) -> Array:
     """
     shifted = steps + np.float32(1.5 * 2**23)
     return lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
+
+
+def token_steps(values: Array, axes: Sequence[int], limit: float) -> tuple[Array, Array]:
+    """Values in steps of the token they belong to, and that step.
+
+    Each token's largest value gets the largest code, so nothing is clipped (dynamic quantization:
+    ZeroQuant, Yao et al., arXiv 2206.01861, section 4.2).
+
+    Args:
+      values: of `channel_values`, `[..., C]`.
+      axes: of a token, C among them.
+      limit: the largest code.
+
+    Returns:
+      The steps, and D, which has size 1 along the token's axes. Derivatives see D as a constant.
+    """
+    reach = lax.stop_gradient(jnp.abs(values).max(axes, keepdims=True))
+    step = jnp.where(reach > 0, reach / limit, 1.0)
+    return jnp.clip(values / step, -limit, limit), step
 
 
 def two_range_steps(x: AnyArray, scale: Any, offset: Any, ratio: Any, bits: int) -> AnyArray:

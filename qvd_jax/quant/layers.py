@@ -42,7 +42,13 @@ from qvd_jax.models.norms import (
     tpu_input,
     value_of,
 )
-from qvd_jax.quant.codec import channel_codes, max_code, two_range_codes
+from qvd_jax.quant.codec import (
+    channel_codes,
+    max_code,
+    rotate,
+    token_steps,
+    two_range_codes,
+)
 from qvd_jax.quant.linen import why_float
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, layout
@@ -128,38 +134,34 @@ class QuantDense(StoredParams, Dense):
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        record, bits = _read(self, spec, x), spec.activation_bits
-        if bits == 16:
-            values = value_of(x).astype(_result_dtype(self, x))
-            return self._finish(residual, _float_dot, values, record, values.dtype)
-        if spec.method == "htdq":
-            multiply = functools.partial(_two_range_dot, bits)
-
-            def product(steps: Array, kernel: Array, sums: Array) -> Array:
-                return _straight_through(multiply, _float_dot, steps, kernel, sums, record.coarse)
-
-            steps = _steps(value_of(x), record, bits)
-            return self._finish(residual, product, steps, record, _result_dtype(self, x))
+        record, dtype = _read(self, spec, x), _result_dtype(self, x)
+        if spec.activation_bits == 16:
+            values = rotate(value_of(x).astype(dtype), spec.rotation)
+            branch = _branch(_float_dot, values, record)
+            return self._finish(residual, _float_dot, (values, None, branch), record, dtype)
 
         def in_passes(
             x: Array | Normalized, record: QuantizedParams, residual: Array | None
         ) -> Array:
-            multiply = functools.partial(_product_of_codes, int8.dot)
-            product = functools.partial(_straight_through, multiply, _float_dot)
-            steps = _steps(value_of(x), record, bits)
-            return self._finish(residual, product, steps, record, _result_dtype(self, x))
+            steps, token = _steps(value_of(x), record, spec)
+            multiply, others = _product_of_codes(int8.dot, record, spec)
+
+            def product(steps: Array, kernel: Array, sums: Array) -> Array:
+                return _straight_through(multiply, _float_dot, steps, kernel, sums, *others)
+
+            branch = _branch(_float_dot, _rounded(steps, record, spec), record)
+            return self._finish(residual, product, (steps, token, branch), record, dtype)
 
         def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
             added = None if residual is None else as_images(residual)
-            dtype = _result_dtype(self, x)
             output = layers_tpu.Output(record.scale, record.bias, dtype, self.gated, added)
-            given = tpu_input(x, *record.quantizer, max_code(bits))
+            given = tpu_input(x, *record.quantizer, max_code(spec.activation_bits))
             y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, self.transposes)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         operands = x, record, residual
         activated = isinstance(x, Normalized) and x.activated
-        if activated or not layers_tpu.can_use(x.shape):
+        if activated or not spec.plain or not layers_tpu.can_use(x.shape):
             return in_passes(*operands)
         return on_tpu(fused, in_passes, *operands)
 
@@ -167,22 +169,40 @@ class QuantDense(StoredParams, Dense):
         self,
         residual: Array | None,
         product: Callable[..., Array],
-        inputs: Array,
+        inputs: tuple[Array, Array | None, Array | None],
         record: QuantizedParams,
         dtype: DTypeLike,
     ) -> Array:
-        """What is done behind a product of the inputs with kernel and, of codes, its sums."""
-        by_output: tuple[Array, ...] = record.kernel, record.scale, record.bias
-        if record.sums is not None:
-            by_output += (record.sums,)
+        """What is done behind a product of the inputs with kernel and, of codes, its sums.
 
-        def scaled(inputs: Array, kernel: Array, scale: Array, bias: Array, *sums: Array) -> Array:
-            return _to_output(product(inputs, kernel, *sums), scale, bias).astype(dtype)
+        Args:
+          residual: added to the result.
+          product: of what it gets and the kernel.
+          inputs: what is multiplied, each token's step and the low-rank branch, where there are.
+          record: of the layer.
+          dtype: of the result.
+        """
+        held = {name: getattr(record, name) for name in ("kernel", "scale", "bias", "sums", "up")}
+        held = {name: array for name, array in held.items() if array is not None}
+
+        def scaled(inputs: tuple[Array, Array | None, Array | None], *parts: Array) -> Array:
+            part = dict(zip(held, parts, strict=True))
+            factors = [part[name] for name in ("kernel", "sums") if name in part]
+            values, token, branch = inputs
+            y = _to_output(
+                product(values, *factors),
+                part["scale"],
+                part["bias"],
+                token,
+                branch,
+                part.get("up"),
+            )
+            return y.astype(dtype)
 
         if self.gated:
-            y = gated_product(scaled, inputs, by_output, axis=0).astype(dtype)
+            y = gated_product(scaled, inputs, tuple(held.values()), axis=0).astype(dtype)
         else:
-            y = scaled(inputs, *by_output)
+            y = scaled(inputs, *held.values())
         return y if residual is None else residual + y
 
 
@@ -221,8 +241,14 @@ class QuantConv(StoredParams, Conv):
                 return None
             return border_bias(record.taps, spatial, strides, padding, dilation)
 
-        def finish(product: Array, record: QuantizedParams, residual: Array | None) -> Array:
-            y = _to_output(product, record.scale, record.bias)
+        def finish(
+            product: Array,
+            record: QuantizedParams,
+            residual: Array | None,
+            token: Array | None = None,
+            branch: Array | None = None,
+        ) -> Array:
+            y = _to_output(product, record.scale, record.bias, token, branch, record.up)
             outside = border(record)
             y = y if outside is None else y + outside[None]
             y = y.reshape(*batch, *y.shape[1:]).astype(dtype)
@@ -230,8 +256,9 @@ class QuantConv(StoredParams, Conv):
 
         float_conv = functools.partial(_float_conv, strides, padding, dilation)
         if bits == 16:
-            values = as_batch(value_of(x)).astype(dtype)
-            return finish(float_conv(values, record.kernel), record, residual)
+            values = rotate(as_batch(value_of(x)).astype(dtype), spec.rotation)
+            branch = _branch(float_conv, values, record)
+            return finish(float_conv(values, record.kernel), record, residual, branch=branch)
         int8_conv: Callable[..., Array] = functools.partial(
             int8.conv, strides=strides, padding=padding, dilation=dilation
         )
@@ -240,14 +267,16 @@ class QuantConv(StoredParams, Conv):
         if doubled:
             int8_conv = int8.upsampled_conv
             differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
-        multiply = functools.partial(_product_of_codes, int8_conv)
+        multiply, _ = _product_of_codes(int8_conv, None, spec)
 
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
             values = as_batch(value_of(x))
             values = values[:, ::2, ::2] if doubled else values
-            steps = _steps(values, record, bits)
+            # A kernel sees several positions: what they share a step with is the whole image.
+            steps, token = _steps(values, record, spec, axes=range(1, values.ndim))
             product = _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
-            return finish(product, record, residual)
+            branch = _branch(differentiate, _rounded(steps, record, spec), record)
+            return finish(product, record, residual, token, branch)
 
         def fused(x: Normalized, record: QuantizedParams, residual: Array | None) -> Array:
             weights = jnp.moveaxis(record.kernel.astype(jnp.int8), 0, -2)
@@ -265,10 +294,15 @@ class QuantConv(StoredParams, Conv):
             return finish(int8_conv(as_batch(codes), record.kernel, record.sums), record, residual)
 
         operands = x, record, residual
-        if self.fits_kernel(x, jnp.int8):
+        if spec.plain and self.fits_kernel(x, jnp.int8):
             return on_tpu(fused, in_passes, *operands)
         # This one is for every position once.
-        if is_activated_group_norm(x) and not doubled and layers_tpu.can_use(x.shape):
+        if (
+            spec.plain
+            and is_activated_group_norm(x)
+            and not doubled
+            and layers_tpu.can_use(x.shape)
+        ):
             return on_tpu(quantized_in_kernel, in_passes, *operands)
         return in_passes(*operands)
 
@@ -319,7 +353,7 @@ def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> Quantized
         name: layer.param(name, _INITIAL.get(name, nn.initializers.zeros), leaf.shape, leaf.dtype)
         for name, leaf in shapes.items()
     }
-    gain = layer.variable("quant", "gain", jnp.ones, ()).value if spec.step_aware else None
+    gain = layer.variable("quant", "gain", jnp.ones, ()).value if spec.ranges == "step" else None
     return QuantizedParams(**params, gain=gain).in_float32()
 
 
@@ -330,9 +364,48 @@ def _result_dtype(layer: nn.Module, x: Array | Normalized) -> jnp.dtype:
     return jnp.result_type(value_of(x).dtype, layer.param_dtype)
 
 
-def _steps(x: Array, record: QuantizedParams, bits: int) -> Array:
+def _steps(
+    x: Array, record: QuantizedParams, spec: LayerSpec, axes: Sequence[int] = (-1,)
+) -> tuple[Array, Array | None]:
+    """An input in steps of its quantizer, and of each token the step that its values have.
+
+    Args:
+      x: `[..., C]`.
+      record: of the layer.
+      spec: of the layer.
+      axes: of a token.
+
+    Returns:
+      The steps, clipped and not rounded, and where ranges are those of tokens, the tokens' steps.
+    """
     with jax.named_scope(QUANTIZING):
-        return record.steps(x, bits)
+        if spec.ranges == "token":
+            return token_steps(record.values(x, spec), tuple(axes), max_code(spec.activation_bits))
+        return record.steps(x, spec), None
+
+
+def _rounded(steps: Array, record: QuantizedParams, spec: LayerSpec) -> Array:
+    """The codes of clipped steps as float32, through which derivatives pass."""
+    with jax.named_scope(QUANTIZING):
+        if record.coarse is None:
+            codes = channel_codes(steps).astype(jnp.float32)
+        else:
+            fine, coarse = two_range_codes(steps, record.coarse, spec.activation_bits)
+            codes = fine + record.coarse * coarse
+        return steps + lax.stop_gradient(codes - steps)
+
+
+def _branch(
+    multiply: Callable[[Array, Array], Array], x: Array, record: QuantizedParams
+) -> Array | None:
+    """The low-rank branch up to its last product: `[..., rank]`, where a layer has one.
+
+    Args:
+      multiply: the layer's own product, in float.
+      x: what the layer multiplies.
+      record: of the layer.
+    """
+    return None if record.down is None else multiply(x, record.down)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -370,19 +443,31 @@ def _straight_through_jvp(
 
 
 def _product_of_codes(
-    multiply: Callable[[Array, Array, Array], Array], steps: Array, kernel: Array, sums: Array
-) -> Array:
-    """An int8 product of clipped steps, rounded."""
-    with jax.named_scope(QUANTIZING):
-        codes = channel_codes(steps)
-    return multiply(codes, kernel, sums)
+    multiply: Callable[[Array, Array, Array], Array],
+    record: QuantizedParams | None,
+    spec: LayerSpec,
+) -> tuple[Callable[..., Array], tuple[Array, ...]]:
+    """The int8 product of clipped steps, rounded, with a kernel and its sums; what else it takes.
 
+    Args:
+      multiply: of int8 codes, kernel and sums.
+      record: of a layer that may have two ranges.
+      spec: of the layer.
+    """
 
-def _two_range_dot(bits: int, steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
-    """An int8 product of clipped steps of two ranges, rounded."""
-    with jax.named_scope(QUANTIZING):
-        fine, coarse = two_range_codes(steps, ratio, bits)
-    return int8.dot(fine, kernel, sums) + ratio * int8.dot(coarse, kernel, sums)
+    def of_one_range(steps: Array, kernel: Array, sums: Array) -> Array:
+        with jax.named_scope(QUANTIZING):
+            codes = channel_codes(steps)
+        return multiply(codes, kernel, sums)
+
+    def of_two_ranges(steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
+        with jax.named_scope(QUANTIZING):
+            fine, coarse = two_range_codes(steps, ratio, spec.activation_bits)
+        return multiply(fine, kernel, sums) + ratio * multiply(coarse, kernel, sums)
+
+    if record is None or record.coarse is None:
+        return of_one_range, ()
+    return of_two_ranges, (record.coarse,)
 
 
 def _float_dot(x: Array, kernel: Array) -> Array:
@@ -414,9 +499,22 @@ def _float_conv_of_upsampled(
     return convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
 
 
-def _to_output(product: Array, scale: Array, bias: Array) -> Array:
+def _to_output(
+    product: Array,
+    scale: Array,
+    bias: Array,
+    token: Array | None,
+    branch: Array | None,
+    up: Array | None,
+) -> Array:
+    """Scale product + branch . up, times each token's step, plus the bias; float32."""
     along = (1,) * (product.ndim - 1) + (-1,)
-    return product.astype(jnp.float32) * scale.reshape(along) + bias.reshape(along)
+    y = product.astype(jnp.float32) * scale.reshape(along)
+    if branch is not None:
+        assert up is not None
+        y = y + _float_dot(branch.astype(jnp.float32), up)
+    y = y if token is None else y * token
+    return y + bias.reshape(along)
 
 
 def _channels_last(rank: int) -> tuple[str, str, str]:

@@ -282,10 +282,10 @@ def _decide(policy: str | Policy, layers: Traced, kept: Mapping[str, str]) -> di
             f"before the others, keep them float{_listed(demanded)}"
         )
     for path, spec in specs.items():
-        if spec.method == "htdq" or spec.step_aware:
+        if spec.method == "htdq" or spec.ranges == "step":
             raise InputError(
-                f"policy {policy.name!r}: {path}: htdq and step_aware are about a sampler's steps, "
-                f"which a module has none of"
+                f"policy {policy.name!r}: {path}: htdq and ranges = 'step' are about a "
+                f"sampler's steps, which a module has none of"
             )
     return specs
 

@@ -11,6 +11,7 @@ from qvd_jax.errors import InputError
 
 Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "htdq"]
 Rounding = Literal["nearest", "gptq"]
+Ranges = Literal["static", "step", "token"]
 WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w8a16": (8, 16)}
 
 # A few hundredths of a percent of the operations, at the model's border to the outside.
@@ -64,29 +65,32 @@ class LayerSpec:
       method: how the quantizer of its input is found.
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
-      step_aware: whether the input's quantizer has a step D of its own for each sampler step.
+      ranges: of the input: one step D for all (static), one of its own for each sampler step, or
+        one for each token, found while sampling: for each row of a Dense layer's input, for each
+        image (in time: each place's frames) of a convolution's.
       weight_clipping: whether weights are clipped, each output's where its error is least; None
         clips those of 4 bits and fewer, where it is worth something.
       rounding: of weights: to the nearest code, or so that errors make up for each other on the
         inputs that calibration saw (`rounding.round_weights`).
+      rotation: channels that a Hadamard transform mixes before the input becomes codes
+        (`codec.rotate`), a power of two that divides the layer's; 1 mixes none.
+      low_rank: rank of a float branch beside the product, which makes up for some of what the
+        rounding of weights left (`low_rank.factors`); 0 is none.
     """
 
     method: Method
     weight_bits: int = 8
     activation_bits: int = 8
-    step_aware: bool = False
+    ranges: Ranges = "static"
     weight_clipping: bool | None = None
     rounding: Rounding = "nearest"
+    rotation: int = 1
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"method = {self.method!r}: {', '.join(get_args(Method))} are possible"
-            )
-        if self.rounding not in get_args(Rounding):
-            raise ValueError(
-                f"rounding = {self.rounding!r}: {', '.join(get_args(Rounding))} are possible"
-            )
+        for name, kind in (("method", Method), ("rounding", Rounding), ("ranges", Ranges)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"{name} = {value!r}: {', '.join(get_args(kind))} are possible")
         if self.activation_bits == 16 and self.method != "minmax":
             raise ValueError(
                 f"method = {self.method!r} is about the input, which activation_bits = 16 leaves "
@@ -98,11 +102,23 @@ class LayerSpec:
             raise ValueError(
                 f"activation_bits = {self.activation_bits}: 2 to 8, or 16 for a float input"
             )
-        if self.step_aware and (self.method == "htdq" or self.activation_bits == 16):
+        if self.ranges != "static" and (self.method == "htdq" or self.activation_bits == 16):
             raise ValueError(
-                f"step_aware has no meaning for method = {self.method!r} with activation_bits = "
-                f"{self.activation_bits}: there is no step to choose"
+                f"ranges = {self.ranges!r} has no meaning for method = {self.method!r} with "
+                f"activation_bits = {self.activation_bits}: there is no step to choose"
             )
+        if self.rotation < 1 or self.rotation.bit_count() != 1:
+            raise ValueError(f"rotation = {self.rotation}: a power of two is needed, or 1 for none")
+        if self.low_rank < 0:
+            raise ValueError(f"low_rank = {self.low_rank}: 0 or more is needed")
+
+    @property
+    def plain(self) -> bool:
+        """Whether an input becomes codes channel by channel, and codes alone are multiplied."""
+        return self.method != "htdq" and (self.ranges, self.rotation, self.low_rank) in (
+            ("static", 1, 0),
+            ("step", 1, 0),
+        )
 
     @property
     def clips_weights(self) -> bool:
@@ -237,7 +253,8 @@ def match(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]
     """The specifications of the layers that are to be quantized, by path.
 
     Raises:
-      InputError: a rule decides about no layer, or none is to be quantized.
+      InputError: a rule decides about no layer, none is to be quantized, or a rotation does not
+        divide a layer's channels.
     """
     deciding = {layer.path: policy.rule(layer.path) for layer in layers}
     for i, rule in enumerate(policy.rules):
@@ -258,9 +275,19 @@ def match(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]
 
 def decide(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]:
     """As `match`, of layers that need not be all the policy is about."""
-    deciding = {layer.path: policy.rule(layer.path) for layer in layers}
-    decided = {path: policy.rules[i].spec for path, i in deciding.items() if i is not None}
-    return {path: spec for path, spec in decided.items() if spec is not None}
+    decided = {}
+    for layer in layers:
+        number = policy.rule(layer.path)
+        spec = None if number is None else policy.rules[number].spec
+        if spec is None:
+            continue
+        if layer.kernel and layer.kernel[-2] % spec.rotation:
+            raise InputError(
+                f"policy {policy.name!r}: {layer.path}: rotation = {spec.rotation} does not divide "
+                f"its {layer.kernel[-2]} channels"
+            )
+        decided[layer.path] = spec
+    return decided
 
 
 def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
@@ -275,6 +302,9 @@ def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
             how = f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}"
             how += ", weights clipped" if spec.clips_weights else ""
             how += f", {spec.rounding}" if spec.rounding != "nearest" else ""
+            how += f", rotated by {spec.rotation}" if spec.rotation > 1 else ""
+            how += f", ranges by {spec.ranges}" if spec.ranges != "static" else ""
+            how += f", rank {spec.low_rank} beside it" if spec.low_rank else ""
         if own:
             lines.append(
                 f"{rule.pattern:32} {len(own):6} {sum(x.parameters for x in own):12,} "

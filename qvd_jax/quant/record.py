@@ -11,7 +11,16 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
-from qvd_jax.quant.codec import SCALE_DTYPE, channel_steps, max_code, two_range_steps
+from qvd_jax.quant.codec import (
+    LOW_RANK_DTYPE,
+    SCALE_DTYPE,
+    channel_steps,
+    channel_values,
+    hadamard,
+    max_code,
+    rotate,
+    two_range_steps,
+)
 from qvd_jax.quant.policy import LayerSpec
 
 
@@ -24,8 +33,10 @@ class QuantizedParams(NamedTuple):
 
     SCRI, and whatever else gives channels a scale and an offset (`codec.channel_steps`):
 
-        q = clip(round(x in_scale + in_offset), -limit, limit),    limit = 2^(b-1) - 1
+        q = clip(round(H(x in_scale + in_offset)), -limit, limit),    limit = 2^(b-1) - 1
         y = scale q . kernel + bias
+
+    H mixes groups of channels where the layer has a rotation (`codec.rotate`), else it leaves them.
 
     A conv of several taps is padded with code 0, which stands for the channels' shift and not for
     zero. What the shift adds through a tap counts where that tap lies inside the input alone, so
@@ -36,9 +47,18 @@ class QuantizedParams(NamedTuple):
     A step-aware layer has at each sampler step that step's share of D, its gain: it reads in_scale
     / gain, in_offset / gain and scale gain in these formulas.
 
+    Where ranges are those of tokens, in_scale has no D: a token, which is a row of a Dense layer's
+    input and an image of a conv's, has its own, and what is multiplied counts D times:
+
+        D = max |H(x in_scale + in_offset)| / limit,    q = round(H(x in_scale + in_offset) / D)
+        y = D scale q . kernel + bias
+
+    With a low rank, scale q . kernel + (q . down) . up takes the place of scale q . kernel
+    everywhere.
+
     HTDQ (`codec.two_range_steps`), where one of fine and coarse is zero:
 
-        v = x in_scale + in_offset
+        v = H(x) in_scale + in_offset
         coarse > 0, two ranges:  fine = round(v) or coarse_codes = round(v / coarse), whichever is
                                  nearer to v, each clipped to 0 ... 2^(b-1) - 1
         coarse = 0, one range:   fine = clip(round(v), -2^(b-1), 2^(b-1) - 1)
@@ -46,7 +66,7 @@ class QuantizedParams(NamedTuple):
 
     A float input (b = 16):
 
-        y = scale x . kernel + bias
+        y = scale H(x) . kernel + bias
 
     Attributes:
       kernel: `[O, *kernel_size, C]`, codes of the weights: int4 of up to four bits, else int8;
@@ -61,6 +81,9 @@ class QuantizedParams(NamedTuple):
         of several taps alone.
       coarse: float32 scalar of HTDQ, step of the coarse range over that of the fine one, 2^m; 0
         where there is one range.
+      down: `[rank, *kernel_size, C]`, bfloat16, of codes to a few numbers; of layers with a low
+        rank alone, as up.
+      up: `[O, rank]`, bfloat16, of these to outputs.
       gain: float32, a scalar at a step, `[S]` in a checkpoint, in (0, 1]; of step-aware layers
         alone. It is no parameter of the network but in the collection "quant".
     """
@@ -73,6 +96,8 @@ class QuantizedParams(NamedTuple):
     in_offset: Array | None = None
     taps: Array | None = None
     coarse: Array | None = None
+    down: Array | None = None
+    up: Array | None = None
     gain: Array | None = None
 
     def params(self) -> dict[str, Any]:
@@ -102,46 +127,71 @@ class QuantizedParams(NamedTuple):
         assert self.in_offset is not None
         return self.in_scale, self.in_offset
 
-    def dequantized(self) -> tuple[np.ndarray, np.ndarray]:
+    def dequantized(self, rotation: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """The float layer that the codes stand for: kernel `[*kernel_size, C, O]` and bias `[O]`.
 
-        Where codes are not rounded and not clipped, v = x in_scale + in_offset stands in their
-        place (of HTDQ v = fine + coarse coarse_codes), and y is linear in x:
+        Where codes are not rounded and not clipped, v = H(x in_scale + in_offset) stands in their
+        place (of HTDQ v = fine + coarse coarse_codes), and y is linear in x. With
 
-            W[t, c, o] = scale[o] in_scale[c] kernel[o, t, c]
-            b[o] = bias[o] + sum_t (taps[t, o] + scale[o] sum_c in_offset[c] kernel[o, t, c])
+            M[t, c, o] = scale[o] kernel[o, t, c] + sum_r down[r, t, c] up[o, r]
 
-        A step's gain cancels. In b the shift of the channels meets what calibration subtracted
-        for it; what is left are the mean errors that calibration corrected. Where taps are outside
-        the input, b has their part all the same.
+        and H M its rotation along c, which is H's own transpose,
+
+            W[t, c, o] = in_scale[c] (H M)[t, c, o]
+            b[o] = bias[o] + sum_t (taps[t, o] + sum_c in_offset[c] (H M)[t, c, o])
+
+        and of HTDQ, which rotates x alone, M in the place of H M in b. The D of a step or a token
+        cancels. In b the shift of the channels meets what calibration subtracted for it; what is
+        left are the mean errors that calibration corrected. Where taps are outside the input, b has
+        their part all the same.
+
+        Args:
+          rotation: of the layer's spec.
 
         Returns:
           float32, computed in float64.
         """
         scale = np.asarray(self.scale, np.float64)
-        kernel = np.moveaxis(np.asarray(self.kernel).astype(np.float64), 0, -1) * scale
+        multiplied = np.moveaxis(np.asarray(self.kernel).astype(np.float64), 0, -1) * scale
+        if self.down is not None:
+            down, up = (np.asarray(part).astype(np.float64) for part in (self.down, self.up))
+            multiplied = multiplied + np.moveaxis(down, 0, -1) @ up.T
+        groups = multiplied.reshape(*multiplied.shape[:-2], -1, rotation, len(scale))
+        kernel = (hadamard(rotation).astype(np.float64) @ groups).reshape(multiplied.shape)
         bias = np.asarray(self.bias, np.float64)
         if self.in_scale is not None:
             in_scale, in_offset = (np.asarray(part, np.float64) for part in self.quantizer)
             channels = (kernel.shape[-2],)
-            by_channel = kernel.reshape(-1, *kernel.shape[-2:]).sum(0)
+            shifted = kernel if self.coarse is None else multiplied
+            by_channel = shifted.reshape(-1, *kernel.shape[-2:]).sum(0)
             bias = bias + np.broadcast_to(in_offset, channels) @ by_channel
             kernel = kernel * np.broadcast_to(in_scale, channels)[:, None]
         if self.taps is not None:
             bias = bias + np.asarray(self.taps, np.float64).reshape(-1, len(bias)).sum(0)
         return kernel.astype(np.float32), bias.astype(np.float32)
 
-    def steps(self, x: Array, bits: int) -> Array:
-        """The input in steps of its quantizer, clipped and not yet rounded.
+    def values(self, x: Array, spec: LayerSpec) -> Array:
+        """The input in steps of its quantizer, neither clipped nor rounded, `[..., C]`.
 
         Args:
           x: `[..., C]`.
-          bits: b.
+          spec: of the layer, whose input has a scale and an offset for each channel.
+        """
+        return channel_values(x, *self.in_float32().quantizer, spec.rotation)
+
+    def steps(self, x: Array, spec: LayerSpec) -> Array:
+        """The input in steps of its quantizer, clipped and not yet rounded, `[..., C]`.
+
+        Args:
+          x: `[..., C]`.
+          spec: of the layer, whose ranges are not those of tokens.
         """
         scale, offset = self.in_float32().quantizer
+        bits = spec.activation_bits
         if self.coarse is not None:
-            return two_range_steps(x.astype(jnp.float32), scale, offset, self.coarse, bits)
-        return channel_steps(x, scale, offset, max_code(bits))
+            rotated = rotate(x.astype(jnp.float32), spec.rotation)
+            return two_range_steps(rotated, scale, offset, self.coarse, bits)
+        return channel_steps(x, scale, offset, max_code(bits), spec.rotation)
 
 
 def layout(
@@ -166,6 +216,11 @@ def layout(
         scale=array(features, dtype=SCALE_DTYPE),
         bias=array(features),
     )
+    if rank := spec.low_rank:
+        record = record._replace(
+            down=array(rank, *kernel_size, channels, dtype=LOW_RANK_DTYPE),
+            up=array(features, rank, dtype=LOW_RANK_DTYPE),
+        )
     if spec.activation_bits == 16:
         return record
     record = record._replace(sums=array(features, dtype=jnp.int32))
@@ -175,7 +230,7 @@ def layout(
         in_scale=array(channels, dtype=SCALE_DTYPE),
         in_offset=array(channels),
         taps=array(*kernel_size, features) if math.prod(kernel_size) > 1 else None,
-        gain=array() if spec.step_aware else None,
+        gain=array() if spec.ranges == "step" else None,
     )
 
 

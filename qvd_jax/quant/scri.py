@@ -15,7 +15,15 @@ import numpy as np
 
 from qvd_jax.axes import Array
 from qvd_jax.quant import clipping
-from qvd_jax.quant.codec import channel_codes, channel_steps, max_code, scale_for
+from qvd_jax.quant.codec import (
+    channel_codes,
+    channel_steps,
+    channel_values,
+    max_code,
+    rotate,
+    scale_for,
+    token_steps,
+)
 
 RANGE_CANDIDATES = 12
 SEARCH_ROUNDS = 3
@@ -53,10 +61,55 @@ class ActivationQuantizer(NamedTuple):
         """int8 codes of `x`, `[..., C]`."""
         return channel_codes(self.steps(x, max_code(bits)))
 
+    def multiplied(self, x: Array, bits: int, rotation: int = 1, *, token: bool = False) -> Array:
+        """What weights are multiplied with: the codes of rotated rows, float32 `[R, P, C]`.
+
+        Args:
+          x: rows `[R, P, C]`.
+          bits: b.
+          rotation: channels of a group that are mixed; 1 mixes none.
+          token: whether each row has a step of its own, which the codes then are multiplied with.
+            Of a convolution's image a row is all that is known here.
+        """
+        limit = max_code(bits)
+        values = channel_values(x, self.in_scale, self.in_offset, rotation)
+        if token:
+            steps, step = token_steps(values, (-2, -1), limit)
+            return channel_codes(steps).astype(jnp.float32) * step
+        return channel_codes(jnp.clip(values, -limit, limit)).astype(jnp.float32)
+
+    def folded(self, weights: Array, rotation: int = 1) -> Array:
+        """The weights that the codes are multiplied with: H(s W), `[P, C, O]`."""
+        return rotate_inputs(weights * self.factor[None, :, None], rotation)
+
+    def suited(
+        self, inputs: Array, clip: Array | float, bits: int, rotation: int = 1, *, token: bool
+    ) -> "ActivationQuantizer":
+        """With the D of rotated values, or that of tokens, which have their own beside it: 1.
+
+        Args:
+          inputs: sampled rows `[R, P, C]`, whose rotated values' reach is that of all.
+          clip: share of the reach that keeps its codes.
+          bits: b.
+          rotation: channels of a group.
+          token: whether ranges are those of tokens.
+        """
+        if token:
+            return self._replace(step=jnp.ones_like(self.step))
+        if rotation == 1:
+            return self
+        values = channel_values(inputs, 1 / self.factor, -self.shift / self.factor, rotation)
+        return self._replace(step=scale_for(clip * jnp.abs(values).max(), bits))
+
     def dequantized(self, x: Array, bits: int) -> Array:
         """The values that the codes of `x` stand for."""
         shift, scale = (_as_last(v, x.ndim) for v in (self.shift, self.factor * self.step))
         return shift + scale * self.codes(x, bits).astype(jnp.float32)
+
+
+def rotate_inputs(weights: Array, rotation: int) -> Array:
+    """Weights `[P, C, O]` for inputs whose channels are mixed: H along C."""
+    return jnp.moveaxis(rotate(jnp.moveaxis(weights, 1, -1), rotation), -1, 1)
 
 
 def _as_last(vector: Array, rank: int) -> Array:
@@ -92,6 +145,9 @@ def search(
     weights: Array,
     activation_bits: int,
     weight_bits: int,
+    rotation: int = 1,
+    *,
+    token: bool = False,
 ) -> ActivationQuantizer:
     """The quantizer of least output error on sampled inputs, R and rho found in turn.
 
@@ -102,6 +158,8 @@ def search(
       weights: `[P, C, O]`.
       activation_bits: b_a.
       weight_bits: b_w.
+      rotation: channels of a group that are mixed; 1 mixes none.
+      token: whether ranges are those of tokens; rho then has no meaning.
     """
     half = np.asarray(upper - lower) / 2
     positive = half[half > 0]
@@ -118,18 +176,20 @@ def search(
         row_product(inputs - _as_last((lower + upper) / 2, 3), weights),
         activation_bits=activation_bits,
         weight_bits=weight_bits,
+        rotation=rotation,
+        token=token,
     )
+    clips = CLIP_CANDIDATES[:1] if token else CLIP_CANDIDATES
     target, clip = targets[0], CLIP_CANDIDATES[0]
     for _ in range(SEARCH_ROUNDS):
         before = target, clip
         # The first of equals: the plainest.
         target = targets[np.argmin([float(error(value, clip)) for value in targets])]
-        clip = CLIP_CANDIDATES[
-            np.argmin([float(error(target, value)) for value in CLIP_CANDIDATES])
-        ]
+        clip = clips[np.argmin([float(error(target, value)) for value in clips])]
         if (target, clip) == before:
             break
-    return integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
+    found = integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
+    return found.suited(inputs, clip, activation_bits, rotation, token=token)
 
 
 def _range_candidates(half: np.ndarray) -> np.ndarray:
@@ -147,7 +207,10 @@ def _range_candidates(half: np.ndarray) -> np.ndarray:
     return np.geomspace(widest, narrowest, count).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))
+_STATIC = ("activation_bits", "weight_bits", "rotation", "token")
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def _error_of_candidate(
     lower: Array,
     upper: Array,
@@ -159,12 +222,19 @@ def _error_of_candidate(
     *,
     activation_bits: int,
     weight_bits: int,
+    rotation: int,
+    token: bool,
 ) -> Array:
     quantizer = integrate(lower, upper, target, clip, activation_bits)
-    return output_error(inputs, weights, exact, quantizer, activation_bits, weight_bits).mean()
+    quantizer = quantizer.suited(inputs, clip, activation_bits, rotation, token=token)
+    widths = activation_bits, weight_bits
+    errors = output_error(
+        inputs, weights, exact, quantizer, *widths, rotation=rotation, token=token
+    )
+    return errors.mean()
 
 
-@functools.partial(jax.jit, static_argnames=("activation_bits", "weight_bits"))
+@functools.partial(jax.jit, static_argnames=_STATIC)
 def output_error(
     inputs: Array,
     weights: Array,
@@ -172,6 +242,8 @@ def output_error(
     quantizer: ActivationQuantizer,
     activation_bits: int,
     weight_bits: int,
+    rotation: int = 1,
+    token: bool = False,
 ) -> Array:
     """Variance of the error of each output when a layer's input and weights are quantized, `[O]`.
 
@@ -184,10 +256,14 @@ def output_error(
       quantizer: of the input.
       activation_bits: b_a.
       weight_bits: b_w.
+      rotation: as of `search`.
+      token: as of `search`.
     """
-    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, weights.shape[-1])
-    codes = quantizer.codes(inputs, activation_bits).astype(jnp.float32).reshape(len(inputs), -1)
-    return clipping.output_error(codes, folded, exact, weight_bits, quantizer.step)
+    folded = quantizer.folded(weights, rotation).reshape(-1, weights.shape[-1])
+    rows = quantizer.multiplied(inputs, activation_bits, rotation, token=token)
+    return clipping.output_error(
+        rows.reshape(len(rows), -1), folded, exact, weight_bits, quantizer.step
+    )
 
 
 def row_product(rows: Array, weights: Array) -> Array:

@@ -18,14 +18,8 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
-from qvd_jax.quant import baselines, clipping, htdq, rounding, scri
-from qvd_jax.quant.codec import (
-    SCALE_DTYPE,
-    channel_codes,
-    channel_steps,
-    max_code,
-    quantize_weights,
-)
+from qvd_jax.quant import baselines, clipping, htdq, low_rank, rounding, scri
+from qvd_jax.quant.codec import SCALE_DTYPE, max_code, quantize_weights, rotate
 from qvd_jax.quant.policy import LayerSpec, TracedLayer
 from qvd_jax.quant.record import QuantizedParams, layout, leaf
 from qvd_jax.quant.statistics import Statistics
@@ -186,12 +180,11 @@ def solve_layer(
 def _with_float_input(
     layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
 ) -> tuple[QuantizedParams, LayerReport]:
-    shape = layer.weights.shape
-    rows = statistics.rows.reshape(len(statistics.rows), -1)
-    codes, scale = _quantize_weights(rows, layer.weights.reshape(-1, shape[-1]), layer.exact, spec)
-    dequantized = (codes * scale.astype(jnp.float32)[None]).reshape(shape)
-    found = scri.row_product(statistics.rows, dequantized)
-    record = QuantizedParams(_stored(codes, layer, spec), scale, layer.bias)
+    rows = rotate(statistics.rows, spec.rotation)
+    weights = scri.rotate_inputs(layer.weights, spec.rotation)
+    product = _quantize_product(rows, weights, layer, spec)
+    found = scri.row_product(rows, product.multiplied)
+    record = product.record(layer, spec)._replace(bias=layer.bias)
     return record, LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
 
 
@@ -201,38 +194,33 @@ def _with_channel_ranges(
     spec: LayerSpec,
     quantizer: scri.ActivationQuantizer,
 ) -> tuple[QuantizedParams, LayerReport]:
-    weights, bits = layer.weights, spec.activation_bits
+    bits, rotation = spec.activation_bits, spec.rotation
     # Rounded before the factor folds into the weights.
     in_scale = quantizer.in_scale.astype(SCALE_DTYPE)
     scaled = in_scale.astype(jnp.float32)
-    in_offset = -quantizer.shift * scaled
     quantizer = quantizer._replace(factor=1 / (scaled * quantizer.step))
-    folded = (weights * quantizer.factor[None, :, None]).reshape(-1, weights.shape[-1])
-    steps = channel_steps(statistics.rows, scaled, in_offset, max_code(bits))
-    input_codes = channel_codes(steps).astype(jnp.float32)
-    rows = input_codes.reshape(len(input_codes), -1)
-    codes, scale = _quantize_weights(rows, folded, layer.exact, spec, quantizer.step)
-    code_weights = codes.astype(jnp.float32).reshape(weights.shape)
-    product = scri.row_product(input_codes, code_weights) * scale[None]
+    rows = quantizer.multiplied(statistics.rows, bits, rotation, token=spec.ranges == "token")
+    folded = quantizer.folded(layer.weights, rotation)
+    product = _quantize_product(rows, folded, layer, spec, quantizer.step)
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.
-    through_taps = _mean_product(statistics.rows, weights)
-    through_taps -= scale[None] * _mean_product(input_codes, code_weights)
-    one_tap = len(weights) == 1
-    record = QuantizedParams(
-        _stored(codes, layer, spec),
-        scale,
-        layer.bias + through_taps[0] if one_tap else layer.bias,
-        sums=codes.sum(0, dtype=jnp.int32),
+    through_taps = _mean_product(statistics.rows, layer.weights)
+    through_taps -= _mean_product(rows, product.multiplied)
+    one_tap = len(layer.weights) == 1
+    record = product.record(layer, spec)._replace(
+        bias=layer.bias + through_taps[0] if one_tap else layer.bias,
         in_scale=in_scale,
-        in_offset=in_offset,
+        in_offset=-quantizer.shift * scaled,
         taps=None if one_tap else through_taps.reshape(*layer.kernel_size, -1),
     )
+    found = scri.row_product(rows, product.multiplied) + through_taps.sum(0)[None]
+    report = LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
+    if not spec.plain:
+        # Mixed channels and the ranges of tokens have no levels that one channel uses.
+        return record, report
     ends = statistics.lower, statistics.upper
     plain = baselines.minmax(*ends, bits)
-    return record, LayerReport(
-        layer.path,
-        spec.method,
-        _output_sqnr(layer.exact, product + through_taps.sum(0)[None]),
+    return record, replace(
+        report,
         coverage_before=float(scri.coverage(*ends, plain, bits)),
         coverage_after=float(scri.coverage(*ends, quantizer, bits)),
         arrays={
@@ -248,26 +236,25 @@ def _with_two_ranges(
     layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
 ) -> tuple[QuantizedParams, LayerReport]:
     """A layer whose input is a function of the step: its rows are all the steps."""
-    features = np.asarray(statistics.rows[:, 0], np.float64)
+    rotated = rotate(statistics.rows[:, 0], spec.rotation)
+    features = np.asarray(rotated, np.float64)
     quantizer = htdq.search(features, spec.activation_bits)
     uniform = htdq.uniform_candidates(features, spec.activation_bits)[-1]
     steps = quantizer.fine_steps(features)
-    rows = jnp.asarray(steps, jnp.float32)
-    codes, scale = _quantize_weights(rows, layer.weights[0], layer.exact, spec, quantizer.step)
-    product = (rows @ codes.astype(jnp.float32)) * scale[None]
+    rows = jnp.asarray(steps, jnp.float32)[:, None]
+    weights = scri.rotate_inputs(layer.weights, spec.rotation)
+    product = _quantize_product(rows, weights, layer, spec, quantizer.step)
+    found = scri.row_product(rows, product.multiplied)
     # The offset's part of the output, and the mean error that the bias takes.
-    constant = (layer.exact - product).mean(0)
-    record = QuantizedParams(
-        _stored(codes, layer, spec),
-        scale,
-        layer.bias + constant,
-        sums=codes.sum(0, dtype=jnp.int32),
+    constant = (layer.exact - found).mean(0)
+    record = product.record(layer, spec)._replace(
+        bias=layer.bias + constant,
         in_scale=jnp.float32(quantizer.in_scale),
         in_offset=jnp.float32(quantizer.in_offset),
         coarse=jnp.float32(quantizer.ratio),
     )
-    found = product + constant[None]
-    report = LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
+    sqnr = _output_sqnr(layer.exact, found + constant[None])
+    report = LayerReport(layer.path, spec.method, sqnr)
     if len(features) == 1:
         # One step has no other to be told from.
         return record, report
@@ -282,7 +269,7 @@ def _with_two_ranges(
 
 
 def step_gains(
-    lower: np.ndarray, upper: np.ndarray, record: QuantizedParams, activation_bits: int
+    lower: np.ndarray, upper: np.ndarray, record: QuantizedParams, spec: LayerSpec
 ) -> Array:
     """Each step's D as a share of the layer's, `[S]`: what that step's values need, at most 1.
 
@@ -290,10 +277,17 @@ def step_gains(
       lower: lowest value of each channel at each step, `[S, C]`.
       upper: highest value of each channel at each step, `[S, C]`.
       record: of the quantized layer.
-      activation_bits: b_a.
+      spec: of the layer.
     """
-    ends = jnp.stack([lower, upper])
-    needed = jnp.abs(record.steps(ends, activation_bits)).max((0, 2)) / max_code(activation_bits)
+    values = jnp.abs(record.values(jnp.stack([lower, upper]), replace(spec, rotation=1))).max(0)
+    if spec.rotation == 1:
+        needed = values.max(1) / max_code(spec.activation_bits)
+        needed = jnp.minimum(needed, 1.0)
+    else:
+        # Of mixed channels a step's range is not known, only how it grows: with the norm of those.
+        groups = values.reshape(len(values), -1, spec.rotation)
+        needed = jnp.square(groups).mean(-1).max(1) ** 0.5
+        needed = needed / jnp.maximum(needed.max(), jnp.finfo(jnp.float32).tiny)
     return jnp.where(needed > 0, needed, 1.0)
 
 
@@ -335,44 +329,104 @@ def find_quantizer(
     )
     lower, upper, rows, _ = statistics
     bits = spec.activation_bits
+    rotation, token = spec.rotation, spec.ranges == "token"
     if spec.method == "scri":
-        return scri.search(lower, upper, rows, weights, bits, spec.weight_bits)
+        widths = bits, spec.weight_bits
+        return scri.search(lower, upper, rows, weights, *widths, rotation, token=token)
     if spec.method == "smoothquant":
-        return baselines.smoothquant(lower, upper, weights, bits)
-    if spec.method == "qdiffusion":
-        return baselines.qdiffusion(lower, upper, rows, bits, split)
-    if spec.method == "mse":
-        return baselines.mse(lower, upper, rows, bits)
-    return baselines.minmax(lower, upper, bits)
+        found = baselines.smoothquant(lower, upper, weights, bits)
+    elif spec.method == "qdiffusion":
+        found = baselines.qdiffusion(lower, upper, rows, bits, split)
+    elif spec.method == "mse":
+        found = baselines.mse(lower, upper, rows, bits)
+    else:
+        found = baselines.minmax(lower, upper, bits)
+    clip = 1.0
+    if rotation > 1 and spec.method in ("qdiffusion", "mse"):
+        clip = baselines.rotated_clip(found, rows, bits, rotation)
+    return found.suited(rows, clip, bits, rotation, token=token)
 
 
-def _quantize_weights(
-    rows: Array, weights: Array, exact: Array, spec: LayerSpec, input_step: Array | float = 1.0
-) -> tuple[Array, Array]:
-    """Clipped as `clipping.search_weight_clip` finds, and rounded, where the spec says so."""
+class _Product(NamedTuple):
+    """What stands for a layer's product of its inputs, rotated and as codes, with its weights.
+
+    Attributes:
+      codes: of the weights, `[P, C, O]`.
+      scale: of the product of codes, `[O]`.
+      down: `[P, C, rank]`; None without a low rank.
+      up: `[rank, O]`.
+    """
+
+    codes: Array
+    scale: Array
+    down: Array | None
+    up: Array | None
+
+    @property
+    def multiplied(self) -> Array:
+        """The weights that all this is together, `[P, C, O]`."""
+        weights = self.codes * self.scale.astype(jnp.float32)[None, None]
+        if self.down is None or self.up is None:
+            return weights
+        down, up = self.down.astype(jnp.float32), self.up.astype(jnp.float32)
+        return weights + jnp.matmul(down, up, precision="highest")
+
+    def record(self, layer: _FloatLayer, spec: LayerSpec) -> QuantizedParams:
+        """The record as far as it is of the weights, in the order in which layers store it."""
+        _, channels, outputs = layer.weights.shape
+        shapes = layout(spec, channels, outputs, layer.kernel_size)
+
+        def stored(array: Array, shape: Any) -> Array:
+            return jnp.moveaxis(array, -1, 0).reshape(shape.shape).astype(shape.dtype)
+
+        sums = self.codes.sum((0, 1), dtype=jnp.int32)
+        return QuantizedParams(
+            stored(self.codes, shapes.kernel),
+            self.scale,
+            layer.bias,
+            sums=None if shapes.sums is None else sums,
+            down=None if self.down is None else stored(self.down, shapes.down),
+            up=None if self.up is None else stored(self.up, shapes.up),
+        )
+
+
+def _quantize_product(
+    rows: Array,
+    weights: Array,
+    layer: _FloatLayer,
+    spec: LayerSpec,
+    input_step: Array | float = 1.0,
+) -> _Product:
+    """Weights clipped as `clipping.search_weight_clip` finds, and rounded, as the spec says.
+
+    Args:
+      rows: what the weights are multiplied with, `[R, P, C]`, codes or float.
+      weights: `[P, C, O]`.
+      layer: the float layer.
+      spec: how.
+      input_step: D of the input's codes, 1 of a float input.
+    """
     # A float input's layer has no bias that takes the error's mean.
     mean_counts = spec.activation_bits == 16
+    shape, bits = weights.shape, spec.weight_bits
+    rows, weights = rows.reshape(len(rows), -1), weights.reshape(-1, shape[-1])
     clip: Array | float = 1.0
     if spec.clips_weights:
         clip = clipping.search_weight_clip(
-            rows, weights, exact, spec.weight_bits, input_step, mean_counts=mean_counts
+            rows, weights, layer.exact, bits, input_step, mean_counts=mean_counts
         )
-    codes, scale = quantize_weights(weights, spec.weight_bits, input_step, clip)
+    codes, scale = quantize_weights(weights, bits, input_step, clip)
     if spec.rounding == "gptq":
         steps = scale.astype(jnp.float32) / input_step
-        codes = rounding.round_weights(
-            weights, steps, rows, spec.weight_bits, mean_counts=mean_counts
-        )
-    return codes, scale
+        codes = rounding.round_weights(weights, steps, rows, bits, mean_counts=mean_counts)
+    down = up = None
+    if spec.low_rank:
+        left = weights * input_step - codes * scale.astype(jnp.float32)[None]
+        down, up = low_rank.factors(left, rows, spec.low_rank, mean_counts=mean_counts)
+        down = down.reshape(*shape[:2], -1)
+    return _Product(codes.reshape(shape), scale, down, up)
 
 
 def _mean_product(rows: Array, weights: Array) -> Array:
     """What the rows' mean over everything but channels adds through each tap, `[P, O]`."""
     return jnp.einsum("c,tco->to", rows.mean((0, 1)), weights, precision="highest")
-
-
-def _stored(codes: Array, layer: _FloatLayer, spec: LayerSpec) -> Array:
-    """Codes `[P C, O]` as the layers store them, `[O, *kernel_size, C]`."""
-    _, channels, outputs = layer.weights.shape
-    kernel = layout(spec, channels, outputs, layer.kernel_size).kernel
-    return codes.T.reshape(kernel.shape).astype(kernel.dtype)

@@ -1,0 +1,216 @@
+"""Rotations, ranges of tokens and low-rank branches against their definitions in float64."""
+
+import re
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from parity import relative_error
+from scipy.linalg import hadamard
+from test_quant_layers import CHANNELS, CONVS, Net, case, correlate, quantized
+
+from qvd_jax.errors import InputError
+from qvd_jax.quant import codec, low_rank
+from qvd_jax.quant.layers import layer_set
+from qvd_jax.quant.policy import LayerSpec, Policy, Rule, TracedLayer, match
+from qvd_jax.quant.record import QuantizedParams
+from qvd_jax.quant.solve import solve_layer, step_gains
+from qvd_jax.quant.statistics import observe
+
+OPTIONS = {
+    "rotation": {"rotation": 4},
+    "token": {"ranges": "token"},
+    "low rank": {"low_rank": 3},
+    "all": {"rotation": 4, "ranges": "token", "low_rank": 3, "rounding": "gptq"},
+}
+
+
+def rotated(x: np.ndarray, rotation: int) -> np.ndarray:
+    """By a matrix of all channels, of blocks that are another library's."""
+    blocks = np.kron(np.eye(CHANNELS // rotation), hadamard(rotation) / np.sqrt(rotation))
+    return x @ blocks
+
+
+def defined(
+    layer: dict[str, np.ndarray], x: np.ndarray, spec: LayerSpec, conv: str | None
+) -> np.ndarray:
+    """What `QuantizedParams` says that a layer with ranges by channel makes of `x`, in float64."""
+    record = {name: np.asarray(part).astype(np.float64) for name, part in layer.items()}
+    limit = 2 ** (spec.activation_bits - 1) - 1
+    values = rotated(x * record["in_scale"] + record["in_offset"], spec.rotation)
+    step = np.ones((1,) * x.ndim)
+    if spec.ranges == "token":
+        rank = 0 if conv is None else len(CONVS[conv][0])
+        step = np.abs(values).max(tuple(range(x.ndim - rank - 1, x.ndim)), keepdims=True) / limit
+    codes = np.clip(np.rint(values / step), -limit, limit)
+    y = record["scale"] * correlate(codes, np.moveaxis(record["kernel"], 0, -1), conv)
+    if spec.low_rank:
+        # Of a convolution the branch sees the same taps: one kernel of both factors together.
+        both = np.tensordot(record["down"], record["up"], (0, 1))
+        y = y + correlate(codes, both, conv)
+    y = step * y + record["bias"]
+    if "taps" in record:
+        through = np.repeat(record["taps"][..., None, :], CHANNELS, axis=-2) / CHANNELS
+        y = y + correlate(np.ones(x.shape), through, conv)
+    return y
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("conv", [None, "3x3", "one-sided", "1x1", "upsampled", "temporal"])
+def test_layers_equal_their_definition_in_float64(conv, option):
+    net, params, x = case(conv)
+    spec = LayerSpec("scri", 4, 8, **OPTIONS[option])
+    int8_net, int8_params, report, _ = quantized(net, params, x, spec)
+    expected = defined(int8_params["layer"], np.asarray(x, np.float64), spec, conv)
+    found = int8_net.apply({"params": int8_params}, x)
+    assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
+    # And they are near the float layer, up to the border.
+    exact = np.asarray(net.apply({"params": params}, x))
+    assert relative_error(found, exact) < 0.12
+    assert report.coverage_after is None or option == "low rank"
+
+
+@pytest.mark.parametrize("conv", [None, "3x3", "temporal"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_product_of_codes_is_int8(conv, option):
+    """Beside it are the rotation's product and the branch's two, and else those of a plain one."""
+    _, _, x = case(conv)
+
+    def products(**options: object) -> list[str]:
+        spec = LayerSpec("scri", 4, 8, **options)
+        module = Net(layer_set({"layer": spec}), conv)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        lowered = jax.jit(module.apply).trace(variables, x).lower(lowering_platforms=("tpu",))
+        kinds = r"stablehlo\.(?:dot_general|convolution).*: \((.*?)\) -> "
+        return ["i8" if "i8>" in found else "f32" for found in re.findall(kinds, lowered.as_text())]
+
+    found, plain = products(**OPTIONS[option]), products()
+    assert found.count("i8") == plain.count("i8") == 1
+    more = {"rotation": 1, "token": 0, "low rank": 2, "all": 3}
+    assert found.count("f32") == plain.count("f32") + more[option]
+
+
+def test_a_rotation_changes_nothing_in_float_and_is_its_own_inverse():
+    x = np.random.default_rng(0).normal(size=(3, CHANNELS)).astype(np.float32)
+    np.testing.assert_allclose(codec.rotate(x, 4), rotated(x, 4), atol=1e-6)
+    np.testing.assert_allclose(codec.rotate(codec.rotate(x, 4), 4), x, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "smoothquant", "qdiffusion", "scri"])
+@pytest.mark.parametrize("option", ["rotation", "token"])
+def test_every_method_gains_where_the_option_is_for(method, option):
+    """A rotation where a single value is far out, ranges of tokens where these differ in size."""
+    net, params, _ = case(None)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(256, CHANNELS))
+    if option == "rotation":
+        x[np.arange(256), rng.integers(CHANNELS, size=256)] *= 8
+    else:
+        x *= np.geomspace(0.01, 1, 256)[:, None]
+    # Of a channel's center, which small rows see, nothing is to be said here.
+    x = jnp.asarray(np.concatenate([x, -x]), jnp.float32)
+    errors = []
+    for options in ({}, OPTIONS[option]):
+        spec = LayerSpec(method, 8, 4, **options)
+        module, values, *_ = quantized(net, params, x, spec)
+        bias = np.asarray(params["layer"]["bias"])
+        exact = np.asarray(net.apply({"params": params}, x)) - bias
+        error = np.asarray(module.apply({"params": values}, x)) - bias - exact
+        # Of each row by itself: small ones count as well.
+        errors.append((np.square(error).sum(1) / np.square(exact).sum(1)).mean())
+    assert errors[1] < (0.9 if option == "rotation" else 0.1) * errors[0]
+
+
+@pytest.mark.parametrize("conv", [None, "3x3"])
+def test_a_low_rank_branch_takes_what_it_can_of_the_weights_errors(conv):
+    """All of them, up to bfloat16, where its rank is that of the layer."""
+    net, params, x = case(conv)
+    errors = []
+    for rank in (0, 3, CHANNELS * 9):
+        spec = LayerSpec("minmax", 2, 16, low_rank=rank)
+        module, values, *_ = quantized(net, params, x, spec)
+        exact = net.apply({"params": params}, x)
+        errors.append(relative_error(module.apply({"params": values}, x), exact))
+    assert errors[1] < 0.85 * errors[0]
+    assert errors[2] < 0.05 * errors[0]
+
+
+def test_the_branch_is_of_least_error_among_its_rank():
+    """As the nearest matrix of a rank with each input weighed by its spread."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(3, 1, size=(4000, 20)) * np.geomspace(0.1, 10, 20)
+    left = rng.normal(size=(20, 8))
+    down, up = low_rank.factors(jnp.asarray(left), jnp.asarray(rows), 3)
+    found = np.asarray(down).astype(np.float64) @ np.asarray(up).astype(np.float64)
+    error = np.square((rows - rows.mean(0)).std(0)[:, None] * (left - found)).sum()
+    values = np.linalg.svd(rows.std(0)[:, None] * left, compute_uv=False)
+    assert error == pytest.approx(np.square(values[3:]).sum(), rel=1e-2)
+
+
+@pytest.mark.parametrize("option", ["rotation", "low rank"])
+def test_htdq_and_float_inputs_take_the_option(option):
+    options = OPTIONS[option]
+    net, params, _ = case(None)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(np.exp(rng.normal(size=(20, CHANNELS))), jnp.float32)
+    exact = net.apply({"params": params}, x)
+    _, found = observe(net, {"params": params}, x, places=None)
+    for spec in (LayerSpec("htdq", 8, 8, **options), LayerSpec("minmax", 8, 16, **options)):
+        record, report = solve_layer("layer", params["layer"], found["layer"], spec)
+        module = Net(layer_set({"layer": spec}))
+        y = module.apply({"params": {"layer": record.params()}}, x)
+        assert relative_error(y, exact) < 0.02
+        assert report.sqnr > 35
+        kernel, bias = record.dequantized(spec.rotation)
+        assert relative_error(x @ kernel + bias[None], exact) < 0.02
+
+
+@pytest.mark.parametrize("conv", [None, "3x3"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_float_layer_that_codes_stand_for_is_what_they_tend_to(conv, option):
+    """With codes that are not rounded the layer is linear, with that kernel inside the image."""
+    net, params, x = case(conv)
+    spec = LayerSpec("scri", 8, 8, **OPTIONS[option])
+    _, int8_params, *_ = quantized(net, params, x, spec)
+    kernel, bias = QuantizedParams(**int8_params["layer"]).dequantized(spec.rotation)
+    for part, exact in (("kernel", kernel), ("bias", bias)):
+        assert relative_error(exact, params["layer"][part]) < 0.05, part
+
+
+def test_gains_of_a_rotated_layer_grow_with_the_norm_of_its_ranges():
+    spec = LayerSpec("minmax", ranges="step", rotation=4)
+    record = QuantizedParams(
+        kernel=jnp.zeros((1, 4), jnp.int8),
+        scale=jnp.ones(1),
+        bias=jnp.zeros(1),
+        in_scale=jnp.ones(4),
+        in_offset=jnp.zeros(4),
+    )
+    upper = np.asarray([[1, 1, 1, 1], [4, 0, 0, 0], [4, 4, 4, 4], [0, 0, 0, 0]], np.float32)
+    gains = step_gains(-upper, upper, record, spec)
+    np.testing.assert_allclose(gains, [0.25, 0.5, 1, 1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rotation": 6}, "rotation = 6: a power of two is needed"),
+        ({"rotation": 0}, "rotation = 0: a power of two is needed"),
+        ({"low_rank": -1}, "low_rank = -1: 0 or more"),
+        ({"ranges": "row"}, "ranges = 'row': static, step, token are possible"),
+        ({"method": "htdq", "ranges": "token"}, "ranges = 'token' has no meaning for .*'htdq'"),
+        ({"activation_bits": 16, "ranges": "step"}, "ranges = 'step' has no meaning for .*16"),
+    ],
+)
+def test_options_that_contradict_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LayerSpec("minmax"), **options)
+
+
+def test_a_rotation_that_does_not_divide_the_channels_is_refused_by_layer():
+    layer = TracedLayer("a/b", (12, 10), (1, 12), (1, 10), 0)
+    policy = Policy("mine", (Rule("*", LayerSpec("scri", rotation=8)),))
+    with pytest.raises(InputError, match="'mine': a/b: rotation = 8 does not divide its 12 chan"):
+        match(policy, [layer])

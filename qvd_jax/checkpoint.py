@@ -30,7 +30,7 @@ from qvd_jax.errors import InputError, first_line
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 LAYER_REPORTS = "layers.json"
 LAYER_ARRAYS = "layers.npz"
@@ -174,7 +174,18 @@ def read_manifest(path: Path) -> Manifest:
             f"{file} has format version {version}, this qvd_jax reads up to {FORMAT_VERSION}; "
             f"install a newer qvd_jax"
         )
+    if isinstance(version, int) and version < 4:
+        _name_ranges(data)
     return configs.from_dict(Manifest, data, str(file))
+
+
+def _name_ranges(data: dict[str, Any]) -> None:
+    """Says `ranges` in the specs of a manifest before version 4, which say `step_aware`."""
+    quantization = data.get("quantization")
+    specs = quantization.get("specs") if isinstance(quantization, dict) else None
+    for spec in specs.values() if isinstance(specs, dict) else ():
+        if isinstance(spec, dict) and "step_aware" in spec:
+            spec["ranges"] = "step" if spec.pop("step_aware") else "static"
 
 
 def save_component(folder: Path, name: str, config: Any, params: Params, description: str) -> None:

@@ -25,7 +25,9 @@ from qvd_jax.cli import command
 from qvd_jax.config import from_dict
 from qvd_jax.errors import InputError
 from qvd_jax.pipelines.components import ComponentConfigs
+from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
+from qvd_jax.quant.policy import LayerSpec
 
 COMPONENTS = {"unet", "vae", "text_encoder"}
 
@@ -178,8 +180,8 @@ def component(name: str, **changes: object) -> Callable[[Path], None]:
             id="array",
         ),
         pytest.param(
-            manifest(format_version=4),
-            "manifest.json has format version 4, this qvd_jax reads up to 3; install a newer "
+            manifest(format_version=5),
+            "manifest.json has format version 5, this qvd_jax reads up to 4; install a newer "
             "qvd_jax",
             id="newer",
         ),
@@ -405,3 +407,13 @@ def test_parameters_that_do_not_fit_are_not_saved(tiny_checkpoint, tmp_path):
     ):
         qvd_jax.save(replace(pipe, params={**pipe.params, "vae": vae}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("aware", "ranges"), [(True, "step"), (False, "static")])
+def test_specs_before_version_4_say_step_aware(aware, ranges, tmp_path):
+    shutil.copy(checkpoint.find("shapes-w8a8") / "manifest.json", tmp_path)
+    told = {"method": "scri", "weight_bits": 4, "activation_bits": 8, "step_aware": aware}
+    quantization = {"policy": "mine", "specs": {"a/b": told}, "timesteps": None}
+    edit_json(tmp_path / "manifest.json", format_version=3, quantization=quantization)
+    found = read_configs(tmp_path).quantization
+    assert found.specs == {"a/b": LayerSpec("scri", 4, ranges=ranges)}

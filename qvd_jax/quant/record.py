@@ -161,7 +161,7 @@ class QuantizedParams(NamedTuple):
         bias = np.asarray(self.bias, np.float64)
         if self.in_scale is not None:
             in_scale, in_offset = (np.asarray(part, np.float64) for part in self.quantizer)
-            channels = (kernel.shape[-2],)
+            channels = kernel.shape[-2:-1]
             shifted = kernel if self.coarse is None else multiplied
             by_channel = shifted.reshape(-1, *kernel.shape[-2:]).sum(0)
             bias = bias + np.broadcast_to(in_offset, channels) @ by_channel

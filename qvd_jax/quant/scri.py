@@ -85,21 +85,26 @@ class ActivationQuantizer(NamedTuple):
     def suited(
         self, inputs: Array, clip: Array | float, bits: int, rotation: int = 1, *, token: bool
     ) -> "ActivationQuantizer":
-        """With the D of rotated values, or that of tokens, which have their own beside it: 1.
+        """For rotated values or the ranges of tokens: with the means for shift, and with their D.
+
+        The middle of a channel's range is far from where most of its values lie (of what comes out
+        of SiLU they are near its lower end). Mixed, these distances would add up in one channel of
+        a group, and no token would have a range smaller than they are.
 
         Args:
           inputs: sampled rows `[R, P, C]`, whose rotated values' reach is that of all.
           clip: share of the reach that keeps its codes.
           bits: b.
           rotation: channels of a group.
-          token: whether ranges are those of tokens.
+          token: whether ranges are those of tokens, which have their D beside this one, 1.
         """
-        if token:
-            return self._replace(step=jnp.ones_like(self.step))
-        if rotation == 1:
+        if rotation == 1 and not token:
             return self
-        values = channel_values(inputs, 1 / self.factor, -self.shift / self.factor, rotation)
-        return self._replace(step=scale_for(clip * jnp.abs(values).max(), bits))
+        shift = inputs.mean((0, 1))
+        if token:
+            return self._replace(shift=shift, step=jnp.ones_like(self.step))
+        values = channel_values(inputs, 1 / self.factor, -shift / self.factor, rotation)
+        return self._replace(shift=shift, step=scale_for(clip * jnp.abs(values).max(), bits))
 
     def dequantized(self, x: Array, bits: int) -> Array:
         """The values that the codes of `x` stand for."""

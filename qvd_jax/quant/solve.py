@@ -91,6 +91,7 @@ class _FloatLayer(NamedTuple):
       bias: `[O]`, zeros where it has none.
       kernel_size: of a conv.
       exact: what it makes of the sampled rows, without its bias, `[R, O]`.
+      rows: what it sees in their places where it is quantized, `[R, P, C]`.
     """
 
     path: str
@@ -98,6 +99,7 @@ class _FloatLayer(NamedTuple):
     bias: Array
     kernel_size: tuple[int, ...]
     exact: Array
+    rows: Array
 
 
 def solve_layers(
@@ -106,6 +108,7 @@ def solve_layers(
     statistics: Mapping[str, Statistics],
     params: Params,
     splits: Mapping[str, int],
+    propagated: Mapping[str, Array] | None = None,
 ) -> Iterator[tuple[str, QuantizedParams, LayerReport]]:
     """Quantizes layer after layer.
 
@@ -115,6 +118,7 @@ def solve_layers(
       statistics: of their inputs.
       params: of the float network.
       splits: where a layer's input is a concatenation, of how many channels its first part is.
+      propagated: rows of the same places in a network that is quantized already, by module path.
 
     Yields:
       Path, record and report of each layer.
@@ -137,7 +141,8 @@ def solve_layers(
         layer = {"kernel": kernel(path)}
         if (bias := flat.get(leaf(path, "bias"))) is not None:
             layer["bias"] = jnp.asarray(bias).reshape(-1)
-        yield path, *solve_layer(path, layer, statistics[path], spec, shared.get(key))
+        seen = None if propagated is None else propagated[path]
+        yield path, *solve_layer(path, layer, statistics[path], spec, shared.get(key), seen)
 
 
 def solve_layer(
@@ -146,6 +151,7 @@ def solve_layer(
     statistics: Statistics,
     spec: LayerSpec,
     quantizer: scri.ActivationQuantizer | None = None,
+    propagated: Array | None = None,
 ) -> tuple[QuantizedParams, LayerReport]:
     """Quantizes one Dense or conv layer.
 
@@ -155,6 +161,8 @@ def solve_layer(
       statistics: of its input.
       spec: how.
       quantizer: of its input, from `find_quantizer`; None where `needs_quantizer` says so.
+      propagated: what the layer sees in the places of the statistics' rows where the layers before
+        it are quantized; None takes these rows.
 
     Returns:
       The record of `QuantDense` or `QuantConv`, and what it is worth.
@@ -169,7 +177,8 @@ def solve_layer(
     weights = kernel.reshape(-1, channels, outputs)
     bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
     exact = scri.row_product(statistics.rows, weights)
-    layer = _FloatLayer(path, weights, bias, kernel_size, exact)
+    rows = statistics.rows if propagated is None else propagated
+    layer = _FloatLayer(path, weights, bias, kernel_size, exact, rows)
     if spec.activation_bits == 16:
         return _with_float_input(layer, statistics, spec)
     if quantizer is None:
@@ -180,7 +189,7 @@ def solve_layer(
 def _with_float_input(
     layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
 ) -> tuple[QuantizedParams, LayerReport]:
-    rows = rotate(statistics.rows, spec.rotation)
+    rows = rotate(layer.rows, spec.rotation)
     weights = scri.rotate_inputs(layer.weights, spec.rotation)
     product = _quantize_product(rows, weights, layer, spec)
     found = scri.row_product(rows, product.multiplied)
@@ -199,7 +208,7 @@ def _with_channel_ranges(
     in_scale = quantizer.in_scale.astype(SCALE_DTYPE)
     scaled = in_scale.astype(jnp.float32)
     quantizer = quantizer._replace(factor=1 / (scaled * quantizer.step))
-    rows = quantizer.multiplied(statistics.rows, bits, rotation, token=spec.ranges == "token")
+    rows = quantizer.multiplied(layer.rows, bits, rotation, token=spec.ranges == "token")
     folded = quantizer.folded(layer.weights, rotation)
     product = _quantize_product(rows, folded, layer, spec, quantizer.step)
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.

@@ -40,6 +40,7 @@ from qvd_jax.quant.policy import (
     policy_names,
 )
 from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
+from qvd_jax.quant.solve import SEARCHED_ROWS
 
 # The search of one layer's ranges compiles about as long as so many layers of the network.
 _SOLVER_LAYERS = 14
@@ -160,7 +161,7 @@ def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
     solving = []
     for number, (path, spec) in enumerate(plan.specs.items(), 1):
         layer = plan.layers[path]
-        product = 2 * rows * layer.parameters / forward
+        product = 2 * min(rows, SEARCHED_ROWS) * layer.parameters / forward
         # The search of its ranges tries about so many candidates.
         candidates = SEARCH_ROUNDS * (RANGE_CANDIDATES + len(CLIP_CANDIDATES))
         label, size = f"layer {number} of {len(plan.specs)}", (layer.kernel, spec)
@@ -198,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--samples",
         type=positive_int,
-        default=256,
+        default=CalibrationConfig.rows,
         metavar="R",
         help="rows of each layer's input (%(default)s)",
     )

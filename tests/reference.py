@@ -13,7 +13,7 @@ from pathlib import Path
 import convert.__main__ as convert
 from qvd_jax import benchmark, calibrate, evaluate, sample, train
 from qvd_jax.__main__ import VERBS
-from qvd_jax.quant.policy import LayerSpec, named_policy, policy_names
+from qvd_jax.quant.policy import METHODS, WIDTHS, LayerSpec, named_policy
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "reference"
 COMMANDS = {
@@ -63,13 +63,13 @@ def commands() -> str:
 
 def policies() -> str:
     """Every named policy and its rules."""
-    names = policy_names()
     rows = []
-    for name in names:
-        by_pattern = {rule.pattern: rule.spec for rule in named_policy(name).rules}
+    for method in METHODS:
+        by_pattern = {rule.pattern: rule.spec for rule in named_policy(f"{method}-w8a8").rules}
         ordinary, temporal = by_pattern["*"], by_pattern["*/time_emb_proj"]
-        rows.append((f"`{name}`", _spec(ordinary), _spec(temporal)))
-    first = named_policy(names[0])
+        rows.append((f"`{method}`", _spec(ordinary), _spec(temporal)))
+    widths = [(f"`{name}`", str(w), str(a)) for name, (w, a) in WIDTHS.items()]
+    first = named_policy(f"{METHODS[0]}-w8a8")
     rules = [
         (f"`{rule.pattern}`", _spec(rule.spec), "" if rule.optional else "yes")
         for rule in first.rules
@@ -80,8 +80,12 @@ def policies() -> str:
         _WRITTEN + "# Policies\n\nWhat they are good for is in "
         "[Choosing a policy](../concepts/policies.md), rules of your own in "
         "[Calibrate](../how-to/calibrate.md#rules-of-your-own).\n\n## Names\n\n"
-        + _table(("name", "ordinary layers", "temporal features"), rows)
-        + f"\n## Rules of {names[0]}\n\nThe first that matches a layer's path decides. All named "
+        "METHOD-WIDTH, such as `qvd-plus-w4a8`:\n\n"
+        + _table(("method", "ordinary layers", "temporal features"), rows)
+        + "\n"
+        + _table(("width", "bits of weights", "bits of inputs, 16 for float"), widths)
+        + "\nWeights of 4 bits and fewer are clipped. With float inputs all methods are minmax.\n"
+        + f"\n## Rules of {first.name}\n\nThe first that matches a layer's path decides. All named "
         "policies have these patterns, with the methods and widths of the table above; with float "
         "inputs temporal features are as all other layers.\n\n"
         + _table(("pattern", "how", "must match a layer"), rules)
@@ -140,10 +144,7 @@ def _meaning(action: argparse.Action) -> str:
 
 
 def _spec(spec: LayerSpec | None) -> str:
-    if spec is None:
-        return "float"
-    clipped = ", weights clipped" if spec.clips_weights else ""
-    return f"{spec.method}, W{spec.weight_bits}A{spec.activation_bits}{clipped}"
+    return "float" if spec is None else str(spec)
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -1,5 +1,7 @@
 """Policies: names, rules in order, what they say about layers."""
 
+from dataclasses import replace
+
 import pytest
 
 from qvd_jax.config import from_dict
@@ -92,6 +94,17 @@ def test_named_policies(name, ordinary, temporal):
     specs = match(named_policy(name), LAYERS)
     assert specs[LAYERS[3].path].method == ordinary
     assert specs[LAYERS[2].path].method == temporal
+
+
+@pytest.mark.parametrize("method", ["qvd", "minmax", "mse", "smoothquant", "qdiffusion"])
+def test_the_plus_of_a_method_is_its_own_with_the_same_options_as_all_others(method):
+    """So that what a table of them compares is the method."""
+    plain, plus = (match(named_policy(f"{method}{kind}-w4a8"), LAYERS) for kind in ("", "-plus"))
+    for path, spec in plain.items():
+        ranges = "static" if spec.method == "htdq" else "token"
+        assert plus[path] == replace(spec, rounding="gptq", ranges=ranges)
+    floats = match(named_policy(f"{method}-plus-w8a16"), LAYERS)
+    assert set(floats.values()) == {LayerSpec("minmax", 8, 16, rounding="gptq")}
 
 
 def test_the_first_rule_that_matches_decides():

@@ -39,7 +39,7 @@ class CalibrationConfig:
     """
 
     steps: int | None = None
-    rows: int = 256
+    rows: int = 1024
     seed: int = 0
     step_aware: bool = False
 

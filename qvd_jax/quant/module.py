@@ -66,7 +66,7 @@ def quantize_module(
     batches: Sequence[Any],
     policy: str | Policy = "qvd-w8a8",
     *,
-    rows: int = 256,
+    rows: int = 1024,
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> QuantizedModule:

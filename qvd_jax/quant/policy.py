@@ -4,7 +4,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from qvd_jax.config import did_you_mean
 from qvd_jax.errors import InputError
@@ -12,7 +12,15 @@ from qvd_jax.errors import InputError
 Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "htdq"]
 Rounding = Literal["nearest", "gptq"]
 Ranges = Literal["static", "step", "token"]
-WIDTHS = {"w8a8": (8, 8), "w6a6": (6, 6), "w4a8": (4, 8), "w8a16": (8, 16)}
+WIDTHS = {
+    "w8a8": (8, 8),
+    "w6a6": (6, 6),
+    "w4a8": (4, 8),
+    "w4a6": (4, 6),
+    "w4a4": (4, 4),
+    "w3a8": (3, 8),
+    "w8a16": (8, 16),
+}
 
 # A few hundredths of a percent of the operations, at the model's border to the outside.
 _KEPT_FLOAT = ("conv_in", "conv_out")
@@ -48,8 +56,14 @@ _NAMED: dict[str, tuple[Method, Method]] = {
 }
 
 
-METHODS = tuple(_NAMED)
-"""The methods of named policies."""
+_PLUS = "-plus"
+# What came after these methods, and each of them takes: best together on the small model.
+_OPTIONS_OF_PLUS: dict[str, Any] = {"ranges": "token", "rounding": "gptq"}
+
+METHODS = tuple(_NAMED) + tuple(
+    method + _PLUS for method in ("qvd", "minmax", "mse", "smoothquant", "qdiffusion")
+)
+"""The methods of named policies; those of -plus have ranges of tokens and rounding by GPTQ."""
 
 
 def policy_names() -> list[str]:
@@ -112,6 +126,15 @@ class LayerSpec:
         if self.low_rank < 0:
             raise ValueError(f"low_rank = {self.low_rank}: 0 or more is needed")
 
+    def __str__(self) -> str:
+        parts = [f"{self.method}, w{self.weight_bits}a{self.activation_bits}"]
+        parts += ["weights clipped"] if self.clips_weights else []
+        parts += [self.rounding] if self.rounding != "nearest" else []
+        parts += [f"a range for each {self.ranges}"] if self.ranges != "static" else []
+        parts += [f"rotated by {self.rotation}"] if self.rotation > 1 else []
+        parts += [f"rank {self.low_rank} beside it"] if self.low_rank else []
+        return ", ".join(parts)
+
     @property
     def plain(self) -> bool:
         """Whether an input becomes codes channel by channel, and codes alone are multiplied."""
@@ -168,14 +191,17 @@ def named_policy(name: str) -> Policy:
       InputError: the method or the width is unknown.
     """
     ordinary, temporal = _named_specs(name)
-    weight_bits = ordinary.weight_bits
     return Policy(
         name,
         (
             *(Rule(pattern) for pattern in _KEPT_FLOAT),
             *(Rule(pattern, optional=True) for pattern in _KEPT_FLOAT_BESIDE),
             *(Rule(pattern, temporal, optional=True) for pattern in _TEMPORAL_FEATURES),
-            Rule(_IMAGE_TOKEN, LayerSpec("minmax", weight_bits, 16), optional=True),
+            Rule(
+                _IMAGE_TOKEN,
+                LayerSpec("minmax", ordinary.weight_bits, 16, rounding=ordinary.rounding),
+                optional=True,
+            ),
             Rule("*", ordinary),
         ),
     )
@@ -194,12 +220,22 @@ def module_policy(name: str) -> Policy:
 def _named_specs(name: str) -> tuple[LayerSpec, LayerSpec]:
     """How a policy of a name quantizes ordinary layers, and those of temporal features."""
     method, _, width = name.rpartition("-")
-    if method not in _NAMED or width not in WIDTHS:
+    if method not in METHODS or width not in WIDTHS:
         raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
     bits = WIDTHS[width]
     # With a float input there is nothing to be done about it.
-    ordinary, temporal = _NAMED["minmax" if bits[1] == 16 else method]
-    return LayerSpec(ordinary, *bits), LayerSpec(temporal, *bits)
+    kinds = _NAMED["minmax" if bits[1] == 16 else method.removesuffix(_PLUS)]
+    options = _OPTIONS_OF_PLUS if method.endswith(_PLUS) else {}
+    ordinary, temporal = (
+        LayerSpec(kind, *bits, **_that_apply(options, kind, bits[1])) for kind in kinds
+    )
+    return ordinary, temporal
+
+
+def _that_apply(options: dict[str, Any], method: Method, activation_bits: int) -> dict[str, Any]:
+    """The options that a method with so many bits can have: HTDQ and float inputs have no range."""
+    has_range = method != "htdq" and activation_bits < 16
+    return {name: value for name, value in options.items() if name != "ranges" or has_range}
 
 
 @dataclass(frozen=True)
@@ -297,14 +333,7 @@ def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:
     for number, rule in parts:
         own = [layer for layer in layers if policy.rule(layer.path) == number]
         spec = rule.spec
-        how = "stays float"
-        if spec:
-            how = f"{spec.method}, w{spec.weight_bits}a{spec.activation_bits}"
-            how += ", weights clipped" if spec.clips_weights else ""
-            how += f", {spec.rounding}" if spec.rounding != "nearest" else ""
-            how += f", rotated by {spec.rotation}" if spec.rotation > 1 else ""
-            how += f", ranges by {spec.ranges}" if spec.ranges != "static" else ""
-            how += f", rank {spec.low_rank} beside it" if spec.low_rank else ""
+        how = "stays float" if spec is None else str(spec)
         if own:
             lines.append(
                 f"{rule.pattern:32} {len(own):6} {sum(x.parameters for x in own):12,} "

@@ -24,6 +24,9 @@ from qvd_jax.quant.policy import LayerSpec, TracedLayer
 from qvd_jax.quant.record import QuantizedParams, layout, leaf
 from qvd_jax.quant.statistics import Statistics
 
+# Of which ranges and clips are searched: beyond them they stay what they are, and a search tries
+# dozens of candidates. Means and Gram matrices are of all rows.
+SEARCHED_ROWS = 256
 # Of the layers that pictures show.
 _EXAMPLES = 3
 # JSON has no infinity.
@@ -337,6 +340,7 @@ def find_quantizer(
         [jnp.asarray(k, jnp.float32).reshape(-1, channels, k.shape[-1]) for k in kernels], axis=-1
     )
     lower, upper, rows, _ = statistics
+    rows = rows[_searched(rows)]
     bits = spec.activation_bits
     rotation, token = spec.rotation, spec.ranges == "token"
     if spec.method == "scri":
@@ -421,8 +425,9 @@ def _quantize_product(
     rows, weights = rows.reshape(len(rows), -1), weights.reshape(-1, shape[-1])
     clip: Array | float = 1.0
     if spec.clips_weights:
+        some = _searched(rows)
         clip = clipping.search_weight_clip(
-            rows, weights, layer.exact, bits, input_step, mean_counts=mean_counts
+            rows[some], weights, layer.exact[some], bits, input_step, mean_counts=mean_counts
         )
     codes, scale = quantize_weights(weights, bits, input_step, clip)
     if spec.rounding == "gptq":
@@ -434,6 +439,12 @@ def _quantize_product(
         down, up = low_rank.factors(left, rows, spec.low_rank, mean_counts=mean_counts)
         down = down.reshape(*shape[:2], -1)
     return _Product(codes.reshape(shape), scale, down, up)
+
+
+def _searched(rows: Array) -> np.ndarray:
+    """Places of the rows that searches see, evenly apart."""
+    count = len(rows)
+    return np.unique(np.arange(SEARCHED_ROWS) * count // SEARCHED_ROWS)
 
 
 def _mean_product(rows: Array, weights: Array) -> Array:

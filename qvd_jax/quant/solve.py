@@ -94,7 +94,6 @@ class _FloatLayer(NamedTuple):
       bias: `[O]`, zeros where it has none.
       kernel_size: of a conv.
       exact: what it makes of the sampled rows, without its bias, `[R, O]`.
-      rows: what it sees in their places where it is quantized, `[R, P, C]`.
     """
 
     path: str
@@ -102,7 +101,6 @@ class _FloatLayer(NamedTuple):
     bias: Array
     kernel_size: tuple[int, ...]
     exact: Array
-    rows: Array
 
 
 def solve_layers(
@@ -111,7 +109,6 @@ def solve_layers(
     statistics: Mapping[str, Statistics],
     params: Params,
     splits: Mapping[str, int],
-    propagated: Mapping[str, Array] | None = None,
 ) -> Iterator[tuple[str, QuantizedParams, LayerReport]]:
     """Quantizes layer after layer.
 
@@ -121,7 +118,6 @@ def solve_layers(
       statistics: of their inputs.
       params: of the float network.
       splits: where a layer's input is a concatenation, of how many channels its first part is.
-      propagated: rows of the same places in a network that is quantized already, by module path.
 
     Yields:
       Path, record and report of each layer.
@@ -144,8 +140,7 @@ def solve_layers(
         layer = {"kernel": kernel(path)}
         if (bias := flat.get(leaf(path, "bias"))) is not None:
             layer["bias"] = jnp.asarray(bias).reshape(-1)
-        seen = None if propagated is None else propagated[path]
-        yield path, *solve_layer(path, layer, statistics[path], spec, shared.get(key), seen)
+        yield path, *solve_layer(path, layer, statistics[path], spec, shared.get(key))
 
 
 def solve_layer(
@@ -154,7 +149,6 @@ def solve_layer(
     statistics: Statistics,
     spec: LayerSpec,
     quantizer: scri.ActivationQuantizer | None = None,
-    propagated: Array | None = None,
 ) -> tuple[QuantizedParams, LayerReport]:
     """Quantizes one Dense or conv layer.
 
@@ -164,8 +158,6 @@ def solve_layer(
       statistics: of its input.
       spec: how.
       quantizer: of its input, from `find_quantizer`; None where `needs_quantizer` says so.
-      propagated: what the layer sees in the places of the statistics' rows where the layers before
-        it are quantized; None takes these rows.
 
     Returns:
       The record of `QuantDense` or `QuantConv`, and what it is worth.
@@ -180,8 +172,7 @@ def solve_layer(
     weights = kernel.reshape(-1, channels, outputs)
     bias = jnp.asarray(params.get("bias", jnp.zeros(outputs)), jnp.float32)
     exact = scri.row_product(statistics.rows, weights)
-    rows = statistics.rows if propagated is None else propagated
-    layer = _FloatLayer(path, weights, bias, kernel_size, exact, rows)
+    layer = _FloatLayer(path, weights, bias, kernel_size, exact)
     if spec.activation_bits == 16:
         return _with_float_input(layer, statistics, spec)
     if quantizer is None:
@@ -192,7 +183,7 @@ def solve_layer(
 def _with_float_input(
     layer: _FloatLayer, statistics: Statistics, spec: LayerSpec
 ) -> tuple[QuantizedParams, LayerReport]:
-    rows = rotate(layer.rows, spec.rotation)
+    rows = rotate(statistics.rows, spec.rotation)
     weights = scri.rotate_inputs(layer.weights, spec.rotation)
     product = _quantize_product(rows, weights, layer, spec)
     found = scri.row_product(rows, product.multiplied)
@@ -211,7 +202,7 @@ def _with_channel_ranges(
     in_scale = quantizer.in_scale.astype(SCALE_DTYPE)
     scaled = in_scale.astype(jnp.float32)
     quantizer = quantizer._replace(factor=1 / (scaled * quantizer.step))
-    rows = quantizer.multiplied(layer.rows, bits, rotation, token=spec.ranges == "token")
+    rows = quantizer.multiplied(statistics.rows, bits, rotation, token=spec.ranges == "token")
     folded = quantizer.folded(layer.weights, rotation)
     product = _quantize_product(rows, folded, layer, spec, quantizer.step)
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.

@@ -42,7 +42,7 @@ def defined(
     values = rotated(x * record["in_scale"] + record["in_offset"], spec.rotation)
     step = np.ones((1,) * x.ndim)
     if spec.ranges == "token":
-        rank = 0 if conv is None else len(CONVS[conv][0])
+        rank = 0 if conv in (None, "1x1") else len(CONVS[conv][0])
         step = np.abs(values).max(tuple(range(x.ndim - rank - 1, x.ndim)), keepdims=True) / limit
     codes = np.clip(np.rint(values / step), -limit, limit)
     y = record["scale"] * correlate(codes, np.moveaxis(record["kernel"], 0, -1), conv)

@@ -103,7 +103,9 @@ def test_a_layer_gains_on_rows_it_has_not_seen(method, bits, least):
     seen, other = inputs(1000, 1), inputs(500, 2)
     rows = jnp.asarray(seen)[:, None]
     finite = jnp.asarray(True)
-    statistics = Statistics(jnp.asarray(seen.min(0)), jnp.asarray(seen.max(0)), rows, finite)
+    # Ranges are of all values, as calibration finds them, and rows of some.
+    values = np.concatenate([seen, other])
+    statistics = Statistics(jnp.asarray(values.min(0)), jnp.asarray(values.max(0)), rows, finite)
     for how in ("nearest", "gptq"):
         spec = replace(LayerSpec(method, *bits), rounding=how)
         quantizer = None
@@ -117,3 +119,48 @@ def test_a_layer_gains_on_rows_it_has_not_seen(method, bits, least):
         found = np.float64(values) @ kernel.T * scale + bias
         errors.append(np.square(found - other @ np.float64(weights)).mean())
     assert 10 * np.log10(errors[0] / errors[1]) > least
+
+
+def test_what_rounding_spares_foretells_its_error():
+    """The mean square is a twelfth of a step's for each input, times that, damping counted."""
+    rows, weights = case()
+    spared = rounding.spared(jnp.asarray(rows))
+    scale = np.full(OUTPUTS, 0.05, np.float32)
+    codes = rounding.round_weights(jnp.asarray(weights), jnp.asarray(scale), jnp.asarray(rows), 8)
+    centered = np.float64(rows) - np.float64(rows).mean(0)
+    gram = centered.T @ centered / len(rows)
+    missed = np.float64(codes) * scale - weights
+    damping = rounding.DAMPING * np.diag(gram).mean() * np.square(missed).sum(0).mean()
+    expected = float(spared.sum()) * scale[0] ** 2 / 12
+    assert np.square(centered @ missed).mean() + damping == pytest.approx(expected, rel=0.1)
+    # In float64, otherwise: the variance of each beside all that are rounded after it.
+    order = np.argsort(-np.diag(gram), kind="stable")
+    gram += rounding.DAMPING * np.diag(gram).mean() * np.eye(len(gram))
+    for place in (0, 3, len(order) - 1):
+        k, behind = order[place], order[place + 1 :]
+        left = gram[k, k]
+        if len(behind):
+            left -= gram[k, behind] @ linalg.solve(gram[np.ix_(behind, behind)], gram[behind, k])
+        assert float(spared[k]) == pytest.approx(left, rel=1e-2)
+
+
+def test_weights_are_clipped_where_their_error_is_least_once_rounded():
+    """Each output at the share that is best for it alone, one share being tried after the other."""
+    rows, weights = (jnp.asarray(part) for part in case())
+    weights = weights.at[0].mul(4)
+    exact = rows @ weights
+    codes, scale = rounding.clip_and_round(weights, rows, exact, 3)
+    least = np.full(OUTPUTS, np.inf)
+    for clip in rounding.CLIP_CANDIDATES:
+        alone, step = rounding.clip_and_round(weights, rows, exact, 3, clips=(clip,))
+        least = np.minimum(
+            least, np.var(rows @ alone.astype(jnp.float32) * step[None] - exact, axis=0)
+        )
+    found = np.var(rows @ codes.astype(jnp.float32) * scale[None] - exact, axis=0)
+    np.testing.assert_allclose(found, least, rtol=1e-4)
+    assert (found < 0.99 * np.var(rows @ clip_free(weights, rows, exact) - exact, axis=0)).any()
+
+
+def clip_free(weights: jnp.ndarray, rows: jnp.ndarray, exact: jnp.ndarray) -> jnp.ndarray:
+    codes, scale = rounding.clip_and_round(weights, rows, exact, 3, clips=(1.0,))
+    return codes.astype(jnp.float32) * scale[None]

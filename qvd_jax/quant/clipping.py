@@ -32,7 +32,7 @@ def search_weight_clip(
       exact: the float layer's output `[R, O]`, up to a constant unless the mean counts.
       bits: of the weights' codes.
       input_step: D of the input's codes, 1 of a float input.
-      mean_counts: as in `output_error`.
+      mean_counts: as in `error_of_codes`.
     """
     errors = [
         output_error(rows, weights, exact, bits, input_step, clip, mean_counts=mean_counts)
@@ -62,10 +62,25 @@ def output_error(
       bits: of the weights' codes.
       input_step: D of the input's codes, 1 of a float input.
       clip: share of each output's largest weight that gets the largest code.
+      mean_counts: as in `error_of_codes`.
+    """
+    codes, scale = quantize_weights(weights, bits, input_step, clip)
+    return error_of_codes(rows, codes, scale, exact, mean_counts=mean_counts)
+
+
+def error_of_codes(
+    rows: Array, codes: Array, scale: Array, exact: Array, *, mean_counts: bool = False
+) -> Array:
+    """Error of each output of a product with codes of weights, `[O]`.
+
+    Args:
+      rows: as in `search_weight_clip`.
+      codes: `[K, O]`.
+      scale: of the product, `[O]`.
+      exact: the float layer's output `[R, O]`.
       mean_counts: whether the error is the mean square; else it is the variance, for the bias of a
         layer with quantized inputs takes the error's mean.
     """
-    codes, scale = quantize_weights(weights, bits, input_step, clip)
     product = jnp.matmul(rows, codes.astype(jnp.float32), precision="highest")
     error = product * scale[None] - exact
     return jnp.square(error).mean(0) if mean_counts else error.var(0)

@@ -272,8 +272,9 @@ class QuantConv(StoredParams, Conv):
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
             values = as_batch(value_of(x))
             values = values[:, ::2, ::2] if doubled else values
-            # A kernel sees several positions: what they share a step with is the whole image.
-            steps, token = _steps(values, record, spec, axes=range(1, values.ndim))
+            # A kernel of taps sees several positions: what these share a step with is the image.
+            axes = (-1,) if record.taps is None else range(1, values.ndim)
+            steps, token = _steps(values, record, spec, axes)
             product = _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
             branch = _branch(differentiate, _rounded(steps, record, spec), record)
             return finish(product, record, residual, token, branch)

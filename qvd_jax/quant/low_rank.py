@@ -25,7 +25,7 @@ def factors(
       left: weights less what their codes stand for, `[K, O]`.
       rows: what the weights multiply, sampled, `[R, K]`.
       rank: of the product; of a smaller matrix all beyond its own is zero.
-      mean_counts: as in `clipping.output_error`.
+      mean_counts: as in `clipping.error_of_codes`.
 
     Returns:
       `[K, rank]` and `[rank, O]`.

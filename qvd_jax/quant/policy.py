@@ -80,8 +80,8 @@ class LayerSpec:
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
       ranges: of the input: one step D for all (static), one of its own for each sampler step, or
-        one for each token, found while sampling: for each row of a Dense layer's input, for each
-        image (in time: each place's frames) of a convolution's.
+        one for each token, found while sampling: for each position, or for the whole image (over
+        time for all frames of it) of a convolution whose kernel has several taps.
       weight_clipping: whether weights are clipped, each output's where its error is least; None
         clips those of 4 bits and fewer, where it is worth something.
       rounding: of weights: to the nearest code, or so that errors make up for each other on the

@@ -153,6 +153,7 @@ def search(
     rotation: int = 1,
     *,
     token: bool = False,
+    spared: Array | None = None,
 ) -> ActivationQuantizer:
     """The quantizer of least output error on sampled inputs, R and rho found in turn.
 
@@ -165,6 +166,8 @@ def search(
       weight_bits: b_w.
       rotation: channels of a group that are mixed; 1 mixes none.
       token: whether ranges are those of tokens; rho then has no meaning.
+      spared: of `rounding.spared`, `[P C]`, where weights are rounded by GPTQ; the error is then
+        the one that is to be expected of it (`expected_error`). Not of rotated channels.
     """
     half = np.asarray(upper - lower) / 2
     positive = half[half > 0]
@@ -179,6 +182,7 @@ def search(
         weights,
         # Less the shift, beside whose part of the output errors would be lost to rounding.
         row_product(inputs - _as_last((lower + upper) / 2, 3), weights),
+        spared,
         activation_bits=activation_bits,
         weight_bits=weight_bits,
         rotation=rotation,
@@ -222,6 +226,7 @@ def _error_of_candidate(
     inputs: Array,
     weights: Array,
     exact: Array,
+    spared: Array | None,
     target: Array,
     clip: Array,
     *,
@@ -233,6 +238,8 @@ def _error_of_candidate(
     quantizer = integrate(lower, upper, target, clip, activation_bits)
     quantizer = quantizer.suited(inputs, clip, activation_bits, rotation, token=token)
     widths = activation_bits, weight_bits
+    if spared is not None:
+        return expected_error(inputs, weights, quantizer, spared, *widths, token=token).mean()
     errors = output_error(
         inputs, weights, exact, quantizer, *widths, rotation=rotation, token=token
     )
@@ -269,6 +276,43 @@ def output_error(
     return clipping.output_error(
         rows.reshape(len(rows), -1), folded, exact, weight_bits, quantizer.step
     )
+
+
+def expected_error(
+    inputs: Array,
+    weights: Array,
+    quantizer: ActivationQuantizer,
+    spared: Array,
+    activation_bits: int,
+    weight_bits: int,
+    *,
+    token: bool = False,
+) -> Array:
+    """What `output_error` is to be expected where weights are rounded by GPTQ, `[O]`.
+
+    With e the errors of the inputs' own rounding, and h what GPTQ spares each of an error's square,
+
+        var (sum_k e_k W_ko) + sum_k h_k / s_k^2 (max_k s_k |W_ko| / (2^(b_w-1) - 1))^2 / 12
+
+    Errors of weights are taken for evenly spread over a step.
+
+    Args:
+      inputs: sampled rows `[R, P, C]`.
+      weights: `[P, C, O]`.
+      quantizer: of the input.
+      spared: h, `[P C]`, of `rounding.spared`.
+      activation_bits: b_a.
+      weight_bits: b_w.
+      token: as of `search`.
+    """
+    codes = quantizer.multiplied(inputs, activation_bits, token=token)
+    scale = quantizer.factor * quantizer.step
+    errors = codes * _as_last(scale, 3) - (inputs - _as_last(quantizer.shift, 3))
+    flat = weights.reshape(-1, weights.shape[-1])
+    factor = jnp.tile(quantizer.factor, len(weights))
+    step = jnp.abs(factor[:, None] * flat).max(0) / max_code(weight_bits)
+    of_weights = (spared / jnp.square(factor)).sum() * jnp.square(step) / 12
+    return row_product(errors, weights).var(0) + of_weights
 
 
 def row_product(rows: Array, weights: Array) -> Array:

@@ -330,13 +330,18 @@ def find_quantizer(
     weights = jnp.concatenate(
         [jnp.asarray(k, jnp.float32).reshape(-1, channels, k.shape[-1]) for k in kernels], axis=-1
     )
-    lower, upper, rows, _ = statistics
-    rows = rows[_searched(rows)]
+    lower, upper, all_rows, _ = statistics
+    rows = all_rows[_searched(all_rows)]
     bits = spec.activation_bits
     rotation, token = spec.rotation, spec.ranges == "token"
     if spec.method == "scri":
+        spared = None
+        if spec.rounding == "gptq" and rotation == 1:
+            spared = rounding.spared(all_rows.reshape(len(all_rows), -1))
         widths = bits, spec.weight_bits
-        return scri.search(lower, upper, rows, weights, *widths, rotation, token=token)
+        return scri.search(
+            lower, upper, rows, weights, *widths, rotation, token=token, spared=spared
+        )
     if spec.method == "smoothquant":
         found = baselines.smoothquant(lower, upper, weights, bits)
     elif spec.method == "qdiffusion":
@@ -401,7 +406,7 @@ def _quantize_product(
     spec: LayerSpec,
     input_step: Array | float = 1.0,
 ) -> _Product:
-    """Weights clipped as `clipping.search_weight_clip` finds, and rounded, as the spec says.
+    """Weights clipped where the error is least, and rounded, as the spec says.
 
     Args:
       rows: what the weights are multiplied with, `[R, P, C]`, codes or float.
@@ -414,16 +419,19 @@ def _quantize_product(
     mean_counts = spec.activation_bits == 16
     shape, bits = weights.shape, spec.weight_bits
     rows, weights = rows.reshape(len(rows), -1), weights.reshape(-1, shape[-1])
-    clip: Array | float = 1.0
-    if spec.clips_weights:
-        some = _searched(rows)
-        clip = clipping.search_weight_clip(
-            rows[some], weights, layer.exact[some], bits, input_step, mean_counts=mean_counts
-        )
-    codes, scale = quantize_weights(weights, bits, input_step, clip)
     if spec.rounding == "gptq":
-        steps = scale.astype(jnp.float32) / input_step
-        codes = rounding.round_weights(weights, steps, rows, bits, mean_counts=mean_counts)
+        clips = rounding.CLIP_CANDIDATES if spec.clips_weights else (1.0,)
+        codes, scale = rounding.clip_and_round(
+            weights, rows, layer.exact, bits, input_step, clips=clips, mean_counts=mean_counts
+        )
+    else:
+        clip: Array | float = 1.0
+        if spec.clips_weights:
+            some = _searched(rows)
+            clip = clipping.search_weight_clip(
+                rows[some], weights, layer.exact[some], bits, input_step, mean_counts=mean_counts
+            )
+        codes, scale = quantize_weights(weights, bits, input_step, clip)
     down = up = None
     if spec.low_rank:
         left = weights * input_step - codes * scale.astype(jnp.float32)[None]

@@ -214,3 +214,31 @@ def test_a_rotation_that_does_not_divide_the_channels_is_refused_by_layer():
     policy = Policy("mine", (Rule("*", LayerSpec("scri", rotation=8)),))
     with pytest.raises(InputError, match="'mine': a/b: rotation = 8 does not divide its 12 chan"):
         match(policy, [layer])
+
+
+@pytest.mark.parametrize("ranges", ["static", "token"])
+@pytest.mark.parametrize("bits", [(4, 8), (6, 6)])
+def test_learned_factors_are_better_than_those_of_one_range(ranges, bits):
+    """Where half of the channels are wide with small weights, as beside a shortcut's."""
+    net, params, _ = case(None)
+    rng = np.random.default_rng(0)
+    wide = np.where(np.arange(CHANNELS) < CHANNELS // 2, 10.0, 1.0) * rng.lognormal(
+        0, 0.5, CHANNELS
+    )
+    x = jnp.asarray(wide * rng.normal(size=(512, CHANNELS)), jnp.float32)
+    params["layer"]["kernel"] = params["layer"]["kernel"] / jnp.asarray(wide**0.7)[:, None]
+    errors = {}
+    for method in ("scri", "learned"):
+        spec = LayerSpec(method, *bits, ranges=ranges, rounding="gptq")
+        module, values, *_ = quantized(net, params, x, spec)
+        exact = net.apply({"params": params}, x)
+        errors[method] = float(np.square(module.apply({"params": values}, x) - exact).mean())
+    assert errors["learned"] < 0.98 * errors["scri"]
+
+
+def test_learned_factors_of_a_layer_that_is_all_zero_are_finite():
+    net, params, x = case(None)
+    params["layer"]["kernel"] = jnp.zeros_like(params["layer"]["kernel"])
+    module, values, *_ = quantized(net, params, 0 * x, LayerSpec("learned", 4, 8))
+    expected = net.apply({"params": params}, 0 * x)
+    np.testing.assert_allclose(module.apply({"params": values}, 0 * x), expected, atol=1e-6)

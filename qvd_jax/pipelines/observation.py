@@ -70,7 +70,7 @@ def collect(
     """Samples the inputs and observes every layer's input at every step.
 
     Args:
-      pipe: the float pipeline.
+      pipe: the pipeline, float, or quantized for what layers see behind quantized ones.
       paths: of all layers, in the order in which they are called.
       inputs: prompts or images.
       config: how much to sample.

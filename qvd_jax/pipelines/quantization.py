@@ -69,7 +69,11 @@ def quantize(
     given = pipe.defaults.prompts if prompts is None else prompts
     inputs = [given] if isinstance(given, str) else list(given)
     observed = collect(pipe, plan.layers, inputs, config, options, progress, mesh=mesh)
-    return solve_plan(pipe, plan, observed, config, progress)
+    quantized, reports = solve_plan(pipe, plan, observed, config, progress)
+    if not plan.propagates:
+        return quantized, reports
+    seen = collect(quantized, plan.layers, inputs, config, options, progress, mesh=mesh)
+    return solve_plan(pipe, plan, propagated(plan, observed, seen), config, progress)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,28 @@ class Plan:
     policy: str
     layers: dict[str, TracedLayer]
     specs: dict[str, LayerSpec]
+
+    @property
+    def propagates(self) -> bool:
+        """Whether a first solution is observed for a second one."""
+        return any(spec.propagate for spec in self.specs.values())
+
+
+def propagated(plan: Plan, observed: Observed, seen: Observed) -> Observed:
+    """What a plan is solved with the second time.
+
+    Args:
+      plan: some of whose layers propagate.
+      observed: of the float pipeline.
+      seen: of the one that the plan and `observed` make: rows of the layers that propagate are its.
+    """
+    joined = {
+        path: found._replace(rows=seen.joined[path].rows)
+        if path in plan.specs and plan.specs[path].propagate
+        else found
+        for path, found in observed.joined.items()
+    }
+    return observed._replace(joined=joined)
 
 
 def make_plan(

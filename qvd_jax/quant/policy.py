@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from qvd_jax.config import did_you_mean
 from qvd_jax.errors import InputError
 
-Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "htdq"]
+Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "learned", "htdq"]
 Rounding = Literal["nearest", "gptq"]
 Ranges = Literal["static", "step", "token"]
 WIDTHS = {
@@ -57,13 +57,16 @@ _NAMED: dict[str, tuple[Method, Method]] = {
 
 
 _PLUS = "-plus"
-# What came after these methods, and each of them takes: best together on the small model.
-_OPTIONS_OF_PLUS: dict[str, Any] = {"ranges": "token", "rounding": "gptq"}
+# What each of these methods can have, and was best together on the small model.
+_OPTIONS_OF_PLUS: dict[str, Any] = {"ranges": "token", "rounding": "gptq", "propagate": True}
 
-METHODS = tuple(_NAMED) + tuple(
-    method + _PLUS for method in ("qvd", "minmax", "mse", "smoothquant", "qdiffusion")
-)
-"""The methods of named policies; those of -plus have ranges of tokens and rounding by GPTQ."""
+_NAMED |= {
+    "qvd-plus": ("learned", "htdq"),
+    **{name + _PLUS: _NAMED[name] for name in ("minmax", "mse", "smoothquant", "qdiffusion")},
+}
+
+METHODS = tuple(_NAMED)
+"""The methods of named policies."""
 
 
 def policy_names() -> list[str]:
@@ -76,7 +79,7 @@ class LayerSpec:
     """How one layer is quantized.
 
     Attributes:
-      method: how the quantizer of its input is found.
+      method: how the quantizer of its input is found; learned begins with scri's (`learned.learn`).
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
       ranges: of the input: one step D for all (static), one of its own for each sampler step, or
@@ -90,6 +93,8 @@ class LayerSpec:
         (`codec.rotate`), a power of two that divides the layer's; 1 mixes none.
       low_rank: rank of a float branch beside the product, which makes up for some of what the
         rounding of weights left (`low_rank.factors`); 0 is none.
+      propagate: whether it is solved on what it sees in the model that a first solution makes,
+        where the layers before it are quantized, and not on what it sees in the float model.
     """
 
     method: Method
@@ -100,6 +105,7 @@ class LayerSpec:
     rounding: Rounding = "nearest"
     rotation: int = 1
     low_rank: int = 0
+    propagate: bool = False
 
     def __post_init__(self) -> None:
         for name, kind in (("method", Method), ("rounding", Rounding), ("ranges", Ranges)):
@@ -123,6 +129,11 @@ class LayerSpec:
             )
         if self.rotation < 1 or self.rotation.bit_count() != 1:
             raise ValueError(f"rotation = {self.rotation}: a power of two is needed, or 1 for none")
+        if self.rotation > 1 and self.method == "learned":
+            raise ValueError(
+                f"rotation = {self.rotation} mixes channels, whose factors method = 'learned' "
+                f"finds apart; scri goes with it"
+            )
         if self.low_rank < 0:
             raise ValueError(f"low_rank = {self.low_rank}: 0 or more is needed")
 
@@ -133,6 +144,7 @@ class LayerSpec:
         parts += [f"a range for each {self.ranges}"] if self.ranges != "static" else []
         parts += [f"rotated by {self.rotation}"] if self.rotation > 1 else []
         parts += [f"rank {self.low_rank} beside it"] if self.low_rank else []
+        parts += ["propagated"] if self.propagate else []
         return ", ".join(parts)
 
     @property
@@ -224,7 +236,7 @@ def _named_specs(name: str) -> tuple[LayerSpec, LayerSpec]:
         raise InputError(f"unknown policy {name!r}{did_you_mean(name, policy_names())}")
     bits = WIDTHS[width]
     # With a float input there is nothing to be done about it.
-    kinds = _NAMED["minmax" if bits[1] == 16 else method.removesuffix(_PLUS)]
+    kinds = _NAMED["minmax" if bits[1] == 16 else method]
     options = _OPTIONS_OF_PLUS if method.endswith(_PLUS) else {}
     ordinary, temporal = (
         LayerSpec(kind, *bits, **_that_apply(options, kind, bits[1])) for kind in kinds

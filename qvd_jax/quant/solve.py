@@ -18,7 +18,7 @@ import numpy as np
 
 from qvd_jax.axes import Array, Params
 from qvd_jax.errors import InputError
-from qvd_jax.quant import baselines, clipping, htdq, low_rank, rounding, scri
+from qvd_jax.quant import baselines, clipping, htdq, learned, low_rank, rounding, scri
 from qvd_jax.quant.codec import SCALE_DTYPE, max_code, quantize_weights, rotate
 from qvd_jax.quant.policy import LayerSpec, TracedLayer
 from qvd_jax.quant.record import QuantizedParams, layout, leaf
@@ -334,14 +334,18 @@ def find_quantizer(
     rows = all_rows[_searched(all_rows)]
     bits = spec.activation_bits
     rotation, token = spec.rotation, spec.ranges == "token"
-    if spec.method == "scri":
-        spared = None
-        if spec.rounding == "gptq" and rotation == 1:
-            spared = rounding.spared(all_rows.reshape(len(all_rows), -1))
+    if spec.method in ("scri", "learned"):
         widths = bits, spec.weight_bits
-        return scri.search(
+        flat, spared = all_rows.reshape(len(all_rows), -1), None
+        if spec.rounding == "gptq" and rotation == 1:
+            spared = rounding.spared(flat)
+        found = scri.search(
             lower, upper, rows, weights, *widths, rotation, token=token, spared=spared
         )
+        if spec.method == "scri":
+            return found
+        left = flat.var(0) if spared is None else spared
+        return learned.learn(found, lower, upper, rows, weights, left, *widths, token=token)
     if spec.method == "smoothquant":
         found = baselines.smoothquant(lower, upper, weights, bits)
     elif spec.method == "qdiffusion":

@@ -1,0 +1,44 @@
+"""Evaluates the policies of -plus, whose methods differ in the ranges of inputs alone, at few bits.
+
+    python tests/measure_low_bits.py --out runs/low_bits
+
+makes `docs/results/low_bits.json` as `measure_policies.py` makes its own, whose rules hold here:
+one run of one code, that goes on where it was interrupted. Every method has the same rounding by
+GPTQ, clipping of weights, ranges of tokens and propagation; QVD without them stands beside.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from measure_policies import MODEL, RESULTS, measure, run_digest, table
+
+from qvd_jax.files import write_text
+
+LOW_BITS = RESULTS.with_name("low_bits.json")
+COMMAND = "python tests/measure_low_bits.py --out runs/low_bits"
+WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a8")
+METHODS = ("qvd-plus", "qdiffusion-plus", "smoothquant-plus", "minmax-plus")
+WITHOUT = ("qvd-w8a8", "qvd-w6a6", "qvd-w4a8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="what an interrupted run has done")
+    parser.add_argument("--results", type=Path, default=LOW_BITS)
+    parser.add_argument("--videos", type=int, default=128)
+    args = parser.parse_args(argv)
+    digest = run_digest()
+    out = args.out / digest[:8]
+    out.mkdir(parents=True, exist_ok=True)
+    policies = [*WITHOUT, *(f"{method}-{width}" for width in WIDTHS for method in METHODS)]
+    parts = {"plus": measure(out, "plus", MODEL, policies, args.videos, 1)}
+    found = {"command": COMMAND, "run": digest, "parts": parts, "table": table(parts)}
+    write_text(args.results, json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

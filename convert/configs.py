@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qvd_jax.errors import InputError
+from qvd_jax.models.configs import UNet3DConfig
 
 Json = Mapping[str, Any]
 
@@ -111,18 +112,26 @@ def contradictions(json: Json, facts: Json, where: str) -> tuple[str, ...]:
     )
 
 
-def check_like(values: Json, shared: Json, where: str) -> None:
+def check_like(values: Json, unet: UNet3DConfig, where: str) -> None:
     """Raises `InputError` if values are not those of the UNet that a network stands beside.
 
     Args:
-      values: what the network's config says, by key.
-      shared: what the UNet has; one value may stand for a list of equal ones.
+      values: what the network's config says, by key; one may stand for a list of equal ones.
+      unet: the UNet.
       where: how messages name the network.
     """
+    heads = values["num_attention_heads"] or values["attention_head_dim"]
+    own = {**values, "attention_head_dim": heads}
+    shared = {
+        "attention_head_dim": unet.num_heads,
+        "norm_num_groups": unet.norm_groups,
+        "norm_eps": (*unet.down_eps, unet.mid_eps),
+        "motion_num_attention_heads": unet.temporal_heads,
+    }
     for key, wanted in shared.items():
-        if not _same(values[key], wanted):
+        if key in own and not _same(own[key], wanted):
             raise InputError(
-                f"{where}: {key} = {values[key]!r}, but the UNet beside it has {wanted!r}; both "
+                f"{where}: {key} = {own[key]!r}, but the UNet beside it has {wanted!r}; both "
                 f"must be alike"
             )
 

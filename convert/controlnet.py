@@ -110,15 +110,7 @@ def check_config(controlnet: ControlNet, unet: UNet3DConfig, where: str) -> tupl
         return ()
     sparse = config.ignores_latents
     read = configs.read(json, classes.SPARSE_CONTROLNET if sparse else classes.CONTROLNET, where)
-    heads = read.values["num_attention_heads"] or read.values["attention_head_dim"]
-    shared = {
-        "attention_head_dim": unet.num_heads,
-        "norm_num_groups": unet.norm_groups,
-        "norm_eps": (*unet.down_eps, unet.mid_eps),
-    }
-    if sparse:
-        shared["motion_num_attention_heads"] = unet.temporal_heads
-    configs.check_like({**read.values, "attention_head_dim": heads}, shared, where)
+    configs.check_like(read.values, unet, where)
     blocks = ["CrossAttn" if has else "" for has in unet.attention_levels]
     facts = {
         "in_channels": keys.require(controlnet.tensors, "conv_in.weight", where)[1],

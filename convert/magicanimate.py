@@ -35,13 +35,7 @@ def open_appearance_encoder(folder: Path, unet: UNet3DConfig) -> tuple[Tensors, 
     if not json.is_file():
         return tensors, tensors.notes
     read = configs.read(read_json(json), classes.UNET_2D, str(folder))
-    heads = read.values["num_attention_heads"] or read.values["attention_head_dim"]
-    shared = {
-        "attention_head_dim": unet.num_heads,
-        "norm_num_groups": unet.norm_groups,
-        "norm_eps": (*unet.down_eps, unet.mid_eps),
-    }
-    configs.check_like({**read.values, "attention_head_dim": heads}, shared, str(folder))
+    configs.check_like(read.values, unet, str(folder))
     return tensors, (*tensors.notes, *read.notes)
 
 

@@ -69,23 +69,25 @@ def measure_products(args: argparse.Namespace) -> Measured:
     """Every formulation of every product."""
     case = _unet_case(args)
     in_fresh_process("the estimate", products.check_fits, case)
-    results = products.measure(case)
-    return case, results, products.table(results)
+    results = products.time_formulations(case)
+    return case, results, products.speeds_table(results)
 
 
 def measure_unet(args: argparse.Namespace) -> Measured:
     """One forward of the UNet, beside the peers'."""
     against = {name: args.against[name] for name in installed([*args.against])}
     case, variants = _unet_variants(args, against)
-    results = rounds.measure({unet.OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds)
-    return case, results, rounds.table(results, variants[0])
+    results = rounds.time_in_turn(
+        {unet.OURS: unet.build, **peers.BUILDS}, case, variants, args.rounds
+    )
+    return case, results, rounds.times_table(results, variants[0])
 
 
 def measure_profile(args: argparse.Namespace) -> Measured:
     """Where the time of one forward goes."""
     case, variants = _unet_variants(args)
-    results = profile.measure(case, variants)
-    return case, results, profile.table(results)
+    results = profile.profile_forwards(case, variants)
+    return case, results, profile.shares_table(results)
 
 
 def measure_compiled(args: argparse.Namespace) -> Measured:
@@ -99,8 +101,8 @@ def measure_compiled(args: argparse.Namespace) -> Measured:
     for policy in args.policy:
         named_policy(policy)
     variants = unet_variants(args.dtype, args.policy, {})
-    results = compiled.measure(case, target, names, variants)
-    return case, results, compiled.table(results)
+    results = compiled.compile_programs(case, target, names, variants)
+    return case, results, compiled.programs_table(results)
 
 
 def measure_sample(args: argparse.Namespace) -> Measured:
@@ -108,9 +110,9 @@ def measure_sample(args: argparse.Namespace) -> Measured:
     case, variants = _sample_case(args)
     in_fresh_process("the estimate", sampling.check_fits, [case], [variants])
     starts = sampling.measure_start(case, variants)
-    timed = rounds.measure({unet.OURS: sampling.build}, case, variants, args.rounds)
+    timed = rounds.time_in_turn({unet.OURS: sampling.build}, case, variants, args.rounds)
     results = [{**start, **spent} for start, spent in zip(starts, timed, strict=True)]
-    shown = f"{sampling.start_table(starts)}\n\n{rounds.table(timed, variants[0])}"
+    shown = f"{sampling.start_table(starts)}\n\n{rounds.times_table(timed, variants[0])}"
     return case, results, shown
 
 
@@ -119,8 +121,8 @@ def measure_memory(args: argparse.Namespace) -> Measured:
     case, variants = _sample_case(args)
     case = replace(case, steps=max(sampling.MEMORY_STEPS))
     in_fresh_process("the estimate", sampling.check_fits, [case], [[v] for v in variants])
-    results = sampling.measure_memory(case, variants)
-    return case, results, sampling.table(results)
+    results = sampling.measure_peaks(case, variants)
+    return case, results, sampling.memory_table(results)
 
 
 def measure_growth(args: argparse.Namespace) -> Measured:
@@ -128,10 +130,10 @@ def measure_growth(args: argparse.Namespace) -> Measured:
     case, variants = _sample_case(args)
     grown = list(dict.fromkeys(grown for _, _, grown in growth.cases(case)))
     in_fresh_process("the estimate", sampling.check_fits, grown, [[v] for v in variants])
-    results = growth.measure(case, variants)
+    results = growth.measure_costs(case, variants)
     picture = growth.plot(results)
     write_bytes(args.plot, picture)
-    return case, results, growth.table(results)
+    return case, results, growth.costs_table(results)
 
 
 MEASUREMENTS: dict[str, Callable[[argparse.Namespace], Measured]] = {

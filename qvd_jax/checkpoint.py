@@ -247,7 +247,7 @@ def digest(path: Path) -> str:
         del manifest[name]
     told = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode())
     for name in items.stored_items(path):
-        told.update(f"{name} {items.StoredItem(path, name).digest()}\n".encode())
+        told.update(f"{name} {items.digest(path, name)}\n".encode())
     for file in sorted((path / TOKENIZER).glob("*")):
         told.update(file.name.encode() + file.read_bytes())
     return told.hexdigest()

@@ -19,6 +19,7 @@ from qvd_jax.errors import InputError, first_line
 
 _COMMIT_MARK = "commit_success.txt"
 _INDEX = "_METADATA"
+_DIGEST = "digest.json"
 
 # Of arrays on their way from the disk.
 _BYTES_IN_FLIGHT = 2**28
@@ -56,6 +57,10 @@ def save_params(folder: Path, name: str, params: Params) -> None:
     # Orbax marks a finished item where no rename is atomic, and writes the absolute path into it.
     for mark in item.glob(_COMMIT_MARK):
         mark.write_text(f"{name} is complete\n", encoding="utf-8")
+    arrays = sorted(flax.traverse_util.flatten_dict(params).items())
+    told = _digest((path, np.asarray(array)) for path, array in arrays)
+    noted = {"arrays": told, "files": _sizes(item)}
+    (item / _DIGEST).write_text(json.dumps(noted, indent=1) + "\n", encoding="utf-8")
 
 
 class StoredItem:
@@ -92,20 +97,12 @@ class StoredItem:
         check_tree(self.shapes, expected, str(self._place))
 
     def digest(self) -> str:
-        """Of all arrays, their dtypes and their paths, however they lie on the disk.
-
-        Raises:
-          InputError: an array is damaged.
-        """
-        told = hashlib.sha256()
+        """As the function `digest`, of what is read."""
         arrays = dict(sorted(self._arrays.items()))
         try:
-            for path, value in zip(arrays, _read_in_order(arrays.values()), strict=True):
-                told.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
-                told.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            return _digest(zip(arrays, _read_in_order(arrays.values()), strict=True))
         except Exception as error:
             raise self._damaged() from error
-        return told.hexdigest()
 
     def value(self, path: str) -> np.ndarray:
         """One array, by its path with slashes.
@@ -181,6 +178,41 @@ def _read_in_order(arrays: Iterable[ts.TensorStore]) -> Iterator[Any]:
         in_flight += needed
     while reading:
         yield reading.popleft()[0].result()
+
+
+def digest(folder: Path, name: str) -> str:
+    """Of all arrays of an item, their dtypes and their paths, however they lie on the disk.
+
+    Whoever saved it noted the digest beside it. That holds for the files that were written then, by
+    name and size: TensorStore gives a new name to each that it writes, so that other arrays lie in
+    other files. Where the files are others, or nothing was noted, all arrays are read.
+
+    Raises:
+      InputError: the item is damaged.
+    """
+    item = folder / name
+    try:
+        noted = json.loads((item / _DIGEST).read_text(encoding="utf-8"))
+        if noted["files"] == _sizes(item):
+            return str(noted["arrays"])
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # None is there, or it is damaged.
+    return StoredItem(folder, name).digest()
+
+
+def _digest(arrays: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> str:
+    """Of arrays by their paths, in the order of these."""
+    told = hashlib.sha256()
+    for path, value in arrays:
+        told.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
+        told.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    return told.hexdigest()
+
+
+def _sizes(item: Path) -> dict[str, int]:
+    """Bytes of each file of an item but the note of its digest."""
+    paths = (path for path in item.rglob("*") if path.is_file() and path.name != _DIGEST)
+    return {path.relative_to(item).as_posix(): path.stat().st_size for path in paths}
 
 
 def stored_items(folder: Path) -> list[str]:

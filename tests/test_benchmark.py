@@ -151,12 +151,12 @@ def test_a_profile_says_where_the_time_goes(tmp_path, capsys):
 def test_variants_run_in_turn_and_their_medians_are_theirs(capfd):
     variants = [rounds.Variant("a", mode, "float32") for mode in ("1", "3")]
     variants += [rounds.Variant("b", "2", "float32")]
-    results = rounds.measure({"a": build_sleeper, "b": build_sleeper}, 0.02, variants, 3)
+    results = rounds.time_in_turn({"a": build_sleeper, "b": build_sleeper}, 0.02, variants, 3)
     assert [r["median_s"] >= 0.02 * float(r["mode"]) for r in results] == [True] * 3
     assert all(len(r["rounds_s"]) == 3 for r in results)
-    assert "| a 1 | float32 |" in rounds.table(results, variants[0])
+    assert "| a 1 | float32 |" in rounds.times_table(results, variants[0])
     with pytest.raises(InputError, match="b 2 ended early: its own message is above, or there was"):
-        rounds.measure({"a": build_sleeper, "b": build_nothing}, 0.02, variants, 3)
+        rounds.time_in_turn({"a": build_sleeper, "b": build_nothing}, 0.02, variants, 3)
     capfd.readouterr()
 
 
@@ -184,9 +184,9 @@ def test_unknown_peers_are_refused(capsys, against, message):
 def test_one_mode_of_a_peer_is_timed_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        rounds, "measure", lambda builds, case, variants, count: asked.append(variants)
+        rounds, "time_in_turn", lambda builds, case, variants, count: asked.append(variants)
     )
-    monkeypatch.setattr(rounds, "table", lambda *_: "")
+    monkeypatch.setattr(rounds, "times_table", lambda *_: "")
     sizes = ["--size", "tiny", "--height", "16", "--width", "16", "--dtype", "float32"]
     assert benchmark.main(["unet", *sizes, "--against", "diffusers:eager,diffusers:compiled"]) == 0
     assert [(variant.framework, variant.mode) for variant in asked[0]] == [
@@ -266,7 +266,7 @@ def measure(*_):
     print("initialized" if xla_bridge.backends_are_initialized() else "untouched")
     raise SystemExit
 
-rounds.measure = sampling.measure_start = measure
+rounds.time_in_turn = sampling.measure_start = measure
 if __name__ == "__main__":
     benchmark.main(sys.argv[1:])
 """

@@ -232,8 +232,8 @@ def test_the_roof_counts_the_products_of_the_platform():
     kernel = (rows // ROWS) * 2 * (2 * ROWS * ROWS * 128)
     int8 = 3 * 2 * 4 * 8 * 2
     expected = {"int8": int8, "float32": convolution + kernel}
-    assert roof.operations(jaxpr, "tpu") == expected
-    assert roof.operations(jaxpr, "cpu") == expected | {
+    assert roof.product_operations(jaxpr, "tpu") == expected
+    assert roof.product_operations(jaxpr, "cpu") == expected | {
         "float32": expected["float32"] + 2 * 2 * 6 * 6 * 5
     }
     (found,) = roof.kernels(jaxpr, "tpu")
@@ -252,7 +252,7 @@ def test_the_roof_counts_the_products_of_the_platform():
 
 def footprint_of(run, *shapes):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return footprint.peak_bytes(jax.make_jaxpr(run)(*arrays).jaxpr, "tpu") // 4
+    return footprint.fused_peak_bytes(jax.make_jaxpr(run)(*arrays).jaxpr, "tpu") // 4
 
 
 def test_the_footprint_is_what_is_stored_at_once():
@@ -346,7 +346,7 @@ def describe_doubled(dump):
 
 @pytest.mark.usefixtures("needs_libtpu")
 def test_kernels_written_by_hand_are_counted_by_their_bundles(tmp_path):
-    with compilers.environment(chips.find("v5e"), str(tmp_path)):
+    with compilers.settings(chips.find("v5e"), str(tmp_path)):
         bundles, found = rounds.in_fresh_process("the kernel", describe_doubled, tmp_path)
     # Two products of eight rows are some dozens of instructions, four and more a bundle.
     assert 20 < bundles < 2000

@@ -90,7 +90,7 @@ def test_chips_exchange_nothing_but_temporal_tokens_moments_and_the_prediction()
         compilers.check_installed(chips.find(SLICE))
     except InputError as missing:
         pytest.skip(str(missing))
-    with compilers.environment(chips.find(SLICE)):
+    with compilers.settings(chips.find(SLICE)):
         found = in_fresh_process("the sampler", collectives_of_a_step)
     # On the way down, in the middle, and twice on the way up: there and back, and two moments.
     modules, parts = 1 + 1 + 2, DIVIDED.frame

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 from pytorch_sources import edit_json
 
 import qvd_jax
@@ -367,6 +368,37 @@ def test_damaged_layer_reports_are_named(tmp_path):
     (tmp_path / "layers.json").write_text('[{"path":')
     with pytest.raises(InputError, match=r"layers.json is damaged: "):
         checkpoint.read_layer_reports(tmp_path)
+
+
+def write_in_place(item: Path, name: str, value: np.ndarray) -> None:
+    """Replaces one array of an item by another of its shape, as other tools do."""
+    files = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
+    array = ts.open({"driver": "zarr", "kvstore": files, "path": name}, open=True).result()
+    array.write(value).result()
+
+
+def test_an_item_is_told_without_reading_it_while_its_files_are_those_saved(tmp_path, monkeypatch):
+    params = {
+        "a": {"kernel": jnp.arange(6.0).reshape(2, 3), "codes": jnp.arange(-7, 8, dtype=jnp.int4)},
+        "a-b": {"scale": jnp.asarray(0.1, jnp.bfloat16)},
+    }
+    other = {**params, "a-b": {"scale": jnp.asarray(0.2, jnp.bfloat16)}}
+    for name, saved in {"one": params, "two": other}.items():
+        items.save_params(tmp_path, name, saved)
+    read = {name: items.StoredItem(tmp_path, name).digest() for name in ("one", "two")}
+    assert read["one"] != read["two"]
+    with monkeypatch.context() as patched:
+        patched.setattr(items, "StoredItem", None)
+        assert items.digest(tmp_path, "one") == read["one"]
+        copy = shutil.copytree(tmp_path / "one", tmp_path / "copy")
+        assert items.digest(tmp_path, "copy") == read["one"]
+    for damaged in ("", "{", "[]", "{}"):
+        (copy / "digest.json").write_text(damaged)
+        assert items.digest(tmp_path, "copy") == read["one"]
+    (copy / "digest.json").unlink()
+    assert items.digest(tmp_path, "copy") == read["one"]
+    write_in_place(tmp_path / "one", "a-b.scale", other["a-b"]["scale"])
+    assert items.digest(tmp_path, "one") == read["two"]
 
 
 def test_no_file_tells_where_it_was_written(tmp_path):

@@ -36,7 +36,7 @@ def test_videos_and_folders_of_frames_are_found_at_any_depth(tmp_path):
     assert places == ["class/v2/images", "class/v9.gif", "class/v10.mp4"]
     assert [p[1:4] for p in found.probes] == [(11, 16, 24), (3, 16, 24), (4, 16, 24)]
     assert found.notes == (
-        "2 files are no videos and are left: 1 .txt, 1 without a suffix",
+        "files that are no videos are left out: 1 .txt, 1 without a suffix",
         "3 videos have 3 lengths: 1 of 11 frames, 1 of 3 frames, 1 of 4 frames",
     )
     first = folders.read(found.probes[0])

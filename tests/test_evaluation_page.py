@@ -17,12 +17,17 @@ ACCURACY = {"color": {"value": 0.975, "interval": [0.95, 0.99]}}
 RESULTS = {
     "command": "python -m qvd_jax.evaluate --out a",
     "prompts": 4,
+    "inputs": "images",
     "seeds": 2,
+    "frames": 16,
+    "height": 320,
+    "width": 576,
     "steps": 25,
     "scheduler": "ddim",
     "guidance_scale": 3.0,
     "backend": "cpu",
     "versions": {"jax": "0.10"},
+    "notes": ["real videos: 1 file is no video"],
     "models": [
         {"name": "<a>", **OWN, "accuracy": ACCURACY},
         {
@@ -47,10 +52,13 @@ def text():
 
 def test_markdown_names_what_each_model_has():
     lines = tables.summary(RESULTS).splitlines()
-    assert lines[0] == "4 prompts, 2 videos each, 25 steps of ddim, guidance 3, cpu; jax 0.10"
-    assert lines[2].startswith("| model | policy | PSNR dB | last latents SQNR dB | UNet MB |")
-    assert "97.5% (95.0% to 99.0%)" in lines[4]
-    assert "| 31.3 | 17.0 |" in lines[5]
+    assert lines[0] == (
+        "4 images, 2 videos each, 16 frames of 320x576, 25 steps of ddim, guidance 3, cpu; jax 0.10"
+    )
+    assert lines[2:5:2] == ["In brackets: intervals of 95%", "real videos: 1 file is no video"]
+    assert lines[6].startswith("| model | policy | PSNR dB | last latents SQNR dB | UNet MB |")
+    assert "97.5% (95.0% to 99.0%)" in lines[8]
+    assert "| 31.3 | 17.0 |" in lines[9]
 
 
 def test_the_differences_come_first_and_figures_stand_above_intervals(text):
@@ -63,7 +71,7 @@ def test_the_differences_come_first_and_figures_stand_above_intervals(text):
 def test_every_metric_says_of_how_many_it_is(text):
     """But those that are of no videos."""
     for metric in (*tables.DIFFERENCES, *tables.OWN):
-        said = metric.meaning.format(videos="N videos", prompts="N prompts")
+        said = metric.meaning.format(videos="N videos", prompts="N prompts", inputs="given")
         assert ("N " in said) == (metric.title not in ("UNet MB", "s per video")), metric.title
     assert "A mean over 8 videos" in text
 
@@ -73,13 +81,17 @@ def test_distances_stand_beside_all_that_they_depend_on():
     fvd |= {"clips": 8, "reference_clips": 9, "frames": 16, "size": "64x64", "protocol": "disco"}
     fvd |= {"weights": "a file", "warning": "clips overlap"}
     exact, other = RESULTS["models"]
-    models = [exact | {"fvd": fvd, "fvd_floor_real": fvd}, other | {"fvd_reference": fvd}]
+    paired = fvd | {"reference_clips": 8}
+    models = [exact | {"fvd": fvd, "fvd_floor_real": fvd}]
+    models += [other | {"fvd": fvd, "fvd_reference": paired}]
     text = tables.summary(RESULTS | {"models": models})
-    assert text.splitlines()[2] == (
-        "FVD by the protocol disco: 8 clips against 9, 16 frames, videos of 64x64, weights of a "
-        "file. clips overlap"
-    )
-    assert text.count("12.3 (10.0 to 14.0)") == 3
+    shared = "16 frames, videos of 64x64, weights of a file"
+    assert text.splitlines()[2:7:2] == [
+        f"FVD to the reference's by the protocol disco: 8 clips against 8, {shared}",
+        f"FVD by the protocol disco: 8 clips against 9, {shared}",
+        "clips overlap",
+    ]
+    assert text.count("12.3 (10.0 to 14.0)") == 4
     assert "| 8.0 |" in text
 
 

@@ -251,7 +251,7 @@ def test_videos_made_elsewhere_are_measured_by_the_command(tmp_path, capsys):
     folders = [str(tmp_path / name) for name in ("float", "int8")]
     assert evaluate.main(["--generated", *folders, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "1 files are no videos and are left: 1 .txt" in printed
+    assert "files that are no videos are left out: 1 .txt" in printed
     results = json.loads((out / "results.json").read_text())
     assert [model["name"] for model in results["models"]] == folders
     exact, other = results["models"]

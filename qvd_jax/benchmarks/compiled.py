@@ -87,7 +87,7 @@ Bundles = dict[roof.Key, int]
 """Of kernels written by hand, how many bundles of instructions one step of the grid is."""
 
 
-def measure(
+def compile_programs(
     case: Case,
     target: Target,
     names: Sequence[str],
@@ -116,10 +116,10 @@ def measure(
         for variant in variants
         if name != parts.VAE or variant.mode == FLOAT_MODE
     ]
-    with tempfile.TemporaryDirectory() as dump, compilers.environment(chip, dump):
+    with tempfile.TemporaryDirectory() as dump, compilers.settings(chip, dump):
         bundles = in_fresh_process("the estimate", prepare, case, target, programs, Path(dump))
     results = []
-    with compilers.environment(chip), tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
+    with compilers.settings(chip), tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
         for program in bar:
             what = f"{program[0]} {program[1].mode} {program[1].dtype}"
             bar.set_postfix_str(what)
@@ -146,7 +146,9 @@ def prepare(case: Case, target: Target, programs: Sequence[Program], dump: Path)
     for program in programs:
         function, arguments, _ = _function(case, mesh, program)
         jaxpr = _of_one_chip(jax.make_jaxpr(function)(*arguments).jaxpr)
-        _check_fits(case, chip, program, footprint.peak_bytes(jaxpr, chip.platform), arguments)
+        _check_fits(
+            case, chip, program, footprint.fused_peak_bytes(jaxpr, chip.platform), arguments
+        )
         found = roof.kernels(jaxpr, chip.platform) if chip.clock is not None else ()
         for kernel in found:
             if kernel.key not in bundles:
@@ -158,7 +160,7 @@ def prepare(case: Case, target: Target, programs: Sequence[Program], dump: Path)
 def compile_program(
     case: Case, target: Target, program: Program, bundles: Bundles
 ) -> dict[str, Any]:
-    """Compiles one part in one variant; see `measure` and `describe`."""
+    """Compiles one part in one variant; see `compile_programs` and `describe`."""
     (name, variant), chip = program, target.chip
     mesh = compilers.mesh(*target)
     function, arguments, places = _function(case, mesh, program)
@@ -253,7 +255,7 @@ def describe(
     places: tuple[PartitionSpec, ...],
     bundles: Bundles,
 ) -> dict[str, Any]:
-    """Compiles a function; to be called inside `compilers.environment` in a fresh process.
+    """Compiles a function; to be called inside `compilers.settings` in a fresh process.
 
     Args:
       chip: what for.
@@ -279,7 +281,7 @@ def describe(
     compiling, busy = time.perf_counter() - started - lowering, time.process_time() - busy
     found = hlo.operations(program.as_text() or "")
     jaxpr = _of_one_chip(traced.jaxpr.jaxpr)
-    counts, handed = roof.operations(jaxpr, chip.platform), roof.handed_bytes(jaxpr)
+    counts, handed = roof.product_operations(jaxpr, chip.platform), roof.handed_bytes(jaxpr)
     stats = program.memory_analysis()
     estimated = [operation for operation in found if operation.cycles is not None]
     modelled = _modelled(chip, mesh, found, list(roof.kernels(jaxpr, chip.platform)), bundles)
@@ -326,7 +328,7 @@ def kind(operation: hlo.Operation) -> str:
     return COPIES if first == profile.PATCHES else first
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def programs_table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown, a line each."""
     return markdown.table([_row(result) for result in results])
 

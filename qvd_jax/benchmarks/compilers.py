@@ -37,20 +37,20 @@ def check_installed(chip: Chip) -> None:
 
 
 @contextlib.contextmanager
-def environment(chip: Chip, dump: str | None = None) -> Iterator[None]:
+def settings(chip: Chip, dump: str | None = None) -> Iterator[None]:
     """Has processes started inside the block find the compiler and leave accelerators alone.
 
     Args:
       chip: what for.
       dump: a folder for the schedules of a TPU's kernels.
     """
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    variables = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if chip.platform == "tpu":
         flags = [os.environ.get("LIBTPU_INIT_ARGS", "")]
         if dump:
             flags.append(f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true")
             flags.append("--xla_jf_dump_llo_pass_label_regex=final_bundles")
-        settings |= {
+        variables |= {
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
             "LIBTPU_INIT_ARGS": " ".join(flags).strip(),
             # Else it asks the network for the machine it runs on, and complains about the answer.
@@ -60,8 +60,8 @@ def environment(chip: Chip, dump: str | None = None) -> Iterator[None]:
             "TPU_MIN_LOG_LEVEL": "3",
             "TPU_STDERR_LOG_LEVEL": "3",
         }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

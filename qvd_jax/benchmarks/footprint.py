@@ -66,7 +66,7 @@ class _Step:
     inside: int
 
 
-def peak_bytes(jaxpr: core.Jaxpr, platform: str) -> int:
+def fused_peak_bytes(jaxpr: core.Jaxpr, platform: str) -> int:
     """The most bytes alive at once while a function runs, its arguments included.
 
     Counted in the order of the traced function, as if the compiler stored what products, reductions
@@ -131,7 +131,7 @@ def _look_up(
 
 
 def _inside(jaxpr: core.Jaxpr, platform: str) -> int:
-    return peak_bytes(jaxpr, platform) - sum(map(_bytes, jaxpr.invars))
+    return fused_peak_bytes(jaxpr, platform) - sum(map(_bytes, jaxpr.invars))
 
 
 def _store(steps: list[_Step], results: list[_Value]) -> None:

@@ -30,7 +30,7 @@ def cases(base: SampleCase) -> list[tuple[str, int, SampleCase]]:
     ]
 
 
-def measure(base: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def measure_costs(base: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """Seconds and peak bytes of every case, each in a process of its own.
 
     A case that is of several curves is measured once.
@@ -54,7 +54,7 @@ def measure(base: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any
     ]
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def costs_table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown."""
     return markdown.table(
         [

@@ -156,7 +156,7 @@ def _product_bytes(product: Product) -> int:
     return 6 * inputs + 10 * kernel + gathered + 4 * (outputs + placed)
 
 
-def measure(case: Case) -> list[dict[str, Any]]:
+def time_formulations(case: Case) -> list[dict[str, Any]]:
     """Times all formulations of all products.
 
     Returns:
@@ -183,7 +183,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
     return results
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def speeds_table(results: Sequence[dict[str, Any]]) -> str:
     """Formulations by shape as Markdown, in billions of operations per second."""
     rows = []
     for r in results:

@@ -35,7 +35,7 @@ KINDS = {
 OTHER = "all else"
 
 
-def measure(case: unet.Case, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def profile_forwards(case: unet.Case, variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """Profiles one forward of each of our variants.
 
     Returns:
@@ -77,7 +77,7 @@ def kind(operation: str) -> str:
     return next((name for name, pattern in KINDS.items() if re.search(pattern, operation)), OTHER)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
+def shares_table(results: Sequence[dict[str, Any]]) -> str:
     """The results as Markdown: seconds, and the share of the variant's whole."""
     rows = [{"work": name} for name in (*KINDS, OTHER, "together")]
     for r in results:

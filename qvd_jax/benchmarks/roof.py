@@ -29,7 +29,7 @@ class Kernel(NamedTuple):
       operands: the types of what it is given.
       results: the types of what it gives.
       steps: of its grid.
-      operations: of its products in one run, as in `operations`.
+      operations: of its products in one run, as in `product_operations`.
       products: how many there are, by their operands' types as the compiler writes them.
       call: of the traced function.
     """
@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
         return self.name, self.operands, self.results
 
 
-def operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
+def product_operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
     """Multiplications and additions of the dots and convolutions of one call, by operands' type.
 
     Of alternatives by platform the one of `platform` counts, of other ones the longest; a loop of
@@ -74,7 +74,9 @@ def operations(jaxpr: core.Jaxpr, platform: str) -> Counter[str]:
             outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
             found[_type(equation)] += 2 * math.prod(kernel) // outputs * _size(equation)
         else:
-            counts = [operations(inner, platform) for inner in alternatives(equation, platform)]
+            counts = [
+                product_operations(inner, platform) for inner in alternatives(equation, platform)
+            ]
             if name == "cond":
                 counts = [max(counts, key=Counter.total)]
             for kind, count in sum(counts, Counter()).items():
@@ -87,7 +89,7 @@ def kernels(jaxpr: core.Jaxpr, platform: str) -> Iterator[Kernel]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             steps = _times(equation)
-            one_step = operations(equation.params["jaxpr"], platform)
+            one_step = product_operations(equation.params["jaxpr"], platform)
             yield Kernel(
                 equation.params["name"],
                 tuple(map(_typed, equation.invars)),
@@ -122,7 +124,7 @@ def seconds(counts: Counter[str], handed: int, chip: Chip) -> float:
     """The least a chip could take at its published peaks.
 
     Args:
-      counts: of `operations`.
+      counts: of `product_operations`.
       handed: of `handed_bytes`.
       chip: with the peaks.
     """

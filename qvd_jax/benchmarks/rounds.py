@@ -42,7 +42,7 @@ Build = Callable[[Any, Variant], Run]
 """From a case and a variant to what is timed; called in the variant's process."""
 
 
-def measure(
+def time_in_turn(
     builds: Mapping[str, Build], case: Any, variants: Sequence[Variant], rounds: int
 ) -> list[dict[str, Any]]:
     """Times variants in turn.
@@ -135,7 +135,7 @@ def _ask(connection: Connection, variant: Variant) -> float:
         ) from error
 
 
-def table(results: Sequence[Mapping[str, Any]], against: Variant) -> str:
+def times_table(results: Sequence[Mapping[str, Any]], against: Variant) -> str:
     """The results as Markdown, with the ratio of each time to that of `against`."""
     base = next(
         r["median_s"]

@@ -179,7 +179,7 @@ def measure_start(case: SampleCase, variants: Sequence[Variant]) -> list[dict[st
     return results
 
 
-def measure_memory(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+def measure_peaks(case: SampleCase, variants: Sequence[Variant]) -> list[dict[str, Any]]:
     """Peak memory of fresh processes: that load, and that sample few or more steps.
 
     Returns:
@@ -219,17 +219,14 @@ def start_table(results: Sequence[dict[str, Any]]) -> str:
     return markdown.table(rows)
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Results of the other measurements as Markdown."""
+def memory_table(results: Sequence[dict[str, Any]]) -> str:
+    """Results of `measure_peaks` as Markdown."""
     rows = []
     for r in results:
         row = {"checkpoint": r["mode"], "dtype": r["dtype"]}
         for name, value in r.items():
-            title = name.replace("_", " ")
-            if name.endswith("_s"):
-                row[title.removesuffix(" s")] = f"{value:.1f} s"
-            elif name.endswith("_bytes"):
-                row[title.removesuffix(" bytes")] = f"{value / 1e9:.2f} GB"
+            if name.endswith("_bytes"):
+                row[name.removesuffix("_bytes").replace("_", " ")] = f"{value / 1e9:.2f} GB"
         rows.append(row)
     return markdown.table(rows)
 
@@ -291,12 +288,12 @@ def _covered(intervals: Sequence[tuple[float, float]]) -> float:
 
 def _load_only(case: SampleCase, variant: Variant) -> int:
     build(case, variant)
-    return _peak_bytes()
+    return _held_at_most()
 
 
 def _sample_once(case: SampleCase, variant: Variant, steps: int) -> int:
     build(replace(case, steps=steps), variant)()
-    return _peak_bytes()
+    return _held_at_most()
 
 
 def _sample_again(case: SampleCase, variant: Variant) -> tuple[float, int]:
@@ -307,10 +304,10 @@ def _sample_again(case: SampleCase, variant: Variant) -> tuple[float, int]:
         started = time.perf_counter()
         run()
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent), _peak_bytes()
+    return statistics.median(spent), _held_at_most()
 
 
-def _peak_bytes() -> int:
+def _held_at_most() -> int:
     """The most this process has held: on an accelerator there, else of ordinary memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:

@@ -139,7 +139,7 @@ def _other_files(others: Counter[str]) -> list[str]:
     if not others:
         return []
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-    return [f"{others.total()} files are no videos and are left: {kinds}"]
+    return [f"files that are no videos are left out: {kinds}"]
 
 
 def _unequal(probes: Sequence[Probe]) -> list[str]:

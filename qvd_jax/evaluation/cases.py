@@ -55,6 +55,11 @@ class Cases:
     judge: Judge | None = None
 
     @property
+    def kind(self) -> str:
+        """What the inputs are, in a word."""
+        return "prompts" if all(isinstance(one, str) for one in self.inputs) else "images"
+
+    @property
     def titles(self) -> list[str]:
         """What the cases are called."""
         return [*map(str, self.inputs)] if self.names is None else [*self.names]

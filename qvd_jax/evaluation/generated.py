@@ -43,6 +43,7 @@ def compare_generated(
         **environment(),
         "backend": jax.default_backend(),
         "prompts": len(sets[0]),
+        "inputs": "videos",
         "seeds": 1,
         "notes": list(found.notes),
         "models": models,

@@ -85,9 +85,9 @@ def comparison_page(
       titles: of these videos.
     """
     reference, *candidates = results["models"]
-    command = f"<br><code>{escape(results['command'])}</code>" if results["command"] else ""
-    said = "<br>".join(map(escape, conditions(results).split("\n\n")))
-    parts = [f"<p class='note'>{said}{command}</p>"]
+    said = [*map(escape, conditions(results).split("\n\n"))]
+    said += [f"<code>{escape(results['command'])}</code>"] if results["command"] else []
+    parts = [f"<p class='note'>{one}</p>" for one in said]
     if candidates:
         parts += [
             f"<h2>Differences from {escape(reference['name'])}</h2>",
@@ -148,7 +148,9 @@ def _page(title: str, parts: Iterable[str]) -> str:
 
 def _figures_table(results: Figures, metrics: Sequence[Metric], models: Sequence[Figures]) -> str:
     """A line for each metric, with what it says, and a column for each model."""
-    counts = {"prompts": results["prompts"], "videos": results["prompts"] * results["seeds"]}
+    counts = {name: results[name] for name in ("prompts", "inputs")}
+    counts["videos"] = results["prompts"] * results["seeds"]
+    policy = "<small>policy</small>" if any("policy" in model for model in models) else ""
     head = "".join(
         f"<th>{_path(model['name'])}<small>{escape(model.get('policy', ''))}</small></th>"
         for model in models
@@ -158,7 +160,7 @@ def _figures_table(results: Figures, metrics: Sequence[Metric], models: Sequence
         f"</th>{''.join(_cell(metric.cell(model)) for model in models)}</tr>"
         for metric in measured(metrics, models)
     )
-    table = f"<table class='figures'><thead><tr><th></th>{head}</tr></thead>"
+    table = f"<table class='figures'><thead><tr><th>{policy}</th>{head}</tr></thead>"
     return f"<div class='scroll'>{table}<tbody>{body}</tbody></table></div>"
 
 

@@ -19,7 +19,7 @@ from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
-from qvd_jax.evaluation.videos import Source, open_videos, planned
+from qvd_jax.evaluation.videos import Source, VideoSet, open_videos, planned
 from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
@@ -120,10 +120,12 @@ def compare(
         **environment(),
         "backend": jax.default_backend(),
         "prompts": len(cases.inputs),
+        "inputs": cases.kind,
         "seeds": seeds,
         "scheduler": _scheduler(reference),
         **{name: getattr(want, name) for name in ("steps", "frames", "height", "width")},
         "guidance_scale": want.guidance_scale,
+        "notes": [] if real is None else list(real.notes),
         "models": measure(models, sampled, cases, seed, layers, measures, real, others),
     }
     videos = {name: found.videos for name, found in sampled.items()}
@@ -145,7 +147,7 @@ def check_measures(
     seeds: int,
     measures: Measures,
     real: Source | None,
-) -> Source | None:
+) -> VideoSet | None:
     """Refuses what could be sampled and not measured, before it is sampled.
 
     Args:
@@ -164,14 +166,13 @@ def check_measures(
     """
     count, shape = seeds * len(cases.inputs), (want.frames, want.height, want.width)
     sets = [planned(name, count, shape) for name in names]
-    beside = {}
-    if real is not None:
-        real = beside[REAL] = open_videos(real, REAL)
-    elif cases.judge is not None and "fvd" in measures.metrics:
+    opened = None if real is None else open_videos(real, REAL)
+    beside = {} if opened is None else {REAL: opened}
+    if opened is None and cases.judge is not None and "fvd" in measures.metrics:
         beside[REAL] = planned(REAL, count, shape)
     cases.check(want)
     check(sets, measures, beside)
-    return real
+    return opened
 
 
 def check_comparable(

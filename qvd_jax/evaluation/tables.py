@@ -13,7 +13,8 @@ class Metric:
 
     Attributes:
       title: short.
-      meaning: what is good, and what it depends on; `{videos}` and `{prompts}` are how many.
+      meaning: what is good, and what it depends on; `{videos}` and `{prompts}` are how
+        many, `{inputs}` is what was given: prompts, images, or videos.
       cell: how it is written, with its interval in brackets; "" where a model has none.
     """
 
@@ -79,9 +80,11 @@ def _last_sqnr(figures: Figures) -> str:
     return f"{figures['latent_sqnr'][-1]:.1f}" if "latent_sqnr" in figures else ""
 
 
+_FVD_TITLES = {"fvd_reference": "FVD to the reference's", "fvd": "FVD"}
+
 DIFFERENCES = (
     Metric(
-        "FVD to the reference's",
+        _FVD_TITLES["fvd_reference"],
         "Distance to the reference's own videos of the same prompts and seeds: lower is better, 0 "
         "is the same distribution. It compares at one protocol and number of videos alone, here "
         "{videos}.",
@@ -117,7 +120,7 @@ DIFFERENCES = (
         "change of all four",
         "Points of accuracy more than the reference's from the same noise: 0 is as good, and an "
         "interval (95%) around 0 says that no change was seen. It narrows with the root of the "
-        "number of prompts, here {prompts}.",
+        "number of {inputs}, here {prompts}.",
         _estimated("accuracy_change", "+.1f", 100),
     ),
     Metric(
@@ -145,7 +148,7 @@ OWN = (
         Metric(
             name,
             f"Share of the videos that show {what}: higher is better. The interval (95%) narrows "
-            "with the root of the number of prompts, here {prompts}.",
+            "with the root of the number of {inputs}, here {prompts}.",
             _accuracy(name),
         )
         for name, what in (
@@ -157,7 +160,7 @@ OWN = (
         )
     ),
     Metric(
-        "FVD",
+        _FVD_TITLES["fvd"],
         "Distance to real videos in the features of I3D: lower is better. It falls as videos grow "
         "in number, and compares at one protocol and number alone, here {videos}.",
         _estimated("fvd", ".1f"),
@@ -170,8 +173,8 @@ OWN = (
     ),
     Metric(
         "FVD of real",
-        "Of one half of the real videos to the other: what a perfect model has at half as many; "
-        "beside {videos} of each model.",
+        "Of one half of the real videos to the other: what a perfect model would have at their "
+        "number, if that is near the {videos} of each model.",
         _estimated("fvd_floor_real", ".1f"),
     ),
     Metric(
@@ -199,6 +202,11 @@ OWN = (
         _mean("flicker", ".2f"),
     ),
     Metric(
+        "flicker of rendered",
+        "The same of {videos} rendered videos.",
+        _number("flicker_real", ".2f"),
+    ),
+    Metric(
         "motion magnitude",
         "Mean change from frame to frame, of 0 to 255: as much as the reference's is good. A mean "
         "over {videos} videos.",
@@ -215,11 +223,6 @@ OWN = (
         "How near frames are to the next ones in CLIP's space, 100 times the cosine: higher is "
         "steadier, and a still has 100. A mean over {videos} videos.",
         _estimated("frame_consistency", ".2f"),
-    ),
-    Metric(
-        "flicker of rendered",
-        "The same of {videos} rendered videos.",
-        _number("flicker_real", ".2f"),
     ),
 )
 """What a model has by itself."""
@@ -249,26 +252,31 @@ def conditions(results: Figures) -> str:
     seeds = "" if results["seeds"] == 1 else f"{results['seeds']} videos each, "
     if "steps" in results:
         made = (
-            f"{results['prompts']} prompts, {seeds}{results['steps']} steps of "
+            f"{results['prompts']} {results['inputs']}, {seeds}{results['frames']} frames of "
+            f"{results['height']}x{results['width']}, {results['steps']} steps of "
             f"{results['scheduler']}, guidance {results['guidance_scale']:g}"
         )
     else:
         made = f"{results['prompts']} videos made elsewhere"
-    return "\n\n".join([f"{made}, {results['backend']}; {versions}", *distances(results)])
+    made = f"{made}, {results['backend']}; {versions}"
+    cells = (metric.cell(model) for metric in (*DIFFERENCES, *OWN) for model in results["models"])
+    intervals = ["In brackets: intervals of 95%"] if any("(" in cell for cell in cells) else []
+    return "\n\n".join([made, *distances(results), *intervals, *results["notes"]])
 
 
 def distances(results: Figures) -> list[str]:
     """What another FVD must share with those of the results to be compared, and their faults."""
     found = [
-        model[name]
+        (title, model[name])
+        for name, title in _FVD_TITLES.items()
         for model in results["models"]
-        for name in ("fvd", "fvd_reference")
         if name in model
     ]
-    said = {
-        f"FVD by the protocol {one['protocol']}: {one['clips']} clips against "
+    shared = [
+        f"{title} by the protocol {one['protocol']}: {one['clips']} clips against "
         f"{one['reference_clips']}, {one['frames']} frames, videos of {one['size']}, weights of "
-        f"{one['weights']}" + (f". {one['warning']}" if one["warning"] else "")
-        for one in found
-    }
-    return sorted(said)
+        f"{one['weights']}"
+        for title, one in found
+    ]
+    faults = [one["warning"] for _, one in found if one["warning"]]
+    return [*dict.fromkeys([*shared, *faults])]

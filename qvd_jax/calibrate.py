@@ -31,7 +31,7 @@ from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
 from qvd_jax.pipelines.quantization import Plan, make_plan, solve_plan
-from qvd_jax.pipelines.sensitivity import BEFORE_LAYERS, probed_inputs
+from qvd_jax.pipelines.sensitivity import BEFORE_LAYERS, probed_inputs, with_widths
 from qvd_jax.pipelines.widths import (
     Target,
     check_budget,
@@ -106,15 +106,17 @@ def calibrate(
     config = CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware)
     plan = make_plan(pipe, policy, config, options)
     print(match_table(policy, list(plan.layers.values())))
-    planned = Quantization(policy.name, plan.specs)
-    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
-    if hosts.first:
-        checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
     widths: list[int] = []
+    largest = plan.specs
     if target is not None:
         sizes = unet_sizes(pipe, plan, config)
         check_budget(target, plan, sizes)
         widths = sizes.widths
+        largest = with_widths(plan, dict.fromkeys(plan.specs, widths[-1])).specs
+    planned = Quantization(policy.name, largest)
+    expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
+    if hosts.first:
+        checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
     steps, count = args.steps or pipe.defaults.steps, len(hosts.share(inputs.values))

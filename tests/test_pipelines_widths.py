@@ -139,12 +139,23 @@ def test_errors_of_layers_and_widths_are_those_of_the_latents(pipe, observed):
     assert found.noise == pytest.approx(sum(by_layer), rel=1e-4)
 
 
-def test_the_probed_network_has_the_parameters_that_are_changed(pipe):
+def test_changed_layers_have_the_parameters_of_the_probed_network(pipe):
     plan = make_plan(pipe, Policy("own", (Rule("*", LayerSpec("minmax")),)), CONFIG, SIZE)
     probed = sensitivity._probed(pipe, plan)
     inputs = pipe.configs.unet_shapes(2, 4, 4, pipe.context_length)
     shapes = jax.eval_shape(probed.unet.init, jax.random.key(0), *inputs)["params"]
     chex.assert_trees_all_equal_shapes_and_dtypes(probed.params["unet"], shapes)
+
+    def placed(pipe):
+        return [(leaf.sharding, leaf.committed) for leaf in jax.tree.leaves(pipe.params["unet"])]
+
+    for path in (CONV, DENSE):
+        *taps, _, features = kernel = plan.layers[path].kernel
+        change = sensitivity._Change(jnp.ones(kernel), jnp.ones((*taps, features)), 1.0)
+        changed = sensitivity._changed(probed, path, change)
+        chex.assert_trees_all_equal_shapes_and_dtypes(changed.params["unet"], shapes)
+        # Else each layer's would be compiled anew.
+        assert placed(changed) == placed(probed)
 
 
 @pytest.mark.parametrize("sampled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -167,7 +178,9 @@ def test_a_budget_is_met_by_a_policy_file_that_makes_the_same_again(
 
     def run(name, *more):
         assert calibrate.main([*arguments, "--out", str(tmp_path / name), *more]) == 0
-        return qvd_jax.load(tmp_path / name), capsys.readouterr().out
+        printed, bar = capsys.readouterr()
+        assert "| done in " in bar.splitlines()[-1]
+        return qvd_jax.load(tmp_path / name), printed
 
     own = ["--policy", str(tmp_path / "own.yaml")]
     budget = f"{(sizes.least + sizes.most) / 2:.6f}"

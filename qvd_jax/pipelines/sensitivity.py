@@ -31,7 +31,7 @@ from qvd_jax.quant.layers import border_bias
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, leaf
 
-VIDEOS = 4
+VIDEOS = 2
 """Sampled for each layer, of the calibration's inputs."""
 
 BEFORE_LAYERS = 2
@@ -209,6 +209,8 @@ def _probed(pipe: VideoPipeline, plan: Plan) -> VideoPipeline:
         flat.setdefault(leaf(path, "bias"), jnp.zeros(features))
         if math.prod(size) > 1:
             flat[leaf(path, "taps")] = jnp.zeros((*size, features))
+    # Bound to their devices: those that are and those that are not are other programs to jit.
+    flat = {name: jax.device_put(array, array.sharding) for name, array in flat.items()}
     params = {**pipe.params, "unet": flax.traverse_util.unflatten_dict(flat, sep="/")}
     return replace(
         pipe, unet=UNet3D(pipe.unet.config, _ProbedLayers(Dense, _ProbedConv)), params=params
@@ -218,12 +220,15 @@ def _probed(pipe: VideoPipeline, plan: Plan) -> VideoPipeline:
 def _changed(probed: VideoPipeline, path: str, change: _Change) -> VideoPipeline:
     """The pipeline with one layer changed."""
     flat = flax.traverse_util.flatten_dict(probed.params["unet"], sep="/")
-    old = flat[leaf(path, "kernel")]
-    flat[leaf(path, "kernel")] = change.kernel.reshape(old.shape)
+
+    def change_to(name: str, value: Array) -> None:
+        old = flat[leaf(path, name)]
+        flat[leaf(path, name)] = jax.device_put(value.reshape(old.shape), old.sharding)
+
+    change_to("kernel", change.kernel)
     if leaf(path, "taps") in flat:
-        flat[leaf(path, "taps")] = change.constant
+        change_to("taps", change.constant)
     else:
-        bias = flat[leaf(path, "bias")]
-        flat[leaf(path, "bias")] = bias + change.constant.reshape(bias.shape)
+        change_to("bias", flat[leaf(path, "bias")] + change.constant.reshape(-1))
     unet: Params = flax.traverse_util.unflatten_dict(flat, sep="/")
     return replace(probed, params={**probed.params, "unet": unet})

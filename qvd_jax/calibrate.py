@@ -2,9 +2,11 @@
 
 import argparse
 import contextlib
+import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -28,7 +30,15 @@ from qvd_jax.files import check_folder, write_folder
 from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
-from qvd_jax.pipelines.quantization import Plan, make_plan, solve_plan
+from qvd_jax.pipelines.quantization import Plan, make_plan, propagated, solve_plan
+from qvd_jax.pipelines.sensitivity import BEFORE_LAYERS, probed_inputs, with_widths
+from qvd_jax.pipelines.widths import (
+    Target,
+    check_budget,
+    choose_widths,
+    held_bytes,
+    unet_sizes,
+)
 from qvd_jax.progress import Part, Progress
 from qvd_jax.quant.policy import (
     METHODS,
@@ -82,7 +92,7 @@ def calibrate(
       hosts: which run it.
       restoring: the context to load the checkpoint in.
     """
-    policy = read_policy(args.policy)
+    policy, target = read_policy(args.policy), asked_target(args, hosts)
     source = checkpoint.find(args.checkpoint)
     if read_configs(source).quantization is not None:
         raise InputError(f"{source} is quantized already; calibrate needs a float checkpoint")
@@ -97,38 +107,76 @@ def calibrate(
     config = CalibrationConfig(args.steps, args.samples, args.seed, args.step_aware)
     plan = make_plan(pipe, policy, config, options)
     print(match_table(policy, list(plan.layers.values())))
-    planned = Quantization(policy.name, plan.specs)
+    if plan.propagates and hosts.count > 1:
+        raise InputError(
+            f"policy {policy.name!r} solves layers on what they see behind quantized ones "
+            f"(propagate), which one host alone can sample; run it on one"
+        )
+    widths: list[int] = []
+    largest = plan.specs
+    if target is not None:
+        sizes = unet_sizes(pipe, plan, config)
+        check_budget(target, plan, sizes)
+        widths = sizes.widths
+        largest = with_widths(plan, dict.fromkeys(plan.specs, widths[-1])).specs
+    planned = Quantization(policy.name, largest)
     expected = pipe.configs.param_shapes(pipe.vae.layers.dtype, planned)
     if hosts.first:
         checkpoint.check_space(args.out.parent, memory.tree_bytes(expected))
 
     started = time.perf_counter()
     steps, count = args.steps or pipe.defaults.steps, len(hosts.share(inputs.values))
-    done_before = {"sampling": 0, "observing": steps, "layers": steps + steps * count}
-    parts = parts_of(plan, steps, count, args.samples)
+    parts = parts_of(plan, steps, count, args.samples, widths)
+    ticks = {
+        "sampling": steps,
+        "observing": steps * count,
+        "rounding": len(widths) * len(plan.specs),
+        "measuring": (BEFORE_LAYERS + len(plan.specs)) * bool(widths),
+        "layers": len(plan.specs),
+        "sampling again": steps,
+        "observing again": steps * count,
+        "layers again": len(plan.specs),
+    }
+    done_before = dict(zip(ticks, itertools.accumulate(ticks.values(), initial=0), strict=False))
     with Progress(parts if hosts.first else parts[:2]) as progress:
 
         def report(what: str, done: int, _: int) -> None:
             progress.advance(done_before[what] + done)
 
+        def report_again(what: str, done: int, total: int) -> None:
+            report(f"{what} again", done, total)
+
         observed = collect(pipe, plan.layers, inputs.values, config, options, report, hosts, mesh)
         if not hosts.first:
             return
-        quantized, reports = solve_plan(pipe, plan, observed, config, report)
+        if target is None:
+            chosen = plan
+        else:
+            given = inputs.values, config, options
+            chosen, table = choose_widths(pipe, plan, observed, target, *given, report, mesh)
+            progress.print(table)
+        quantized, reports = solve_plan(pipe, chosen, observed, config, report)
+        if chosen.propagates:
+            given = inputs.values, config, options, report_again
+            seen = collect(quantized, chosen.layers, *given, mesh=mesh)
+            observed = propagated(chosen, observed, seen)
+            quantized, reports = solve_plan(pipe, chosen, observed, config, report_again)
     assert quantized.quantization is not None
     if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
         print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")
     with contextlib.ExitStack() as both:
         if args.report:
             folder = write_folder(args.report, PAGE, overwrite=args.overwrite)
-            evaluation.write_calibration(both.enter_context(folder), policy.name, reports)
+            evaluation.write_calibration(both.enter_context(folder), chosen.policy, reports)
         save(quantized, args.out, overwrite=args.overwrite, reports=reports)
     if args.report:
         print(args.report / PAGE)
     print(f"{args.out}: {time.perf_counter() - started:.0f} s")
+    if target is not None:
+        print(f"{args.out / checkpoint.POLICY}: --policy takes it, and makes the same again")
     float32 = 4 * sum(leaf.size for leaf in jax.tree.leaves(pipe.params["unet"]))
-    for name, place, model in (("float", source, pipe), (policy.name, args.out, quantized)):
-        held = memory.tree_bytes(model.params["unet"])
+    for name, place, model in (("float", source, pipe), (chosen.policy, args.out, quantized)):
+        held = held_bytes(model.params)
         print(
             f"UNet, {name}: {checkpoint.disk_bytes(place / 'unet') / 1e6:.1f} MB on disk, "
             f"{held / 1e6:.1f} MB in memory, {held / float32:.3f} of float32's"
@@ -148,7 +196,26 @@ def read_policy(name: str) -> Policy:
     return named_policy(name)
 
 
-def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
+def asked_target(args: argparse.Namespace, hosts: Hosts) -> Target | None:
+    """What the bits of weights are chosen for by --budget or --keep; None where they are given.
+
+    Raises:
+      InputError: both are asked for, a number is none of those possible, or there are several
+        hosts.
+    """
+    if args.budget is None and args.keep is None:
+        return None
+    if hosts.count > 1:
+        raise InputError(
+            "--budget and --keep: one host alone can measure what the layers cost; run it on one, "
+            "and calibrate on all by the policy file that it writes"
+        )
+    return Target(args.budget, args.keep)
+
+
+def parts_of(
+    plan: Plan, steps: int, inputs: int, rows: int, widths: Sequence[int] = ()
+) -> list[Part]:
     """The parts of a calibration; a forward of one video is the unit of their work.
 
     Args:
@@ -156,22 +223,38 @@ def parts_of(plan: Plan, steps: int, inputs: int, rows: int) -> list[Part]:
       steps: S.
       inputs: videos that are sampled.
       rows: sampled of each layer's input.
+      widths: bits of weights to choose from.
     """
     forward = sum(layer.flops for layer in plan.layers.values())
-    solving = []
-    for number, (path, spec) in enumerate(plan.specs.items(), 1):
-        layer = plan.layers[path]
-        product = 2 * min(rows, SEARCHED_ROWS) * layer.parameters / forward
-        # The search of its ranges tries about so many candidates.
-        candidates = SEARCH_ROUNDS * (RANGE_CANDIDATES + len(CLIP_CANDIDATES))
-        label, size = f"layer {number} of {len(plan.specs)}", (layer.kernel, spec)
-        work, compilation = candidates * product, _SOLVER_LAYERS / len(plan.layers)
-        solving.append(Part(label, "solving", size=size, work=work, compilation=compilation))
-    return [
+    count = len(plan.specs)
+
+    def solving(bits: int | None) -> Iterator[Part]:
+        for number, (path, spec) in enumerate(plan.specs.items(), 1):
+            layer = plan.layers[path]
+            product = 2 * min(rows, SEARCHED_ROWS) * layer.parameters / forward
+            # The search of its ranges tries about so many candidates.
+            candidates = SEARCH_ROUNDS * (RANGE_CANDIDATES + len(CLIP_CANDIDATES))
+            label = f"layer {number} of {count}"
+            size: Hashable = layer.kernel, spec
+            if bits is not None:
+                label = f"{bits} bits, {label}"
+                size = layer.kernel, replace(spec, weight_bits=bits)
+            work, compilation = candidates * product, _SOLVER_LAYERS / len(plan.layers)
+            yield Part(label, "solving", size=size, work=work, compilation=compilation)
+
+    def measuring(network: str, ticks: int) -> Part:
+        work = steps * len(probed_inputs(inputs))
+        return Part("measuring", "forward", "measuring", size=network, ticks=ticks, work=work)
+
+    parts = [
         Part("sampling", "forward", "sampling", ticks=steps, work=inputs),
         Part("observing", "forward", "observing", ticks=steps * inputs),
-        *solving,
     ]
+    if widths:
+        parts += itertools.chain.from_iterable(map(solving, widths))
+        parts += [measuring("float", 1), measuring("quantized", 1), measuring("float", count)]
+    parts += solving(None)
+    return parts + parts[:2] + [*solving(None)] if plan.propagates else parts
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,6 +274,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME|FILE.yaml",
         help=f"METHOD-WIDTH, of {', '.join(METHODS)} and {', '.join(WIDTHS)}, such as "
         f"minmax-w4a8; or rules of your own (%(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SHARE",
+        help="choose the bits of each layer's weights, by what they cost the final latents, so "
+        "that the quantized UNet holds at most this share of its bytes in float32, such as 0.17, "
+        "with scales, biases and what the policy keeps float; OUT/policy.yaml has the choice",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="DB",
+        help="choose them so that the UNet holds as little as keeps the final latents this near "
+        "to float's: signal to quantization noise in decibels, such as 25",
     )
     add_input_arguments(parser)
     add_sampler_arguments(parser, "the checkpoint's own")

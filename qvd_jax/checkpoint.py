@@ -4,6 +4,7 @@
     DIR/unet/ vae/ ...     parameters, one Orbax item each
     DIR/tokenizer/         the tokenizer's own files
     DIR/layers.json        of a quantized checkpoint: what each layer was worth when calibrated
+    DIR/policy.yaml        of a quantized checkpoint: a rule for each layer, to quantize so again
 
 A checkpoint is written beside its place and moved there when it is whole.
 """
@@ -34,6 +35,7 @@ FORMAT_VERSION = 4
 MANIFEST = "manifest.json"
 LAYER_REPORTS = "layers.json"
 LAYER_ARRAYS = "layers.npz"
+POLICY = "policy.yaml"
 # No part of a module path.
 _BESIDE_PATH = ":"
 TOKENIZER = "tokenizer"

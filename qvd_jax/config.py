@@ -77,6 +77,13 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
+def to_yaml(config: Any) -> str:
+    """The text from which `read_yaml` and `from_dict` make the dataclass again."""
+    return str(
+        yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=1000)
+    )
+
+
 def did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """A hint naming the nearest known words, or all of them, unless they are many, if none is."""
     near = difflib.get_close_matches(word, list(known), n=1)

@@ -33,9 +33,9 @@ def save_params(folder: Path, name: str, params: Params) -> None:
       name: the component.
       params: tree of `jax.Array`; Orbax would copy numpy arrays, all of them at once.
     """
-    # TensorStore gives a byte to each int4, half of which compression takes back; what fills its
-    # bytes is not worth the time and the memory.
-    has_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
+    # TensorStore gives a byte to each int4 and int2, most of which compression takes back; what
+    # fills its bytes is not worth the time and the memory.
+    wastes = any(leaf.dtype in (jnp.int2, jnp.int4) for leaf in jax.tree.leaves(params))
     # Bounded buffers: by default Orbax holds up to another copy of the whole tree.
     alone = ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1:
@@ -45,7 +45,7 @@ def save_params(folder: Path, name: str, params: Params) -> None:
         alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
         params = jax.tree.map(np.asarray, params)
     handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=1, use_compression=has_int4, multiprocessing_options=alone
+        save_concurrent_gb=1, use_compression=wastes, multiprocessing_options=alone
     )
     arguments = ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=64 * 2**20)
     item = folder.absolute() / name

@@ -91,10 +91,14 @@ def buffers_freed_at_once() -> Iterator[None]:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
+# Several of which share a byte.
+_PACKED = {jnp.dtype(jnp.int2): 2, jnp.dtype(jnp.int4): 4}
+
+
 def tree_bytes(tree: Params) -> int:
     """Bytes of all arrays (or shapes) of a tree, as they are stored: two int4 in one byte."""
     leaves = jax.tree.leaves(tree)
-    bits = (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize for leaf in leaves)
+    bits = (_PACKED.get(leaf.dtype, 8 * leaf.dtype.itemsize) for leaf in leaves)
     return sum(math.prod(leaf.shape) * n for leaf, n in zip(leaves, bits, strict=True)) // 8
 
 

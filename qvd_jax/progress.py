@@ -156,6 +156,10 @@ class Progress:
             self._last = now
             self._show()
 
+    def print(self, text: str) -> None:
+        """Prints lines above the bar."""
+        self._bar.write(text)
+
     def _show(self) -> None:
         left = math.fsum(part.work for part in self._estimate.rest)
         self._bar.set_description_str(self._text(), refresh=False)

@@ -380,6 +380,8 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--checkpoint", "shape"], "is expected; did you mean 'shapes'?"),
         (["--report", "{tmp}/int8"], "int8: name folders apart"),
         (["--report", "{tmp}/one.txt", "--overwrite"], "one.txt is a file; name a folder"),
+        (["--budget", "0.02"], "of float32's bytes, by 2 bits of weights in every layer"),
+        (["--budget", "0.2", "--keep", "20"], "budget and keep: one of them is needed"),
         (["--out", "{tiny}", "--overwrite"], "is the checkpoint itself; name another folder"),
     ],
 )

@@ -17,7 +17,14 @@ Key = tuple[str, Types, Types]
 """What the calls of one kernel share: its name, and the types of its operands and results."""
 
 
-_TYPES = {"int8": "s8", "int4": "s4", "int32": "s32", "bfloat16": "bf16", "float32": "f32"}
+_TYPES = {
+    "int8": "s8",
+    "int4": "s4",
+    "int2": "s2",
+    "int32": "s32",
+    "bfloat16": "bf16",
+    "float32": "f32",
+}
 """What XLA calls types."""
 
 

@@ -185,7 +185,13 @@ def _stages(
 
 def _weights(pipe: VideoPipeline[Any], name: str) -> Any:
     """The arrays of a network; of the UNet, with its scales of steps."""
-    return (pipe.params["unet"], pipe.params.get(GAINS)) if name == "unet" else pipe.params[name]
+    if name != "unet":
+        return pipe.params[name]
+    # jax.export has no int2.
+    unet = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.int4) if leaf.dtype == jnp.int2 else leaf, pipe.params["unet"]
+    )
+    return unet, pipe.params.get(GAINS)
 
 
 def _flat(

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax import accelerators, checkpoint, items
 from qvd_jax.axes import Params
-from qvd_jax.config import check_choice, from_dict, to_dict
+from qvd_jax.config import check_choice, from_dict, to_dict, to_yaml
 from qvd_jax.diffusion.schedules import SchedulerConfig
 from qvd_jax.errors import InputError, first_line, naming
 from qvd_jax.memory import tree_bytes
@@ -208,6 +208,8 @@ def save(
             arrays = {r.path: r.arrays for shown in examples(reports) for r in shown}
             figures = [report.figures() for report in reports]
             checkpoint.write_layer_reports(folder, figures, arrays)
+        if pipe.quantization is not None:
+            (folder / checkpoint.POLICY).write_text(to_yaml(pipe.quantization.rules()), "utf-8")
         checkpoint.write_manifest(folder, manifest)
 
 

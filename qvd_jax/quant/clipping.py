@@ -9,6 +9,13 @@ from qvd_jax.axes import Array
 from qvd_jax.quant.codec import quantize_weights
 
 WEIGHT_CLIP_CANDIDATES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+# With three or seven levels large weights count less.
+_OF_FEW_LEVELS = (0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25)
+
+
+def clip_candidates(bits: int) -> tuple[float, ...]:
+    """Shares of an output's largest weight that may get the largest code, the widest first."""
+    return WEIGHT_CLIP_CANDIDATES + _OF_FEW_LEVELS * (bits <= 3)
 
 
 def search_weight_clip(
@@ -34,12 +41,13 @@ def search_weight_clip(
       input_step: D of the input's codes, 1 of a float input.
       mean_counts: as in `error_of_codes`.
     """
+    candidates = clip_candidates(bits)
     errors = [
         output_error(rows, weights, exact, bits, input_step, clip, mean_counts=mean_counts)
-        for clip in WEIGHT_CLIP_CANDIDATES
+        for clip in candidates
     ]
     # The first of equals: the widest.
-    return jnp.asarray(WEIGHT_CLIP_CANDIDATES)[jnp.stack(errors).argmin(0)]
+    return jnp.asarray(candidates)[jnp.stack(errors).argmin(0)]
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "mean_counts"))

@@ -264,6 +264,10 @@ class Quantization:
     specs: dict[str, LayerSpec]
     timesteps: tuple[float, ...] | None = None
 
+    def rules(self) -> Policy:
+        """The policy that quantizes so: a rule for each layer."""
+        return Policy(self.policy, tuple(Rule(path, spec) for path, spec in self.specs.items()))
+
 
 @dataclass(frozen=True)
 class TracedLayer:

@@ -69,8 +69,8 @@ class QuantizedParams(NamedTuple):
         y = scale H(x) . kernel + bias
 
     Attributes:
-      kernel: `[O, *kernel_size, C]`, codes of the weights: int4 of up to four bits, else int8;
-        -2^(b-1) is no code.
+      kernel: `[O, *kernel_size, C]`, codes of the weights: int2 of two bits, int4 of three and
+        four, else int8; -2^(b-1) is no code.
       scale: `[O]`, bfloat16, step of the input times scale of the weights.
       bias: `[O]`, float32, the layer's own, and in layers of one tap what the input's shift adds.
       sums: `[O]`, int32, of the kernel over all but O, which unsigned products need; None of a
@@ -194,6 +194,11 @@ class QuantizedParams(NamedTuple):
         return channel_steps(x, scale, offset, max_code(bits), spec.rotation)
 
 
+def _code_dtype(bits: int) -> Any:
+    """The narrowest integers that hold codes of some bits."""
+    return jnp.int2 if bits == 2 else jnp.int4 if bits <= 4 else jnp.int8
+
+
 def layout(
     spec: LayerSpec, channels: int, features: int, kernel_size: Sequence[int] = ()
 ) -> QuantizedParams:
@@ -210,9 +215,7 @@ def layout(
         return jax.ShapeDtypeStruct(shape, dtype)
 
     record = QuantizedParams(
-        kernel=array(
-            features, *kernel_size, channels, dtype=jnp.int4 if spec.weight_bits <= 4 else jnp.int8
-        ),
+        kernel=array(features, *kernel_size, channels, dtype=_code_dtype(spec.weight_bits)),
         scale=array(features, dtype=SCALE_DTYPE),
         bias=array(features),
     )

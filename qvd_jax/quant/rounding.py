@@ -16,7 +16,6 @@ from jax.scipy.linalg import solve_triangular
 
 from qvd_jax.axes import Array
 from qvd_jax.quant import clipping
-from qvd_jax.quant.clipping import WEIGHT_CLIP_CANDIDATES
 from qvd_jax.quant.codec import max_code, quantize_weights
 
 DAMPING = 0.01
@@ -29,11 +28,6 @@ _LARGEST = 4096
 """Inputs that are rounded with regard to each other: the work grows with the cube of them."""
 
 
-CLIP_CANDIDATES = WEIGHT_CLIP_CANDIDATES[::2]
-"""Shares of each output's largest weight; what is rounded last takes what the clipped ones missed,
-so their errors do not depend on the share alone and each is tried to its end."""
-
-
 def clip_and_round(
     weights: Array,
     rows: Array,
@@ -41,10 +35,12 @@ def clip_and_round(
     bits: int,
     input_step: Array | float = 1.0,
     *,
-    clips: Sequence[float] = CLIP_CANDIDATES,
+    clips: Sequence[float],
     mean_counts: bool = False,
 ) -> tuple[Array, Array]:
     """Codes by `round_weights`, each output clipped where its error is then least.
+
+    What is rounded last takes what the clipped ones missed, so each share is tried to its end.
 
     Args:
       weights: `[K, O]`.

@@ -424,7 +424,8 @@ def _quantize_product(
     shape, bits = weights.shape, spec.weight_bits
     rows, weights = rows.reshape(len(rows), -1), weights.reshape(-1, shape[-1])
     if spec.rounding == "gptq":
-        clips = rounding.CLIP_CANDIDATES if spec.clips_weights else (1.0,)
+        # Every other share: each is rounded by itself.
+        clips = clipping.clip_candidates(bits)[::2] if spec.clips_weights else (1.0,)
         codes, scale = rounding.clip_and_round(
             weights, rows, layer.exact, bits, input_step, clips=clips, mean_counts=mean_counts
         )

@@ -30,7 +30,7 @@ from qvd_jax.files import check_folder, write_folder
 from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
-from qvd_jax.pipelines.quantization import Plan, make_plan, propagated, solve_plan
+from qvd_jax.pipelines.quantization import Plan, make_plan, solve
 from qvd_jax.pipelines.sensitivity import BEFORE_LAYERS, probed_inputs, with_widths
 from qvd_jax.pipelines.widths import (
     Target,
@@ -143,24 +143,16 @@ def calibrate(
         def report(what: str, done: int, _: int) -> None:
             progress.advance(done_before[what] + done)
 
-        def report_again(what: str, done: int, total: int) -> None:
-            report(f"{what} again", done, total)
-
         observed = collect(pipe, plan.layers, inputs.values, config, options, report, hosts, mesh)
         if not hosts.first:
             return
+        given = inputs.values, config, options, report, mesh
         if target is None:
             chosen = plan
         else:
-            given = inputs.values, config, options
-            chosen, table = choose_widths(pipe, plan, observed, target, *given, report, mesh)
+            chosen, table = choose_widths(pipe, plan, observed, target, *given)
             progress.print(table)
-        quantized, reports = solve_plan(pipe, chosen, observed, config, report)
-        if chosen.propagates:
-            given = inputs.values, config, options, report_again
-            seen = collect(quantized, chosen.layers, *given, mesh=mesh)
-            observed = propagated(chosen, observed, seen)
-            quantized, reports = solve_plan(pipe, chosen, observed, config, report_again)
+        quantized, reports = solve(pipe, chosen, observed, *given)
     assert quantized.quantization is not None
     if unseen := plan.specs.keys() - quantized.quantization.specs.keys():
         print(f"no data reached {', '.join(sorted(unseen))}: what is named stays float")

@@ -19,9 +19,11 @@ from qvd_jax.files import write_text
 
 LOW_BITS = RESULTS.with_name("low_bits.json")
 COMMAND = "python tests/measure_low_bits.py --out runs/low_bits"
-WIDTHS = ("w8a8", "w6a6", "w4a8", "w4a6", "w4a4", "w3a8")
-METHODS = ("qvd-plus", "qdiffusion-plus", "smoothquant-plus", "minmax-plus")
-WITHOUT = ("qvd-w8a8", "qvd-w6a6", "qvd-w4a8")
+WIDTHS = ("w8a8", "w6a6", "w4a8")
+FEWER = ("w4a6", "w4a4", "w3a8")
+METHODS = ("qvd", "qvd-plus", "qdiffusion-plus")
+OF_FEWER = ("qvd-plus", "minmax-plus")
+MORE = ("smoothquant-plus-w4a8", "minmax-plus-w4a8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     digest = run_digest()
     out = args.out / digest[:8]
     out.mkdir(parents=True, exist_ok=True)
-    policies = [*WITHOUT, *(f"{method}-{width}" for width in WIDTHS for method in METHODS)]
+    policies = [
+        *(f"{method}-{width}" for width in WIDTHS for method in METHODS),
+        *MORE,
+        *(f"{method}-{width}" for width in FEWER for method in OF_FEWER),
+    ]
     parts = {"plus": measure(out, "plus", MODEL, policies, args.videos, 1)}
     found = {"command": COMMAND, "run": digest, "parts": parts, "table": table(parts)}
     write_text(args.results, json.dumps(found, indent=1) + "\n")

@@ -34,7 +34,7 @@ from qvd_jax.evaluation.pairs import BATCH, Sampled
 from qvd_jax.files import read_arrays, replace_when_whole, write_text
 from qvd_jax.pipelines.observation import collect
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
-from qvd_jax.pipelines.quantization import make_plan, solve_plan, unet_layers
+from qvd_jax.pipelines.quantization import make_plan, solve, unet_layers
 from qvd_jax.quant.policy import named_policy
 from qvd_jax.shapes.judge import held_out_cases
 
@@ -180,7 +180,7 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
         observed = collect(pipe, paths, prompts, config)
         for policy in tqdm.tqdm(missing, desc=f"quantizing {model}", unit="policy"):
             plan = make_plan(pipe, named_policy(policy), config)
-            quantized, reports = solve_plan(pipe, plan, observed, config)
+            quantized, reports = solve(pipe, plan, observed, prompts, config)
             qvd_jax.save(quantized, places[policy], reports=reports)
     return [str(place) for place in places.values()]
 

@@ -43,7 +43,7 @@ def quantize(
     progress: Progress = unseen,
     mesh: MeshConfig | None = None,
 ) -> tuple[VideoPipeline, list[LayerReport]]:
-    """Quantizes the UNet of a float pipeline: `make_plan`, `collect` and `solve_plan`.
+    """Quantizes the UNet of a float pipeline: `make_plan`, `collect` and `solve`.
 
     Args:
       pipe: the float pipeline; it is left as it is.
@@ -69,11 +69,7 @@ def quantize(
     given = pipe.defaults.prompts if prompts is None else prompts
     inputs = [given] if isinstance(given, str) else list(given)
     observed = collect(pipe, plan.layers, inputs, config, options, progress, mesh=mesh)
-    quantized, reports = solve_plan(pipe, plan, observed, config, progress)
-    if not plan.propagates:
-        return quantized, reports
-    seen = collect(quantized, plan.layers, inputs, config, options, progress, mesh=mesh)
-    return solve_plan(pipe, plan, propagated(plan, observed, seen), config, progress)
+    return solve(pipe, plan, observed, inputs, config, options, progress, mesh)
 
 
 @dataclass(frozen=True)
@@ -94,23 +90,6 @@ class Plan:
     def propagates(self) -> bool:
         """Whether a first solution is observed for a second one."""
         return any(spec.propagate for spec in self.specs.values())
-
-
-def propagated(plan: Plan, observed: Observed, seen: Observed) -> Observed:
-    """What a plan is solved with the second time.
-
-    Args:
-      plan: some of whose layers propagate.
-      observed: of the float pipeline.
-      seen: of the one that the plan and `observed` make: rows of the layers that propagate are its.
-    """
-    joined = {
-        path: found._replace(rows=seen.joined[path].rows)
-        if path in plan.specs and plan.specs[path].propagate
-        else found
-        for path, found in observed.joined.items()
-    }
-    return observed._replace(joined=joined)
 
 
 def make_plan(
@@ -150,6 +129,48 @@ def unet_layers(pipe: VideoPipeline, options: Mapping[str, Any] | None = None) -
     frames, height, width, _ = pipe.latents_shape(want.frames, want.height, want.width)
     shapes = pipe.configs.unet_shapes(pipe.window(frames), height, width, pipe.context_length)
     return trace_layers(UNet3D(pipe.unet.config), *shapes)
+
+
+def solve(
+    pipe: VideoPipeline,
+    plan: Plan,
+    observed: Observed,
+    inputs: Sequence[Any],
+    config: CalibrationConfig = _DEFAULT,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = unseen,
+    mesh: MeshConfig | None = None,
+) -> tuple[VideoPipeline, list[LayerReport]]:
+    """Solves a plan, and where layers of it propagate, once more on what they see in the result.
+
+    Args:
+      pipe: the float pipeline; it is left as it is.
+      plan: of the same pipeline, config and options.
+      observed: of the pipeline, by `collect`.
+      inputs: that were observed.
+      config: how much was sampled.
+      options: as of `collect`.
+      progress: told how far it is; what is done the second time is called so, "layers again".
+      mesh: as of `collect`.
+
+    Returns:
+      As `quantize`.
+    """
+    quantized, reports = solve_plan(pipe, plan, observed, config, progress)
+    if not plan.propagates:
+        return quantized, reports
+
+    def progress_again(what: str, done: int, total: int) -> None:
+        progress(f"{what} again", done, total)
+
+    seen = collect(quantized, plan.layers, inputs, config, options, progress_again, mesh=mesh)
+    joined = {
+        path: found._replace(rows=seen.joined[path].rows)
+        if path in plan.specs and plan.specs[path].propagate
+        else found
+        for path, found in observed.joined.items()
+    }
+    return solve_plan(pipe, plan, observed._replace(joined=joined), config, progress_again)
 
 
 def solve_plan(

@@ -2,7 +2,8 @@
 
     python tests/measure_calibration.py --out docs/results/calibration_cpu.json
 
-Random weights (1.31 G parameters), 16x16 latents, 8 frames, 2 prompts, 4 steps, QVD W8A8.
+Random weights (1.31 G parameters), 16x16 latents, 8 frames, 2 prompts, 4 steps, QVD W8A8 or what
+--policy says.
 """
 
 import argparse
@@ -15,17 +16,18 @@ from timed import timed_python, write_record
 
 from qvd_jax import checkpoint
 
+POLICY = "qvd-w8a8"
 PROMPTS = "a red circle moving left\na blue square growing\n"
 
 
-def measure(work: Path) -> dict[str, object]:
+def measure(work: Path, policy: str) -> dict[str, object]:
     source, model, int8 = work / "source", work / "model", work / "int8"
     make = [sys.executable, str(Path(__file__).with_name("random_animatediff.py"))]
     subprocess.run([*make, str(source), "--size", "sd15", "--dtype", "bfloat16"], check=True)
     timed_python("-m", "convert", str(source), "--out", str(model))
     (work / "prompts.txt").write_text(PROMPTS)
     sizes = ["--frames", "8", "--height", "128", "--width", "128", "--steps", "4"]
-    options = ["--checkpoint", str(model), "--out", str(int8), *sizes]
+    options = ["--checkpoint", str(model), "--out", str(int8), "--policy", policy, *sizes]
     calibration = timed_python(
         "-m", "qvd_jax.calibrate", *options, "--prompts-file", str(work / "prompts.txt")
     )
@@ -34,7 +36,7 @@ def measure(work: Path) -> dict[str, object]:
         "calibration": {"seconds": calibration.seconds, "peak_bytes": calibration.peak_bytes},
         "unet_bytes_on_disk": {
             "float32": checkpoint.disk_bytes(model / "unet"),
-            "qvd-w8a8": checkpoint.disk_bytes(int8 / "unet"),
+            policy: checkpoint.disk_bytes(int8 / "unet"),
         },
     }
 
@@ -42,15 +44,17 @@ def measure(work: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--policy", default=POLICY)
     parser.add_argument("--keep", type=Path, help="a new folder for the 13 GB of checkpoints")
     args = parser.parse_args()
     if args.keep:
         args.keep.mkdir(parents=True)
-        results = measure(args.keep)
+        results = measure(args.keep, args.policy)
     else:
         with tempfile.TemporaryDirectory() as work:
-            results = measure(Path(work))
+            results = measure(Path(work), args.policy)
     command = f"python tests/measure_calibration.py --out {args.out}"
+    command += f" --policy {args.policy}" if args.policy != POLICY else ""
     write_record(args.out, command, results)
 
 

@@ -27,6 +27,7 @@ from qvd_jax.pipelines import observation
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
 from qvd_jax.pipelines.quantization import make_plan, quantize, solve_plan, unet_layers
+from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec, Policy, Rule
 
 PROMPTS = ["a red circle", "a blue square"]
@@ -244,6 +245,48 @@ def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
     scheduler = replace(restored.scheduler, timestep_spacing="trailing")
     with pytest.raises(InputError, match=r"2 steps of ddim: .* one for each of 2 other steps"):
         replace(restored, scheduler=scheduler)(PROMPTS, **SAMPLE)
+
+
+@pytest.mark.parametrize("ranges", ["step", "token"])
+def test_a_layer_that_propagates_is_solved_on_what_it_sees_behind_quantized_ones(pipe, ranges):
+    """Its bias keeps the mean of its output there; other layers are those of the first solution."""
+    layers = make_plan(pipe, Policy("all", (Rule("*", LayerSpec("minmax")),)), CONFIG, SIZE).layers
+    path = next(path for path in layers if path.endswith("conv_shortcut"))
+    spec = LayerSpec("minmax", 2, 3, ranges=ranges)
+    before = ("*/resnet/conv1", "*/proj_out")
+    once, again = (
+        quantize(
+            pipe,
+            Policy(
+                "mine",
+                (
+                    Rule(path, replace(spec, propagate=propagate)),
+                    *(Rule(pattern, spec) for pattern in before),
+                ),
+            ),
+            PROMPTS,
+            CONFIG,
+            SIZE,
+        )[0]
+        for propagate in (False, True)
+    )
+    rows = collect(once, layers, PROMPTS, CONFIG, SIZE).joined[path].rows[:, 0]
+    flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
+    exact = np.float64(rows) @ np.float64(flat[f"{path}/kernel"].reshape(layers[path].kernel))
+    exact = exact.mean(0) + np.asarray(flat[f"{path}/bias"])
+    errors = []
+    for model in (once, again):
+        found = flax.traverse_util.flatten_dict(model.params["unet"], sep="/")
+        own = {name.split("/")[-1]: x for name, x in found.items() if name.startswith(f"{path}/")}
+        module = layer_set({"": spec}).dense(layers[path].kernel[-1])
+        gain = {"quant": {"gain": jnp.ones(())}} if ranges == "step" else {}
+        y = module.apply({"params": own, **gain}, rows)
+        errors.append(np.abs(np.asarray(y).mean(0) - exact).max())
+        others = {name: x for name, x in found.items() if not name.startswith(path)}
+        errors.append(others)
+    first, others, second, same = errors
+    chex.assert_trees_all_equal(others, same)
+    assert second < 1e-4 < 1e-3 < first
 
 
 def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):

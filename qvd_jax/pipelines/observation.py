@@ -16,6 +16,7 @@ from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.unet3d import UNet3D
+from qvd_jax.pipelines.components import GAINS
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.quant.statistics import Statistics, draw_places, observe
 
@@ -95,7 +96,7 @@ def collect(
     numbers = hosts.share(range(len(inputs)))
     of_calls = {**options, "mesh": mesh}
     before, failure = _sample_path(pipe, inputs, numbers, of_calls, want, config.seed, progress)
-    unet, params = pipe.unet, pipe.params["unet"]
+    unet, params, gains = pipe.unet, pipe.params["unet"], pipe.params.get(GAINS, {})
     key = jax.random.fold_in(jax.random.key(config.seed), len(inputs))
     timesteps = jnp.asarray(schedule.table.timestep)
     before_loop = draw_places(key, math.ceil(config.rows / len(inputs)))
@@ -136,7 +137,8 @@ def collect(
             places = draw_places(jax.random.fold_in(key, call), rows)
             scale = jax.tree.map(lambda s, step=step: s[step], conditions.control_scale)
             inside = (latents, feature, context, control, conditions.reference, scale)
-            _, found = _observe(unet, params, inside, places, method="denoise")
+            own = jax.tree.map(lambda gain, step=step: gain[step], gains)
+            _, found = _observe(unet, params, inside, places, own, method="denoise")
             if call * config.rows // calls == (call + 1) * config.rows // calls:
                 # Of more calls than rows only some, evenly chosen, give one.
                 found = {path: one._replace(rows=one.rows[:0]) for path, one in found.items()}
@@ -228,10 +230,12 @@ def _observe(
     params: Params,
     arguments: tuple[Any, ...],
     places: Array | None,
+    gains: Params | None = None,
     *,
     method: str,
 ) -> tuple[Any, dict[str, Statistics]]:
-    return observe(unet, {"params": params}, *arguments, method=method, places=places)
+    variables = {"params": params, "quant": gains or {}}
+    return observe(unet, variables, *arguments, method=method, places=places)
 
 
 def _add(parts: dict[str, list[Statistics]], found: dict[str, Statistics], where: str) -> None:

@@ -247,6 +247,7 @@ def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
         replace(restored, scheduler=scheduler)(PROMPTS, **SAMPLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", ["step", "token"])
 def test_a_layer_that_propagates_is_solved_on_what_it_sees_behind_quantized_ones(pipe, ranges):
     """Its bias keeps the mean of its output there; other layers are those of the first solution."""

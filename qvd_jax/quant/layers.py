@@ -9,6 +9,7 @@ not clip it, and none where it does. The codes of the weights are integers and h
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
 from qvd_jax.errors import InputError
-from qvd_jax.kernels import floating, int8, layers_tpu
+from qvd_jax.kernels import floating, int8, layers_tpu, upsampled_conv_tpu
 from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.kernels.tpu import on_tpu
 from qvd_jax.models.geometry import copies_edges, extend, geometry, kernel_size
@@ -36,7 +37,9 @@ from qvd_jax.models.layers import (
     gated_product,
 )
 from qvd_jax.models.norms import (
+    LayerInput,
     Normalized,
+    Upsampled,
     as_images,
     is_activated_group_norm,
     tpu_input,
@@ -196,16 +199,11 @@ class QuantConv(StoredParams, Conv):
     specs: SpecTable = SpecTable(FrozenDict())
 
     @nn.compact
-    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+    def __call__(self, x: LayerInput, residual: Array | None = None) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        if self.upsampled and not self.is_padded_3x3(x.shape[-3:-1]):
-            raise ValueError(
-                "a convolution of an upsampled input must be 3x3, padded by 1, not of kernel, "
-                f"strides and padding {kernel_size(self)}, {self.strides}, {self.padding}"
-            )
         rank, channels, dtype = len(kernel_size(self)), x.shape[-1], _result_dtype(self, x)
         record, bits = _read(self, spec, x), spec.activation_bits
         if copies_edges(self):
@@ -214,7 +212,7 @@ class QuantConv(StoredParams, Conv):
         strides, padding, dilation = geometry(self, spatial)
 
         def as_batch(x: Array) -> Array:
-            return x.reshape(-1, *spatial, channels)
+            return x.reshape(-1, *x.shape[-rank - 1 :])
 
         def border(record: QuantizedParams) -> Array | None:
             if record.taps is None:
@@ -236,16 +234,14 @@ class QuantConv(StoredParams, Conv):
             int8.conv, strides=strides, padding=padding, dilation=dilation
         )
         differentiate: Callable[..., Array] = float_conv
-        doubled = self.repeats_positions(spatial)
+        doubled = isinstance(x, Upsampled) and x.is_doubled and self.is_padded_3x3(spatial)
         if doubled:
             int8_conv = int8.upsampled_conv
             differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
         multiply = functools.partial(_product_of_codes, int8_conv)
 
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
-            values = as_batch(value_of(x))
-            values = values[:, ::2, ::2] if doubled else values
-            steps = _steps(values, record, bits)
+            steps = _steps(as_batch(x.x if doubled else value_of(x)), record, bits)
             product = _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
             return finish(product, record, residual)
 
@@ -262,13 +258,33 @@ class QuantConv(StoredParams, Conv):
             codes = layers_tpu.quantize_activated(
                 as_images(x.x), norm, record.quantizer, max_code(bits)
             )
-            return finish(int8_conv(as_batch(codes), record.kernel, record.sums), record, residual)
+            codes = codes.reshape(-1, *spatial, channels)
+            return finish(int8_conv(codes, record.kernel, record.sums), record, residual)
+
+        def upsampled_in_kernel(
+            x: Upsampled, record: QuantizedParams, residual: Array | None
+        ) -> Array:
+            assert record.taps is not None
+            y = upsampled_conv_tpu.conv(
+                x.x.reshape(-1, math.prod(halved), channels),
+                record.quantizer,
+                jnp.moveaxis(record.kernel.astype(jnp.int8), 0, -2),
+                record.scale,
+                record.bias,
+                border_bias(record.taps, (3, spatial[1]), strides, padding, dilation),
+                size=halved,
+                limit=max_code(bits),
+            )
+            y = y.reshape(*batch, *y.shape[1:])
+            return y if residual is None else residual + y
 
         operands = x, record, residual
         if self.fits_kernel(x, jnp.int8):
             return on_tpu(fused, in_passes, *operands)
-        # This one is for every position once.
-        if is_activated_group_norm(x) and not doubled and layers_tpu.can_use(x.shape):
+        halved = tuple(side // 2 for side in spatial)
+        if doubled and upsampled_conv_tpu.can_use(halved, channels, self.features, dtype):
+            return on_tpu(upsampled_in_kernel, in_passes, *operands)
+        if is_activated_group_norm(x) and layers_tpu.can_use(x.shape):
             return on_tpu(quantized_in_kernel, in_passes, *operands)
         return in_passes(*operands)
 
@@ -305,7 +321,7 @@ def border_bias(
     return taps
 
 
-def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> QuantizedParams:
+def _read(layer: nn.Module, spec: LayerSpec, x: LayerInput) -> QuantizedParams:
     """A layer's record, with scales as products need them.
 
     Raises:
@@ -323,7 +339,7 @@ def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> Quantized
     return QuantizedParams(**params, gain=gain).in_float32()
 
 
-def _result_dtype(layer: nn.Module, x: Array | Normalized) -> jnp.dtype:
+def _result_dtype(layer: nn.Module, x: LayerInput) -> jnp.dtype:
     """That of a layer's result: its own, or what linen makes of its input's and its weights'."""
     if layer.dtype is not None:
         return jnp.dtype(layer.dtype)

@@ -95,6 +95,7 @@ def test_all_frames_attend_to_the_same_keys(monkeypatch):
         assert relative_error(dot_product_attention(q, k, v), expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("lagging", [True, False])
 @pytest.mark.parametrize(
     ("images", "sharing", "length", "keys", "heads", "width"),
     [
@@ -106,8 +107,9 @@ def test_all_frames_attend_to_the_same_keys(monkeypatch):
     ],
 )
 def test_queries_in_lanes_is_softmax_attention(
-    images, sharing, length, keys, heads, width, monkeypatch
+    images, sharing, length, keys, heads, width, lagging, monkeypatch
 ):
+    monkeypatch.setattr(attention_tpu, "_LAGGING_BYTES", 0 if lagging else 2**30)
     # One block of queries holds all the lanes of 200 keys.
     monkeypatch.setattr(attention_tpu, "_LOGITS_BYTES", 128 * 256 * 4)
     q = 3 * tokens(images, length, heads, width, seed=0)

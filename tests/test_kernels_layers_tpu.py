@@ -12,10 +12,10 @@ from jax import lax
 from parity import relative_error
 from scipy import special
 
-from qvd_jax.kernels import conv_tpu, layers_tpu
+from qvd_jax.kernels import conv_tpu, layers_tpu, upsampled_conv_tpu
 from qvd_jax.kernels.activations import gelu_by_tanh
 from qvd_jax.models.attention import TemporalTransformer
-from qvd_jax.models.blocks import ResnetBlock
+from qvd_jax.models.blocks import ResnetBlock, Upsample
 from qvd_jax.models.layers import FLOAT
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec
@@ -171,6 +171,62 @@ def test_conv_takes_images_that_fit_the_chip_in_rows_that_fill_blocks(size, chan
     assert conv_tpu.can_use(size, channels, 320, jnp.bfloat16) == fits
 
 
+@pytest.mark.parametrize(
+    ("size", "count", "outputs"),
+    [
+        pytest.param((4, 8), 2, 24, id="images that share a block"),
+        pytest.param((8, 32), 3, 256, id="blocks of images and outputs"),
+        pytest.param((2, 16), 1, 8, id="two rows"),
+    ],
+)
+def test_upsampled_conv_equals_its_definition_in_float64(size, count, outputs, monkeypatch):
+    monkeypatch.setattr(upsampled_conv_tpu, "_POSITIONS", 256)
+    channels, (height, width) = 16, size
+    assert upsampled_conv_tpu.can_use(size, channels, outputs, jnp.bfloat16)
+    # Far from the middle of a step, so that no code is rounded to another.
+    codes = RNG.integers(-127, 128, (count, height, width, channels))
+    step_scale, step_offset = np.float32(2.0 ** RNG.integers(-2, 3, channels)), normal(channels)
+    x = np.float32((codes - step_offset) / step_scale)
+    weights = RNG.integers(-127, 128, (3, 3, outputs, channels)).astype(np.int8)
+    scale, bias = np.float32(1e-3) * normal(outputs), normal(outputs)
+    border = normal(3, 2 * width, outputs)
+    found = upsampled_conv_tpu.conv(
+        x.reshape(count, -1, channels),
+        (step_scale, step_offset),
+        weights,
+        scale,
+        bias,
+        border,
+        size=size,
+        limit=127,
+        interpret=True,
+    )
+    assert found.dtype == jnp.bfloat16
+    upsampled = codes.repeat(2, 1).repeat(2, 2)
+    padded = np.pad(upsampled, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), (1, 2))
+    expected = np.einsum("nhwcij,ijoc->nhwo", windows, np.int64(weights)) * np.float64(scale) + bias
+    expected += border[[0, *[1] * (2 * height - 2), 2]]
+    # The sums are exact: what is left is the rounding to bfloat16.
+    errors = np.abs(np.float64(found) - expected)
+    assert (errors <= 2**-8 * np.abs(expected) + 1e-5 * np.abs(expected).max()).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "fits"),
+    [
+        ((32, 32), jnp.bfloat16, True),
+        ((32, 32), jnp.float32, False),
+        ((12, 12), jnp.bfloat16, False),
+        ((3, 8), jnp.bfloat16, False),
+        ((1, 32), jnp.bfloat16, False),
+        ((256, 256), jnp.bfloat16, False),
+    ],
+)
+def test_upsampled_conv_takes_images_that_fill_vectors_and_fit_the_chip(size, dtype, fits):
+    assert upsampled_conv_tpu.can_use(size, 640, 640, dtype) == fits
+
+
 @pytest.mark.parametrize("length", [9, 512, 1100])
 def test_moments_equal_their_definition_in_float64(length):
     """Of values far from zero, in blocks of which the last may be partly filled."""
@@ -208,7 +264,17 @@ class Motion(nn.Module):
         return TemporalTransformer(32, 32, 4, 8, 8, "joint", self.layers)(x)
 
 
-def quantized(module, size=(16, 16)):
+class Doubled(nn.Module):
+    """An upsampling."""
+
+    layers: object
+
+    @nn.compact
+    def __call__(self, x):
+        return Upsample(64, self.layers)(x)
+
+
+def quantized(module, size=(16, 16), dtype=jnp.float32):
     """The module with int8 layers, random parameters and an input of images of a size."""
     paths = []
 
@@ -217,10 +283,10 @@ def quantized(module, size=(16, 16)):
             paths.append("/".join(context.module.path))
         return call(*arguments, **options)
 
-    x = jnp.asarray(normal(2, 4, *size, 32))
+    x = jnp.asarray(normal(2, 4, *size, 32), dtype)
     with nn.intercept_methods(note):
         jax.eval_shape(module(layer_set({})).init, jax.random.key(0), x)
-    net = module(layer_set(dict.fromkeys(paths, LayerSpec("scri"))))
+    net = module(layer_set(dict.fromkeys(paths, LayerSpec("scri")), dtype))
 
     def random(path, leaf):
         name = path[-1].key
@@ -247,7 +313,11 @@ def quantized(module, size=(16, 16)):
 @pytest.fixture
 def kernels(monkeypatch):
     """Has modules call the TPU's kernels, interpreted; lists whether each choice was of one."""
-    places = {conv_tpu: ["conv"], layers_tpu: ["dense", "moments", "quantize_activated"]}
+    places = {
+        conv_tpu: ["conv"],
+        upsampled_conv_tpu: ["conv"],
+        layers_tpu: ["dense", "moments", "quantize_activated"],
+    }
     for place, names in places.items():
         for name in names:
             kernel = functools.partial(getattr(place, name), interpret=True)
@@ -256,7 +326,7 @@ def kernels(monkeypatch):
 
     def on_tpu(*operands, cpu=None, tpu=None, default=None, **others):
         name = getattr(tpu, "__qualname__", "")
-        named = name.endswith(("fused", "quantized_in_kernel"))
+        named = name.endswith(("fused", "quantized_in_kernel", "upsampled_in_kernel"))
         called.append(named)
         return (tpu if named else cpu or default)(*operands)
 
@@ -286,6 +356,16 @@ def test_kernels_make_of_a_block_what_passes_make_of_it(module, size, kernels_ca
     assert relative_error(found, expected) <= 2e-2
     errors = np.abs(np.float64(found) - np.float64(expected)) / np.abs(expected).max()
     assert np.median(errors) <= 1e-5
+
+
+def test_the_kernel_makes_of_an_upsampled_image_what_passes_make_of_it(kernels):
+    net, variables, x = quantized(Doubled, (8, 8), jnp.bfloat16)
+    expected = jax.jit(net.apply)(variables, x)
+    called = kernels()
+    found = net.apply(variables, x)
+    assert called == [True]
+    assert found.shape == (2, 4, 16, 16, 64)
+    assert relative_error(*(y.astype(jnp.float32) for y in (found, expected))) <= 2**-7
 
 
 @pytest.mark.parametrize(

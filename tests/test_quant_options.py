@@ -133,7 +133,7 @@ def test_a_low_rank_branch_takes_what_it_can_of_the_weights_errors(conv):
         module, values, *_ = quantized(net, params, x, spec)
         exact = net.apply({"params": params}, x)
         errors.append(relative_error(module.apply({"params": values}, x), exact))
-    assert errors[1] < 0.85 * errors[0]
+    assert errors[1] < 0.9 * errors[0]
     assert errors[2] < 0.05 * errors[0]
 
 

@@ -16,7 +16,7 @@ from qvd_jax import markdown
 from qvd_jax.benchmarks import unet
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.kernels import attention, floating, int8
-from qvd_jax.quant.layers import QUANTIZING
+from qvd_jax.quant.products import QUANTIZING
 
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.M)
 PATCHES = "gathering patches"

@@ -1,11 +1,11 @@
 """Resnets, temporal convolutions and samplers of UNet and VAE."""
 
 import flax.linen as nn
-import jax.numpy as jnp
 
 from qvd_jax.axes import Array, NormScope
 from qvd_jax.meshes import to_frames, to_positions
 from qvd_jax.models.layers import AlphaBlender, LayerSet
+from qvd_jax.models.norms import Upsampled
 
 
 class ResnetBlock(nn.Module):
@@ -192,7 +192,7 @@ class Upsample(nn.Module):
     layers: LayerSet
 
     def setup(self) -> None:
-        self.conv = self.layers.conv(self.channels, (3, 3), upsampled=True)
+        self.conv = self.layers.conv(self.channels, (3, 3))
 
     def __call__(self, x: Array, size: tuple[int, ...] | None = None) -> Array:
         """Maps `[B, F, H, W, C]` to `[B, F, 2H, 2W, C]`.
@@ -202,7 +202,5 @@ class Upsample(nn.Module):
           size: (H, W) of the result; None doubles. An odd side, whose half was rounded up, gets its
             last position once, as nearest neighbours of that size are.
         """
-        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        if size is not None:
-            x = x[:, :, : size[0], : size[1]]
-        return self.conv(x)
+        height, width = size or (2 * x.shape[2], 2 * x.shape[3])
+        return self.conv(Upsampled(x, (height, width)))

@@ -26,6 +26,7 @@ from qvd_jax.models.geometry import (
 )
 from qvd_jax.models.norms import (
     GroupNorm,
+    LayerInput,
     LayerNorm,
     Normalized,
     as_images,
@@ -124,17 +125,10 @@ def gated_product(
 
 
 class Conv(nn.Conv):
-    """`nn.Conv` that is told where its input comes from.
-
-    Attributes:
-      upsampled: whether the input is a nearest-neighbour upsampling, every position twice along
-        H and W, the last of an odd side once; quantized layers multiply each once.
-    """
-
-    upsampled: bool = False
+    """`nn.Conv` with what stands before and behind it."""
 
     @nn.compact
-    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+    def __call__(self, x: LayerInput, residual: Array | None = None) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
         if not is_plain(self):
             y = super().__call__(value_of(x))
@@ -147,7 +141,7 @@ class Conv(nn.Conv):
             bias = self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
 
         def in_passes(
-            x: Array | Normalized, kernel: Array, bias: Array | None, residual: Array | None
+            x: LayerInput, kernel: Array, bias: Array | None, residual: Array | None
         ) -> Array:
             values, kernel, bias = promote_dtype(value_of(x), kernel, bias, dtype=self.dtype)
             values = extend(self, values)
@@ -178,11 +172,10 @@ class Conv(nn.Conv):
             return on_tpu(fused, in_passes, *operands)
         return in_passes(*operands)
 
-    def fits_kernel(self, x: Array | Normalized, dtype: DTypeLike) -> bool:
+    def fits_kernel(self, x: LayerInput, dtype: DTypeLike) -> bool:
         """Whether `in_kernel` is for an input and weights of a dtype."""
         return (
             is_activated_group_norm(x)
-            and not self.upsampled
             and self.is_padded_3x3(x.shape[-3:-1])
             and conv_tpu.can_use(x.shape[-3:-1], x.shape[-1], self.features, dtype)
         )
@@ -225,10 +218,6 @@ class Conv(nn.Conv):
         """Whether the result has the input's size, by a kernel of 3x3 on zeros around it."""
         is_3x3 = kernel_size(self) == (3, 3) and not copies_edges(self)
         return is_3x3 and geometry(self, spatial) == PADDED_3X3
-
-    def repeats_positions(self, spatial: tuple[int, ...]) -> bool:
-        """Whether every position of an input stands twice: an odd side was cut."""
-        return self.upsampled and not any(size % 2 for size in spatial)
 
 
 @dataclass(frozen=True)
@@ -305,7 +294,6 @@ class LayerSet:
         strides: tuple[int, ...] | None = None,
         padding: tuple[tuple[int, int], ...] | None = None,
         use_bias: bool = True,
-        upsampled: bool = False,
     ) -> nn.Module:
         """A convolution over the axes before the last; padding defaults to half the kernel."""
         return self.conv_cls(
@@ -314,7 +302,6 @@ class LayerSet:
             strides=strides or (1,) * len(kernel_size),
             padding=padding or tuple((k // 2, k // 2) for k in kernel_size),
             use_bias=use_bias,
-            upsampled=upsampled,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )

@@ -1,4 +1,4 @@
-"""Norms, and what they hand to the layer that reads them."""
+"""Norms, and what layers are handed that they compute themselves."""
 
 import functools
 import math
@@ -72,18 +72,53 @@ class Normalized:
         return as_images(values)[:, 0]
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("x",), meta_fields=("size",))
+@dataclass(frozen=True)
+class Upsampled:
+    """What nearest-neighbour upsampling makes of images, computed by the layer that reads it.
+
+    A quantized convolution multiplies every position once instead.
+
+    Attributes:
+      x: `[..., H, W, C]`.
+      size: (H, W) of the value: every position twice, the last of an odd side once.
+    """
+
+    x: Array
+    size: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the value."""
+        return (*self.x.shape[:-3], *self.size, self.x.shape[-1])
+
+    @property
+    def is_doubled(self) -> bool:
+        """Whether every position stands twice along both sides."""
+        return not any(side % 2 for side in self.size)
+
+    def value(self) -> Array:
+        """The array it stands for."""
+        height, width = self.size
+        return jnp.repeat(jnp.repeat(self.x, 2, axis=-3), 2, axis=-2)[..., :height, :width, :]
+
+
 def as_images(x: Array) -> Array:
     """Positions of images, `[..., L, C]` or `[B, F, H, W, C]`, as `[N, L, C]`."""
     images = x.shape[:2] if x.ndim == 5 else x.shape[:-2]
     return x.reshape(math.prod(images), -1, x.shape[-1])
 
 
-def value_of(x: Array | Normalized) -> Array:
-    """An array as it is, or what a norm makes of its input."""
-    return x.value() if isinstance(x, Normalized) else x
+LayerInput = Array | Normalized | Upsampled
+"""What a layer is handed."""
 
 
-def is_activated_group_norm(x: Array | Normalized) -> bool:
+def value_of(x: LayerInput) -> Array:
+    """An array as it is, or the one that something stands for."""
+    return x.value() if isinstance(x, Normalized | Upsampled) else x
+
+
+def is_activated_group_norm(x: LayerInput) -> bool:
     """Whether something is what a GroupNorm and a SiLU make, which kernels of convolutions take."""
     return isinstance(x, Normalized) and x.activated and x.epsilon is None
 

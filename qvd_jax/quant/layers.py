@@ -2,19 +2,15 @@
 
 A quantized layer has the module path of the float layer it replaces, and as parameters a
 `QuantizedParams`.
-
-Derivatives pass straight through the rounding (Bengio et al., arXiv 1308.3432): a layer's input has
-the gradient of the float layer with the weights that the codes stand for, where the quantizer does
-not clip it, and none where it does. The codes of the weights are integers and have none.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -24,7 +20,7 @@ from jax.typing import DTypeLike
 
 from qvd_jax.axes import Array
 from qvd_jax.errors import InputError
-from qvd_jax.kernels import floating, int8, layers_tpu
+from qvd_jax.kernels import int8, layers_tpu, upsampled_conv_tpu
 from qvd_jax.kernels.patches import output_sizes
 from qvd_jax.kernels.tpu import on_tpu
 from qvd_jax.models.geometry import copies_edges, extend, geometry, kernel_size
@@ -36,25 +32,32 @@ from qvd_jax.models.layers import (
     gated_product,
 )
 from qvd_jax.models.norms import (
+    LayerInput,
     Normalized,
+    Upsampled,
     as_images,
     is_activated_group_norm,
     tpu_input,
     value_of,
 )
 from qvd_jax.quant.codec import (
-    channel_codes,
     max_code,
     rotate,
-    token_steps,
-    two_range_codes,
 )
 from qvd_jax.quant.linen import why_float
 from qvd_jax.quant.policy import LayerSpec
+from qvd_jax.quant.products import (
+    float_conv,
+    float_conv_of_upsampled,
+    float_dot,
+    input_steps,
+    low_rank_branch,
+    product_of_codes,
+    rounded_steps,
+    straight_through,
+    to_output,
+)
 from qvd_jax.quant.record import QuantizedParams, layout
-
-QUANTIZING = "quantizing"
-"""The scope of what makes codes of inputs, in the names of a compiled program's operations."""
 
 _INITIAL = {"scale": nn.initializers.ones, "in_scale": nn.initializers.ones}
 
@@ -137,19 +140,19 @@ class QuantDense(StoredParams, Dense):
         record, dtype = _read(self, spec, x), _result_dtype(self, x)
         if spec.activation_bits == 16:
             values = rotate(value_of(x).astype(dtype), spec.rotation)
-            branch = _branch(_float_dot, values, record)
-            return self._finish(residual, _float_dot, (values, None, branch), record, dtype)
+            branch = low_rank_branch(float_dot, values, record)
+            return self._finish(residual, float_dot, (values, None, branch), record, dtype)
 
         def in_passes(
             x: Array | Normalized, record: QuantizedParams, residual: Array | None
         ) -> Array:
-            steps, token = _steps(value_of(x), record, spec)
-            multiply, others = _product_of_codes(int8.dot, record, spec)
+            steps, token = input_steps(value_of(x), record, spec)
+            multiply, others = product_of_codes(int8.dot, record, spec)
 
             def product(steps: Array, kernel: Array, sums: Array) -> Array:
-                return _straight_through(multiply, _float_dot, steps, kernel, sums, *others)
+                return straight_through(multiply, float_dot, steps, kernel, sums, *others)
 
-            branch = _branch(_float_dot, _rounded(steps, record, spec), record)
+            branch = low_rank_branch(float_dot, rounded_steps(steps, record, spec), record)
             return self._finish(residual, product, (steps, token, branch), record, dtype)
 
         def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
@@ -189,7 +192,7 @@ class QuantDense(StoredParams, Dense):
             part = dict(zip(held, parts, strict=True))
             factors = [part[name] for name in ("kernel", "sums") if name in part]
             values, token, branch = inputs
-            y = _to_output(
+            y = to_output(
                 product(values, *factors),
                 part["scale"],
                 part["bias"],
@@ -216,16 +219,11 @@ class QuantConv(StoredParams, Conv):
     specs: SpecTable = SpecTable(FrozenDict())
 
     @nn.compact
-    def __call__(self, x: Array | Normalized, residual: Array | None = None) -> Array:
+    def __call__(self, x: LayerInput, residual: Array | None = None) -> Array:
         """Maps `[*batch, *spatial, C]` to `[*batch, *out, O]` and adds the residual."""
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        if self.upsampled and not self.is_padded_3x3(x.shape[-3:-1]):
-            raise ValueError(
-                "a convolution of an upsampled input must be 3x3, padded by 1, not of kernel, "
-                f"strides and padding {kernel_size(self)}, {self.strides}, {self.padding}"
-            )
         rank, channels, dtype = len(kernel_size(self)), x.shape[-1], _result_dtype(self, x)
         record, bits = _read(self, spec, x), spec.activation_bits
         if copies_edges(self):
@@ -234,7 +232,7 @@ class QuantConv(StoredParams, Conv):
         strides, padding, dilation = geometry(self, spatial)
 
         def as_batch(x: Array) -> Array:
-            return x.reshape(-1, *spatial, channels)
+            return x.reshape(-1, *x.shape[-rank - 1 :])
 
         def border(record: QuantizedParams) -> Array | None:
             if record.taps is None:
@@ -248,35 +246,34 @@ class QuantConv(StoredParams, Conv):
             token: Array | None = None,
             branch: Array | None = None,
         ) -> Array:
-            y = _to_output(product, record.scale, record.bias, token, branch, record.up)
+            y = to_output(product, record.scale, record.bias, token, branch, record.up)
             outside = border(record)
             y = y if outside is None else y + outside[None]
             y = y.reshape(*batch, *y.shape[1:]).astype(dtype)
             return y if residual is None else residual + y
 
-        float_conv = functools.partial(_float_conv, strides, padding, dilation)
+        convolve = functools.partial(float_conv, strides, padding, dilation)
         if bits == 16:
             values = rotate(as_batch(value_of(x)).astype(dtype), spec.rotation)
-            branch = _branch(float_conv, values, record)
-            return finish(float_conv(values, record.kernel), record, residual, branch=branch)
+            branch = low_rank_branch(convolve, values, record)
+            return finish(convolve(values, record.kernel), record, residual, branch=branch)
         int8_conv: Callable[..., Array] = functools.partial(
             int8.conv, strides=strides, padding=padding, dilation=dilation
         )
-        differentiate: Callable[..., Array] = float_conv
-        doubled = self.repeats_positions(spatial)
+        differentiate: Callable[..., Array] = convolve
+        doubled = isinstance(x, Upsampled) and x.is_doubled and self.is_padded_3x3(spatial)
         if doubled:
             int8_conv = int8.upsampled_conv
-            differentiate = functools.partial(_float_conv_of_upsampled, float_conv)
-        multiply, _ = _product_of_codes(int8_conv, None, spec)
+            differentiate = functools.partial(float_conv_of_upsampled, convolve)
+        multiply, _ = product_of_codes(int8_conv, None, spec)
 
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
-            values = as_batch(value_of(x))
-            values = values[:, ::2, ::2] if doubled else values
+            values = as_batch(x.x if doubled else value_of(x))
             # A kernel of taps sees several positions: what these share a step with is the image.
             axes = (-1,) if record.taps is None else range(1, values.ndim)
-            steps, token = _steps(values, record, spec, axes)
-            product = _straight_through(multiply, differentiate, steps, record.kernel, record.sums)
-            branch = _branch(differentiate, _rounded(steps, record, spec), record)
+            steps, token = input_steps(values, record, spec, axes)
+            product = straight_through(multiply, differentiate, steps, record.kernel, record.sums)
+            branch = low_rank_branch(differentiate, rounded_steps(steps, record, spec), record)
             return finish(product, record, residual, token, branch)
 
         def fused(x: Normalized, record: QuantizedParams, residual: Array | None) -> Array:
@@ -292,18 +289,35 @@ class QuantConv(StoredParams, Conv):
             codes = layers_tpu.quantize_activated(
                 as_images(x.x), norm, record.quantizer, max_code(bits)
             )
-            return finish(int8_conv(as_batch(codes), record.kernel, record.sums), record, residual)
+            codes = codes.reshape(-1, *spatial, channels)
+            return finish(int8_conv(codes, record.kernel, record.sums), record, residual)
+
+        halved = tuple(side // 2 for side in spatial)
+
+        def upsampled_in_kernel(
+            x: Upsampled, record: QuantizedParams, residual: Array | None
+        ) -> Array:
+            assert record.taps is not None
+            y = upsampled_conv_tpu.conv(
+                x.x.reshape(-1, math.prod(halved), channels),
+                record.quantizer,
+                jnp.moveaxis(record.kernel.astype(jnp.int8), 0, -2),
+                record.scale,
+                record.bias,
+                border_bias(record.taps, (3, spatial[1]), strides, padding, dilation),
+                size=halved,
+                limit=max_code(bits),
+            )
+            y = y.reshape(*batch, *y.shape[1:])
+            return y if residual is None else residual + y
 
         operands = x, record, residual
         if spec.plain and self.fits_kernel(x, jnp.int8):
             return on_tpu(fused, in_passes, *operands)
-        # This one is for every position once.
-        if (
-            spec.plain
-            and is_activated_group_norm(x)
-            and not doubled
-            and layers_tpu.can_use(x.shape)
-        ):
+        fits_doubled = upsampled_conv_tpu.can_use(halved, channels, self.features, dtype)
+        if spec.plain and doubled and fits_doubled:
+            return on_tpu(upsampled_in_kernel, in_passes, *operands)
+        if spec.plain and is_activated_group_norm(x) and layers_tpu.can_use(x.shape):
             return on_tpu(quantized_in_kernel, in_passes, *operands)
         return in_passes(*operands)
 
@@ -340,7 +354,7 @@ def border_bias(
     return taps
 
 
-def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> QuantizedParams:
+def _read(layer: nn.Module, spec: LayerSpec, x: LayerInput) -> QuantizedParams:
     """A layer's record, with scales as products need them.
 
     Raises:
@@ -358,166 +372,8 @@ def _read(layer: nn.Module, spec: LayerSpec, x: Array | Normalized) -> Quantized
     return QuantizedParams(**params, gain=gain).in_float32()
 
 
-def _result_dtype(layer: nn.Module, x: Array | Normalized) -> jnp.dtype:
+def _result_dtype(layer: nn.Module, x: LayerInput) -> jnp.dtype:
     """That of a layer's result: its own, or what linen makes of its input's and its weights'."""
     if layer.dtype is not None:
         return jnp.dtype(layer.dtype)
     return jnp.result_type(value_of(x).dtype, layer.param_dtype)
-
-
-def _steps(
-    x: Array, record: QuantizedParams, spec: LayerSpec, axes: Sequence[int] = (-1,)
-) -> tuple[Array, Array | None]:
-    """An input in steps of its quantizer, and of each token the step that its values have.
-
-    Args:
-      x: `[..., C]`.
-      record: of the layer.
-      spec: of the layer.
-      axes: of a token.
-
-    Returns:
-      The steps, clipped and not rounded, and where ranges are those of tokens, the tokens' steps.
-    """
-    with jax.named_scope(QUANTIZING):
-        if spec.ranges == "token":
-            return token_steps(record.values(x, spec), tuple(axes), max_code(spec.activation_bits))
-        return record.steps(x, spec), None
-
-
-def _rounded(steps: Array, record: QuantizedParams, spec: LayerSpec) -> Array:
-    """The codes of clipped steps as float32, through which derivatives pass."""
-    with jax.named_scope(QUANTIZING):
-        if record.coarse is None:
-            codes = channel_codes(steps).astype(jnp.float32)
-        else:
-            fine, coarse = two_range_codes(steps, record.coarse, spec.activation_bits)
-            codes = fine + record.coarse * coarse
-        return steps + lax.stop_gradient(codes - steps)
-
-
-def _branch(
-    multiply: Callable[[Array, Array], Array], x: Array, record: QuantizedParams
-) -> Array | None:
-    """The low-rank branch up to its last product: `[..., rank]`, where a layer has one.
-
-    Args:
-      multiply: the layer's own product, in float.
-      x: what the layer multiplies.
-      record: of the layer.
-    """
-    return None if record.down is None else multiply(x, record.down)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _straight_through(
-    multiply: Callable[..., Array],
-    differentiate: Callable[[Array, Array], Array],
-    steps: Array,
-    kernel: Array,
-    *others: Array,
-) -> Array:
-    """The product of rounded steps with a kernel's codes, float32.
-
-    A rule for tangents serves gradients too, and forward mode, which a rule for cotangents forbids.
-
-    Args:
-      multiply: rounds and multiplies all the arrays.
-      differentiate: the same product of `steps` and `kernel` alone, in float and not rounded.
-      steps: of the input.
-      kernel: codes of the weights.
-      *others: what else the product takes.
-    """
-    del differentiate
-    return multiply(steps, kernel, *others).astype(jnp.float32)
-
-
-@_straight_through.defjvp
-def _straight_through_jvp(
-    multiply: Callable[..., Array],
-    differentiate: Callable[[Array, Array], Array],
-    primals: tuple[Array, ...],
-    tangents: tuple[Array, ...],
-) -> tuple[Array, Array]:
-    product = _straight_through(multiply, differentiate, *primals)
-    return product, differentiate(tangents[0], primals[1])
-
-
-def _product_of_codes(
-    multiply: Callable[[Array, Array, Array], Array],
-    record: QuantizedParams | None,
-    spec: LayerSpec,
-) -> tuple[Callable[..., Array], tuple[Array, ...]]:
-    """The int8 product of clipped steps, rounded, with a kernel and its sums; what else it takes.
-
-    Args:
-      multiply: of int8 codes, kernel and sums.
-      record: of a layer that may have two ranges.
-      spec: of the layer.
-    """
-
-    def of_one_range(steps: Array, kernel: Array, sums: Array) -> Array:
-        with jax.named_scope(QUANTIZING):
-            codes = channel_codes(steps)
-        return multiply(codes, kernel, sums)
-
-    def of_two_ranges(steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
-        with jax.named_scope(QUANTIZING):
-            fine, coarse = two_range_codes(steps, ratio, spec.activation_bits)
-        return multiply(fine, kernel, sums) + ratio * multiply(coarse, kernel, sums)
-
-    if record is None or record.coarse is None:
-        return of_one_range, ()
-    return of_two_ranges, (record.coarse,)
-
-
-def _float_dot(x: Array, kernel: Array) -> Array:
-    return lax.dot_general(
-        x,
-        kernel.astype(x.dtype),
-        (((x.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _float_conv(
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-    x: Array,
-    kernel: Array,
-) -> Array:
-    weights = jnp.moveaxis(kernel, 0, -1).astype(x.dtype)
-    numbers = _channels_last(kernel.ndim - 2)
-    return floating.conv_general_dilated(
-        x, weights, strides, padding, rhs_dilation=dilation, dimension_numbers=numbers
-    )
-
-
-def _float_conv_of_upsampled(
-    convolve: Callable[[Array, Array], Array], x: Array, kernel: Array
-) -> Array:
-    return convolve(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), kernel)
-
-
-def _to_output(
-    product: Array,
-    scale: Array,
-    bias: Array,
-    token: Array | None,
-    branch: Array | None,
-    up: Array | None,
-) -> Array:
-    """Scale product + branch . up, times each token's step, plus the bias; float32."""
-    along = (1,) * (product.ndim - 1) + (-1,)
-    y = product.astype(jnp.float32) * scale.reshape(along)
-    if branch is not None:
-        assert up is not None
-        y = y + _float_dot(branch.astype(jnp.float32), up)
-    y = y if token is None else y * token
-    return y + bias.reshape(along)
-
-
-def _channels_last(rank: int) -> tuple[str, str, str]:
-    spatial = "DHW"[-rank:]
-    return f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"

@@ -15,8 +15,7 @@ from flax.core.scope import union_filters
 
 from qvd_jax.axes import Array
 from qvd_jax.models.geometry import geometry, kernel_size
-from qvd_jax.models.layers import Conv
-from qvd_jax.models.norms import Normalized, value_of
+from qvd_jax.models.norms import LayerInput, Upsampled, value_of
 from qvd_jax.quant.linen import channels_last, contracted, intercepting, kernel_shape
 from qvd_jax.quant.policy import TracedLayer
 
@@ -47,11 +46,11 @@ A collection passes flax's own transformations (`nn.remat`, `nn.jit`), and is no
 those it does not pass.
 """
 
-See = Callable[[nn.Module, Array | Normalized, Array], None]
+See = Callable[[nn.Module, LayerInput, Array], None]
 """Called with a layer, its input and its result."""
 
 
-Select = Callable[[nn.Module, Array | Normalized], bool]
+Select = Callable[[nn.Module, LayerInput], bool]
 """Whether a layer that is called with an input is looked at."""
 
 
@@ -80,7 +79,7 @@ def observe(
       What the call returns, and the statistics by module path.
     """
 
-    def collect(layer: nn.Module, x: Array | Normalized, _: Array) -> None:
+    def collect(layer: nn.Module, x: LayerInput, _: Array) -> None:
         if not select(layer, x):
             return
         seen = _statistics(layer, value_of(x), places)
@@ -100,7 +99,7 @@ def observe(
 def watching(see: See) -> AbstractContextManager[Any]:
     """Shows `see` every layer of linen with weights that is called, with its input and result."""
 
-    def handle(layer: nn.Module, x: Array | Normalized, call: Callable[[], Array]) -> Array:
+    def handle(layer: nn.Module, x: LayerInput, call: Callable[[], Array]) -> Array:
         result = call()
         see(layer, x, result)
         return result
@@ -175,9 +174,9 @@ def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
     """Notes the layers that are called meanwhile, by path, with the shapes of the first call."""
     found: Traced = {}
     # By identity, and kept, so that no other gets it.
-    sources: list[tuple[Array | Normalized, tuple[int, ...]]] = []
+    sources: list[tuple[LayerInput, tuple[int, ...]]] = []
 
-    def note(layer: nn.Module, x: Array | Normalized, result: Array) -> None:
+    def note(layer: nn.Module, x: LayerInput, result: Array) -> None:
         path = "/".join(layer.path)
         if path in found or not select(layer, x):
             return
@@ -186,7 +185,7 @@ def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
         sources.append((x, axes))
         source = same[0] if same else len(sources) - 1
         kernel = kernel_shape(layer, math.prod(x.shape[axis] for axis in axes))
-        upsampled = isinstance(layer, Conv) and layer.repeats_positions(x.shape[-3:-1])
+        upsampled = isinstance(x, Upsampled) and x.is_doubled
         if isinstance(layer, nn.Conv):
             outputs = result.shape
         else:

@@ -321,6 +321,10 @@ def test_what_does_not_fit_is_one_message():
         ((module, variables, [x], "qvd-w7a7"), "unknown policy 'qvd-w7a7'; did you mean"),
         ((module, variables, [x], Policy("p", (Rule("conv*", LayerSpec("mse")),))), "such a path"),
         ((module, variables, [x], Policy("p", (Rule("*", LayerSpec("htdq")),))), "sampler's steps"),
+        (
+            (module, variables, [x], Policy("p", (Rule("*", LayerSpec("mse", propagate=True)),))),
+            "'p': .*: propagate needs a second observation",
+        ),
     ]
     for arguments, message in calls:
         with pytest.raises(InputError, match=message):

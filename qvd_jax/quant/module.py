@@ -282,6 +282,11 @@ def _decide(policy: str | Policy, layers: Traced, kept: Mapping[str, str]) -> di
             f"before the others, keep them float{_listed(demanded)}"
         )
     for path, spec in specs.items():
+        if spec.propagate:
+            raise InputError(
+                f"policy {policy.name!r}: {path}: propagate needs a second observation, of the "
+                f"quantized module, and a module is observed once; leave it out"
+            )
         if spec.method == "htdq" or spec.ranges == "step":
             raise InputError(
                 f"policy {policy.name!r}: {path}: htdq and ranges = 'step' are about a "

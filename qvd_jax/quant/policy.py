@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from qvd_jax.config import did_you_mean
@@ -222,11 +222,13 @@ def named_policy(name: str) -> Policy:
 def module_policy(name: str) -> Policy:
     """The policy of a name for a module that is no UNet of these: one spec for all its layers.
 
+    They do not propagate, for a module is observed once.
+
     Raises:
       InputError: the method or the width is unknown.
     """
     ordinary, _ = _named_specs(name)
-    return Policy(name, (Rule("*", ordinary),))
+    return Policy(name, (Rule("*", replace(ordinary, propagate=False)),))
 
 
 def _named_specs(name: str) -> tuple[LayerSpec, LayerSpec]:

@@ -314,9 +314,10 @@ class QuantConv(StoredParams, Conv):
         operands = x, record, residual
         if spec.plain and self.fits_kernel(x, jnp.int8):
             return on_tpu(fused, in_passes, *operands)
-        fits_doubled = upsampled_conv_tpu.can_use(halved, channels, self.features, dtype)
-        if spec.plain and doubled and fits_doubled:
-            return on_tpu(upsampled_in_kernel, in_passes, *operands)
+        if spec.plain and doubled:
+            sizes = halved, channels, self.features
+            if upsampled_conv_tpu.can_use(*sizes, dtype):
+                return on_tpu(upsampled_in_kernel, in_passes, *operands)
         if spec.plain and is_activated_group_norm(x) and layers_tpu.can_use(x.shape):
             return on_tpu(quantized_in_kernel, in_passes, *operands)
         return in_passes(*operands)

@@ -275,7 +275,7 @@ def test_a_layer_that_propagates_is_solved_on_what_it_sees_behind_quantized_ones
     flat = flax.traverse_util.flatten_dict(pipe.params["unet"], sep="/")
     exact = np.float64(rows) @ np.float64(flat[f"{path}/kernel"].reshape(layers[path].kernel))
     exact = exact.mean(0) + np.asarray(flat[f"{path}/bias"])
-    errors = []
+    errors, others = [], []
     for model in (once, again):
         found = flax.traverse_util.flatten_dict(model.params["unet"], sep="/")
         own = {name.split("/")[-1]: x for name, x in found.items() if name.startswith(f"{path}/")}
@@ -283,11 +283,9 @@ def test_a_layer_that_propagates_is_solved_on_what_it_sees_behind_quantized_ones
         gain = {"quant": {"gain": jnp.ones(())}} if ranges == "step" else {}
         y = module.apply({"params": own, **gain}, rows)
         errors.append(np.abs(np.asarray(y).mean(0) - exact).max())
-        others = {name: x for name, x in found.items() if not name.startswith(path)}
-        errors.append(others)
-    first, others, second, same = errors
-    chex.assert_trees_all_equal(others, same)
-    assert second < 1e-4 < 1e-3 < first
+        others.append({name: x for name, x in found.items() if not name.startswith(path)})
+    chex.assert_trees_all_equal(*others)
+    assert errors[1] < 1e-4 < 1e-3 < errors[0]
 
 
 def test_what_is_not_finite_is_named_with_its_layer_and_step(pipe):

@@ -27,6 +27,7 @@ from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.observation import CalibrationConfig, Observed, Progress, unseen
 from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.pipelines.quantization import Plan, solve_plan
+from qvd_jax.quant import scri
 from qvd_jax.quant.layers import border_bias
 from qvd_jax.quant.policy import LayerSpec
 from qvd_jax.quant.record import QuantizedParams, leaf
@@ -148,8 +149,8 @@ def _change(record: QuantizedParams, weights: Array, rows: Array, spec: LayerSpe
     constant = jnp.zeros((len(missed), missed.shape[-1]))
     if spec.activation_bits < 16:
         # As in `quant.solve`: the mean over rows and taps, of all steps where they are the rows.
-        constant = jnp.einsum("c,tco->to", rows.mean((0, 1)), missed, precision="highest")
-    left = jnp.einsum("rtc,tco->ro", rows, missed, precision="highest") - constant.sum(0)[None]
+        constant = scri.mean_product(rows, missed)
+    left = scri.row_product(rows, missed) - constant.sum(0)[None]
     return _Change(
         kernel, constant.reshape(*weights.shape[:-2], -1), float(jnp.square(left).mean())
     )

@@ -53,7 +53,6 @@ from qvd_jax.quant.products import (
     input_steps,
     low_rank_branch,
     product_of_codes,
-    rounded_steps,
     straight_through,
     to_output,
 )
@@ -140,19 +139,20 @@ class QuantDense(StoredParams, Dense):
         record, dtype = _read(self, spec, x), _result_dtype(self, x)
         if spec.activation_bits == 16:
             values = rotate(value_of(x).astype(dtype), spec.rotation)
-            branch = low_rank_branch(float_dot, values, record)
+            branch = low_rank_branch(float_dot, values, record, spec)
             return self._finish(residual, float_dot, (values, None, branch), record, dtype)
 
         def in_passes(
             x: Array | Normalized, record: QuantizedParams, residual: Array | None
         ) -> Array:
             steps, token = input_steps(value_of(x), record, spec)
-            multiply, others = product_of_codes(int8.dot, record, spec)
+            multiply = functools.partial(product_of_codes, int8.dot, spec.activation_bits)
+            ratio = () if record.coarse is None else (record.coarse,)
 
             def product(steps: Array, kernel: Array, sums: Array) -> Array:
-                return straight_through(multiply, float_dot, steps, kernel, sums, *others)
+                return straight_through(multiply, float_dot, steps, kernel, sums, *ratio)
 
-            branch = low_rank_branch(float_dot, rounded_steps(steps, record, spec), record)
+            branch = low_rank_branch(float_dot, steps, record, spec)
             return self._finish(residual, product, (steps, token, branch), record, dtype)
 
         def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
@@ -255,7 +255,7 @@ class QuantConv(StoredParams, Conv):
         convolve = functools.partial(float_conv, strides, padding, dilation)
         if bits == 16:
             values = rotate(as_batch(value_of(x)).astype(dtype), spec.rotation)
-            branch = low_rank_branch(convolve, values, record)
+            branch = low_rank_branch(convolve, values, record, spec)
             return finish(convolve(values, record.kernel), record, residual, branch=branch)
         int8_conv: Callable[..., Array] = functools.partial(
             int8.conv, strides=strides, padding=padding, dilation=dilation
@@ -265,7 +265,7 @@ class QuantConv(StoredParams, Conv):
         if doubled:
             int8_conv = int8.upsampled_conv
             differentiate = functools.partial(float_conv_of_upsampled, convolve)
-        multiply, _ = product_of_codes(int8_conv, None, spec)
+        multiply = functools.partial(product_of_codes, int8_conv, bits)
 
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
             values = as_batch(x.x if doubled else value_of(x))
@@ -273,7 +273,7 @@ class QuantConv(StoredParams, Conv):
             axes = (-1,) if record.taps is None else range(1, values.ndim)
             steps, token = input_steps(values, record, spec, axes)
             product = straight_through(multiply, differentiate, steps, record.kernel, record.sums)
-            branch = low_rank_branch(differentiate, rounded_steps(steps, record, spec), record)
+            branch = low_rank_branch(differentiate, steps, record, spec)
             return finish(product, record, residual, token, branch)
 
         def fused(x: Normalized, record: QuantizedParams, residual: Array | None) -> Array:

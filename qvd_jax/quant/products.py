@@ -42,28 +42,33 @@ def input_steps(
         return record.steps(x, spec), None
 
 
-def rounded_steps(steps: Array, record: QuantizedParams, spec: LayerSpec) -> Array:
-    """The codes of clipped steps as float32, through which derivatives pass."""
-    with jax.named_scope(QUANTIZING):
-        if record.coarse is None:
-            codes = channel_codes(steps).astype(jnp.float32)
-        else:
-            fine, coarse = two_range_codes(steps, record.coarse, spec.activation_bits)
-            codes = fine + record.coarse * coarse
-        return steps + lax.stop_gradient(codes - steps)
-
-
 def low_rank_branch(
-    multiply: Callable[[Array, Array], Array], x: Array, record: QuantizedParams
+    multiply: Callable[[Array, Array], Array], x: Array, record: QuantizedParams, spec: LayerSpec
 ) -> Array | None:
     """The low-rank branch up to its last product: `[..., rank]`, where a layer has one.
 
     Args:
       multiply: the layer's own product, in float.
-      x: what the layer multiplies.
+      x: what the layer multiplies: an input in steps, or a float one.
       record: of the layer.
+      spec: of the layer.
     """
-    return None if record.down is None else multiply(x, record.down)
+    if record.down is None:
+        return None
+    if spec.activation_bits < 16:
+        x = _rounded(x, record, spec.activation_bits)
+    return multiply(x, record.down)
+
+
+def _rounded(steps: Array, record: QuantizedParams, bits: int) -> Array:
+    """The codes of clipped steps as float32, through which derivatives pass."""
+    with jax.named_scope(QUANTIZING):
+        if record.coarse is None:
+            codes = channel_codes(steps).astype(jnp.float32)
+        else:
+            fine, coarse = two_range_codes(steps, record.coarse, bits)
+            codes = fine + record.coarse * coarse
+        return steps + lax.stop_gradient(codes - steps)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -102,30 +107,29 @@ def _straight_through_jvp(
 
 def product_of_codes(
     multiply: Callable[[Array, Array, Array], Array],
-    record: QuantizedParams | None,
-    spec: LayerSpec,
-) -> tuple[Callable[..., Array], tuple[Array, ...]]:
-    """The int8 product of clipped steps, rounded, with a kernel and its sums; what else it takes.
+    bits: int,
+    steps: Array,
+    kernel: Array,
+    sums: Array,
+    ratio: Array | None = None,
+) -> Array:
+    """An int8 product of clipped steps, rounded.
 
     Args:
       multiply: of int8 codes, kernel and sums.
-      record: of a layer that may have two ranges.
-      spec: of the layer.
+      bits: of the codes.
+      steps: of the input.
+      kernel: codes of the weights.
+      sums: of the kernel.
+      ratio: of the steps of two ranges, where the input has two.
     """
-
-    def of_one_range(steps: Array, kernel: Array, sums: Array) -> Array:
+    if ratio is None:
         with jax.named_scope(QUANTIZING):
             codes = channel_codes(steps)
         return multiply(codes, kernel, sums)
-
-    def of_two_ranges(steps: Array, kernel: Array, sums: Array, ratio: Array) -> Array:
-        with jax.named_scope(QUANTIZING):
-            fine, coarse = two_range_codes(steps, ratio, spec.activation_bits)
-        return multiply(fine, kernel, sums) + ratio * multiply(coarse, kernel, sums)
-
-    if record is None or record.coarse is None:
-        return of_one_range, ()
-    return of_two_ranges, (record.coarse,)
+    with jax.named_scope(QUANTIZING):
+        fine, coarse = two_range_codes(steps, ratio, bits)
+    return multiply(fine, kernel, sums) + ratio * multiply(coarse, kernel, sums)
 
 
 def float_dot(x: Array, kernel: Array) -> Array:

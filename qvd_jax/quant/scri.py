@@ -71,12 +71,13 @@ class ActivationQuantizer(NamedTuple):
           token: whether each row has a step of its own, which the codes then are multiplied with.
             Of a convolution's image a row is all that is known here.
         """
-        limit = max_code(bits)
-        values = channel_values(x, self.in_scale, self.in_offset, rotation)
+        quantizer = self.in_scale, self.in_offset
         if token:
-            steps, step = token_steps(values, (-2, -1), limit)
+            values = channel_values(x, *quantizer, rotation)
+            steps, step = token_steps(values, (-2, -1), max_code(bits))
             return channel_codes(steps).astype(jnp.float32) * step
-        return channel_codes(jnp.clip(values, -limit, limit)).astype(jnp.float32)
+        steps = channel_steps(x, *quantizer, max_code(bits), rotation)
+        return channel_codes(steps).astype(jnp.float32)
 
     def folded(self, weights: Array, rotation: int = 1) -> Array:
         """The weights that the codes are multiplied with: H(s W), `[P, C, O]`."""
@@ -319,6 +320,11 @@ def row_product(rows: Array, weights: Array) -> Array:
     """A layer's output `[R, O]` on sampled rows `[R, P, C]`, weights `[P, C, O]`."""
     flat = weights.reshape(-1, weights.shape[-1])
     return jnp.matmul(rows.reshape(len(rows), -1), flat, precision="highest")
+
+
+def mean_product(rows: Array, weights: Array) -> Array:
+    """What the rows' mean over everything but channels adds through each tap, `[P, O]`."""
+    return jnp.einsum("c,tco->to", rows.mean((0, 1)), weights, precision="highest")
 
 
 def coverage(lower: Array, upper: Array, quantizer: ActivationQuantizer, bits: int) -> Array:

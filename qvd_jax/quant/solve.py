@@ -187,7 +187,7 @@ def _with_float_input(
     weights = scri.rotate_inputs(layer.weights, spec.rotation)
     product = _quantize_product(rows, weights, layer, spec)
     found = scri.row_product(rows, product.multiplied)
-    record = product.record(layer, spec)._replace(bias=layer.bias)
+    record = product.record(layer, spec)
     return record, LayerReport(layer.path, spec.method, _output_sqnr(layer.exact, found))
 
 
@@ -206,8 +206,8 @@ def _with_channel_ranges(
     folded = quantizer.folded(layer.weights, rotation)
     product = _quantize_product(rows, folded, layer, spec, quantizer.step)
     # SCRI's shift z W, plus the mean error (m - z) W - D mean(q) dW Wq that the bias takes.
-    through_taps = _mean_product(statistics.rows, layer.weights)
-    through_taps -= _mean_product(rows, product.multiplied)
+    through_taps = scri.mean_product(statistics.rows, layer.weights)
+    through_taps -= scri.mean_product(rows, product.multiplied)
     one_tap = len(layer.weights) == 1
     record = product.record(layer, spec)._replace(
         bias=layer.bias + through_taps[0] if one_tap else layer.bias,
@@ -449,8 +449,3 @@ def _searched(rows: Array) -> np.ndarray:
     """Places of the rows that searches see, evenly apart."""
     count = len(rows)
     return np.unique(np.arange(SEARCHED_ROWS) * count // SEARCHED_ROWS)
-
-
-def _mean_product(rows: Array, weights: Array) -> Array:
-    """What the rows' mean over everything but channels adds through each tap, `[P, O]`."""
-    return jnp.einsum("c,tco->to", rows.mean((0, 1)), weights, precision="highest")

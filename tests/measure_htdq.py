@@ -5,8 +5,8 @@
 makes `docs/results/htdq.json`. The inputs of all `time_emb_proj` are quantized by each, at 8, 6 and
 4 bits, and nothing else is; the quantizers are judged by TDScore and by what becomes of the last
 latents of held-out prompts, all in one program, whose layers are given what quantization adds to
-their inputs. Logarithmic codes are no integers that a product could be of: they are computed with
-in float.
+their inputs. Logarithmic codes of 6 and 8 bits need numbers that int8 does not have: all of them
+are computed with in float.
 """
 
 import json

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qvd_jax.evaluation import page, tables
+from qvd_jax.evaluation import page, plots, tables
 from qvd_jax.quant.solve import LayerReport
 
 OWN = {"policy": "float", "unet_bytes": 2_000_000, "seconds_per_video": None}
@@ -74,6 +74,27 @@ def test_every_metric_says_of_how_many_it_is(text):
         said = metric.meaning.format(videos="N videos", prompts="N prompts", inputs="given")
         assert ("N " in said) == (metric.title not in ("UNet MB", "s per video")), metric.title
     assert "A mean over 8 videos" in text
+
+
+def test_points_that_another_beats_are_not_on_the_front():
+    costs, values = [1.0, 2.0, 2.0, 3.0, 0.5, 4.0], [10.0, 20.0, 15.0, 20.0, 5.0, 30.0]
+    assert plots.pareto(costs, values) == [True, True, False, False, True, True]
+
+
+def test_what_quality_costs_is_drawn_of_several_models():
+    models = [
+        RESULTS["models"][0],
+        {**RESULTS["models"][1], "name": "small", "unet_bytes": 1e6, "seconds_per_video": 2.0},
+        {**RESULTS["models"][1], "name": "large", "unet_bytes": 3e6, "latent_sqnr": [9.0]},
+    ]
+    drawn = page.comparison_page({**RESULTS, "models": models}, {}, {}, [])
+    assert drawn.count("What quality costs") == 1
+    text = drawn[drawn.index("What quality costs") :]
+    # Names are written in both panels where a model has both costs.
+    assert text.count("<!-- small -->") == 2
+    assert text.count("<!-- large -->") == 1
+    one = page.comparison_page(RESULTS, {}, {}, [])
+    assert "What quality costs" not in one
 
 
 def test_distances_stand_beside_all_that_they_depend_on():

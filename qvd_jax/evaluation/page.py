@@ -108,9 +108,36 @@ def comparison_page(
     drawn += [functools.partial(plots.plot_layers, layers=detailed)] if detailed else []
     if drawn:
         parts += ["<h2>Signal to quantization noise</h2>", _grid(map(plots.svg, drawn))]
+    parts += _tradeoffs(sampled)
     for name, reports in detailed.items():
         parts += [_layer_table(name, reports), *_examples(reports)]
     return _page("qvd_jax: evaluation", parts)
+
+
+def _tradeoffs(models: Sequence[Figures]) -> list[str]:
+    """Quality against bytes and time, where there are several models to choose from."""
+    if len(models) < 2:
+        return []
+
+    def draw(axes: np.ndarray) -> None:
+        for one, name, cost, factor in (
+            (axes[0], "unet_bytes", "UNet, MB", 1e-6),
+            (axes[1], "seconds_per_video", "s per video", 1),
+        ):
+            points = {
+                str(model["name"]): (factor * model[name], model["latent_sqnr"][-1])
+                for model in models
+                if model[name] is not None
+            }
+            if points:
+                plots.plot_tradeoff(one, points, cost)
+
+    note = "Filled: no other model is as good at as little. Seconds are of this machine."
+    return [
+        "<h2>What quality costs</h2>",
+        f"<p class='note'>{note}</p>",
+        plots.svg(draw, 2),
+    ]
 
 
 def write_calibration(folder: Path, policy: str, reports: Sequence[LayerReport]) -> None:

@@ -85,6 +85,41 @@ def plot_latents(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     axes.legend()
 
 
+def pareto(costs: Sequence[float], values: Sequence[float]) -> list[bool]:
+    """Which points no other one beats: none costs as little or less and is worth as much or more.
+
+    Args:
+      costs: of each point, less is better.
+      values: of each point, more is better.
+    """
+    points = list(zip(costs, values, strict=True))
+    return [
+        not any(
+            other != point and other[0] <= point[0] and other[1] >= point[1] for other in points
+        )
+        for point in points
+    ]
+
+
+def plot_tradeoff(axes: Any, points: Mapping[str, tuple[float, float]], cost: str) -> None:
+    """Draws what models are worth against what they cost; those that no other beats are filled.
+
+    Args:
+      axes: to draw on.
+      points: cost and SQNR of the last latents, in decibels, of each model by its name.
+      cost: what it is, for the axis.
+    """
+    costs, values = zip(*points.values(), strict=True)
+    unbeaten = pareto(costs, values)
+    front = sorted(point for point, best in zip(points.values(), unbeaten, strict=True) if best)
+    axes.plot(*zip(*front, strict=True), color="C0", linewidth=0.8)
+    for (name, point), best in zip(points.items(), unbeaten, strict=True):
+        axes.plot(*point, "o", color="C0", fillstyle="full" if best else "none")
+        axes.annotate(name, point, (5, -3), textcoords="offset points", fontsize="x-small")
+    axes.margins(x=0.2)
+    axes.set(xlabel=cost, ylabel="SQNR of the last latents, dB")
+
+
 def plot_layers(axes: Any, layers: Mapping[str, Sequence[LayerReport]]) -> None:
     """Draws the SQNR of the layers' outputs, model by model."""
     for model, reports in layers.items():

@@ -7,13 +7,21 @@ one run of one code, that goes on where it was interrupted. Every method has the
 GPTQ, clipping of weights, ranges of tokens and propagation; QVD without them stands beside.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from measure_policies import MODEL, RESULTS, measure, run_digest, table
+from measure_policies import (
+    MODEL,
+    RESULTS,
+    folder,
+    given,
+    make_parser,
+    measure,
+    parse,
+    run_digest,
+    table,
+)
 
 from qvd_jax.files import write_text
 
@@ -27,21 +35,25 @@ MORE = ("minmax-plus-w4a8",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="what an interrupted run has done")
-    parser.add_argument("--results", type=Path, default=LOW_BITS)
-    parser.add_argument("--videos", type=int, default=64)
-    args = parser.parse_args(argv)
-    digest = run_digest()
-    out = args.out / digest[:8]
-    out.mkdir(parents=True, exist_ok=True)
+    parser = make_parser(__doc__, LOW_BITS, videos=64)
+    parser.add_argument("--seeds", type=int, default=1, help="of each prompt (%(default)s)")
+    args = parse(parser, argv)
+    digest = run_digest(__file__)
+    out = folder(args.out, digest)
     policies = [
         *(f"{method}-{width}" for width in WIDTHS for method in METHODS),
         *MORE,
         *(f"{method}-{width}" for width in FEWER for method in OF_FEWER),
     ]
-    parts = {"plus": measure(out, "plus", MODEL, policies, args.videos, 1)}
-    found = {"command": COMMAND, "run": digest, "parts": parts, "table": table(parts)}
+    parts = {
+        "plus": measure(out, "plus", MODEL, policies, args.videos, args.seeds, args.fvd_videos)
+    }
+    found = {
+        "command": f"{COMMAND} {given(args)}",
+        "run": digest,
+        "parts": parts,
+        "table": table(parts),
+    }
     write_text(args.results, json.dumps(found, indent=1) + "\n")
     return 0
 

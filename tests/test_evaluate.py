@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 import qvd_jax
 from qvd_jax import evaluate
@@ -158,7 +159,26 @@ def test_an_interrupted_evaluation_goes_on_with_what_it_kept(tmp_path):
         np.testing.assert_array_equal(one.videos, whole[name].videos)
         np.testing.assert_array_equal(one.noise, whole[name].noise)
         np.testing.assert_array_equal(one.signal, whole[name].signal)
-    assert found["b"].noise.min() > 0
+    assert found["b"].noise.shape == (40, 2)
+    # Latents of "b" are 1.1 times those of "a", whose error is 0.
+    np.testing.assert_allclose(found["b"].noise / found["b"].signal, 0.01)
+    np.testing.assert_array_equal(found["a"].noise, 0)
+
+
+def test_one_video_has_most_of_the_error_of_all_and_not_of_the_median():
+    signal = np.full((6, 2), 100.0)
+    noise = np.array([3 * [1], [1, 1, 901]]).reshape(-1, 1) * np.ones(2)
+    found = pairs.latent_figures(signal, noise, 3)
+    np.testing.assert_allclose(found["latent_sqnr"], 2 * [10 * np.log10(600 / 906)])
+    assert found["latent_sqnr_median"] == pytest.approx(20)
+    # Without one prompt's two videos.
+    left_out = np.log([400 / 904, 400 / 904, 400 / 4])
+    spread = 10 / np.log(10) * stats.t.ppf(0.975, 2) * np.sqrt(2 * left_out.var())
+    low, high = found["latent_sqnr_interval"]
+    assert high - low == pytest.approx(2 * spread)
+    equal = pairs.latent_figures(signal, 0 * noise, 3)
+    assert equal["latent_sqnr"] == [200, 200]
+    assert equal["latent_sqnr_interval"] == [200, 200]
 
 
 def test_an_evaluation_goes_on_only_with_the_same_settings(

@@ -35,6 +35,8 @@ RESULTS = {
             **OWN,
             "psnr": {"value": 31.26, "interval": None},
             "latent_sqnr": [30.0, 17.04],
+            "latent_sqnr_interval": [16.0, 18.0],
+            "latent_sqnr_median": 21.46,
         },
     ],
 }
@@ -56,9 +58,11 @@ def test_markdown_names_what_each_model_has():
         "4 images, 2 videos each, 16 frames of 320x576, 25 steps of ddim, guidance 3, cpu; jax 0.10"
     )
     assert lines[2:5:2] == ["In brackets: intervals of 95%", "real videos: 1 file is no video"]
-    assert lines[6].startswith("| model | policy | PSNR dB | last latents SQNR dB | UNet MB |")
+    assert lines[6].startswith(
+        "| model | policy | PSNR dB | last latents SQNR dB | median latents SQNR dB | UNet MB |"
+    )
     assert "97.5% (95.0% to 99.0%)" in lines[8]
-    assert "| 31.3 | 17.0 |" in lines[9]
+    assert "| 31.3 | 17.0 (16.0 to 18.0) | 21.5 |" in lines[9]
 
 
 def test_the_differences_come_first_and_figures_stand_above_intervals(text):

@@ -18,6 +18,7 @@ from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.cases import Cases, Figures
+from qvd_jax.evaluation.intervals import jackknife
 from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
 from qvd_jax.evaluation.videos import Source, VideoSet, open_videos, planned
 from qvd_jax.hosts import ALONE, Hosts
@@ -36,8 +37,8 @@ class Sampled:
 
     Attributes:
       videos: uint8 `[N, F, H, W, 3]`.
-      noise: squared error of the latents against the reference's after each step, `[S]`.
-      signal: squared latents of the reference after each step, `[S]`.
+      noise: squared error of the latents against the reference's after each step, `[N, S]`.
+      signal: squared latents of the reference after each step, `[N, S]`.
       seconds: for each video, of sampling without decoding; the median of the batches, without
         the first of each size, which compile. None if there was no other.
     """
@@ -269,10 +270,10 @@ def sample(
                 progress.advance()
                 reference = reference or path
                 energies = [
-                    (np.square(found - exact).sum(), np.square(exact).sum())
+                    (_energies(found - exact), _energies(exact))
                     for found, exact in zip(path, reference, strict=True)
                 ]
-                arrays += [videos, np.array(energies, np.float64), np.array(seconds)]
+                arrays += [videos, np.array(energies).T, np.array(seconds)]
             kept.put(number, arrays)
             made[number] = arrays
     gathered = hosts.gather(part, [made[number] or [] for number in own], len(batches))
@@ -282,7 +283,7 @@ def sample(
 def _join(names: Sequence[str], batches: Sequence[Sequence[np.ndarray]]) -> dict[str, Sampled]:
     """What each model made, from batches of three arrays of each.
 
-    These are its videos, the energies of noise and signal after each step, `[S, 2]`, and the
+    These are its videos, the energies of noise and signal after each step, `[B, 2, S]`, and the
     seconds of a video, NaN where it was compiled meanwhile.
     """
     found = {}
@@ -291,10 +292,15 @@ def _join(names: Sequence[str], batches: Sequence[Sequence[np.ndarray]]) -> dict
             *(b[3 * number : 3 * number + 3] for b in batches), strict=True
         )
         seconds = [float(one) for one in times if not np.isnan(one)]
-        noise, signal = np.sum(energies, 0).T
+        noise, signal = np.moveaxis(np.concatenate(energies), 1, 0)
         median = statistics.median(seconds) if seconds else None
         found[name] = Sampled(np.concatenate(videos), noise, signal, median)
     return found
+
+
+def _energies(latents: np.ndarray) -> np.ndarray:
+    """Of latents `[B, ...]`, `[B]`."""
+    return np.square(latents).reshape(len(latents), -1).sum(1).astype(np.float64)
 
 
 def _plan(
@@ -371,10 +377,37 @@ def measure(
         if layers is not None:
             entry["layers"] = [report.figures() for report in layers[name]]
         if found is not reference:
-            entry["latent_sqnr"] = [*map(sqnr, found.signal.tolist(), found.noise.tolist())]
+            entry |= latent_figures(found.signal, found.noise, len(cases.inputs))
         entries.append(entry)
     entries[0] |= compared.floors()
     if cases.judge is not None:
         for entry, more in zip(entries, cases.judge.figures(videos, seed).values(), strict=True):
             entry |= more
     return entries
+
+
+def latent_figures(signal: np.ndarray, noise: np.ndarray, prompts: int) -> Figures:
+    """How near latents are to the reference's, in decibels.
+
+    Of all videos together, as of one signal, and of the video in the middle: where the sampling of
+    a few goes another way than the reference's, their error is most of the first.
+
+    Args:
+      signal: of each video after each step, `[N, S]`, seed by seed.
+      noise: of the same shape.
+      prompts: how many have these videos.
+
+    Returns:
+      SQNR after each step, and after the last one its 95% interval and the median over videos.
+    """
+
+    def ratio(numbers: np.ndarray) -> float:
+        return 10 ** (sqnr(signal[numbers, -1].sum(), noise[numbers, -1].sum()) / 10)
+
+    _, interval = jackknife(ratio, prompts, len(signal) // prompts)
+    of_videos = map(sqnr, signal[:, -1].tolist(), noise[:, -1].tolist())
+    return {
+        "latent_sqnr": [*map(sqnr, signal.sum(0).tolist(), noise.sum(0).tolist())],
+        "latent_sqnr_interval": [10 * math.log10(end) for end in interval],
+        "latent_sqnr_median": statistics.median(of_videos),
+    }

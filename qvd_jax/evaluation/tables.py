@@ -77,7 +77,9 @@ def _accuracy(name: str) -> Callable[[Figures], str]:
 
 
 def _last_sqnr(figures: Figures) -> str:
-    return f"{figures['latent_sqnr'][-1]:.1f}" if "latent_sqnr" in figures else ""
+    if "latent_sqnr" not in figures:
+        return ""
+    return _with_interval(figures["latent_sqnr"][-1], figures["latent_sqnr_interval"], ".1f")
 
 
 _FVD_TITLES = {"fvd_reference": "FVD to the reference's", "fvd": "FVD"}
@@ -115,6 +117,12 @@ DIFFERENCES = (
         "better, 10 dB more is a tenth of the error's power. Over {videos} videos, for this "
         "scheduler and number of steps alone.",
         _last_sqnr,
+    ),
+    Metric(
+        "median latents SQNR dB",
+        "The same of the video in the middle of {videos}: higher is better. It lies above that of "
+        "all together where a few, whose sampling went another way, have most of the error.",
+        _number("latent_sqnr_median", ".1f"),
     ),
     Metric(
         "change of all four",

@@ -39,6 +39,7 @@ from qvd_jax.files import read_arrays, replace_when_whole, write_text
 from qvd_jax.pipelines.observation import collect
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.quantization import make_plan, solve, unet_layers
+from qvd_jax.pipelines.widths import Target, choose_widths
 from qvd_jax.quant.policy import named_policy
 from qvd_jax.shapes.judge import held_out_cases, rendered_videos
 
@@ -47,7 +48,7 @@ RESULTS = TESTS.parent / "docs/results/policies.json"
 COMMAND = "python tests/measure_policies.py --out runs/policies"
 MODEL = "shapes"
 WIDTHS = ("w8a8", "w6a6", "w4a8")
-ORDER = ("float", *WIDTHS, "w4a6", "w4a4", "w3a8", "w8a16")
+ORDER = ("float", *WIDTHS, "w4a6", "w4a4", "w3a8", "w8a16", "budget")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
 PROMPTS = EXAMPLES / "shapes.txt"
@@ -61,12 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(parser, argv)
     digest = run_digest(__file__)
     out = folder(args.out, digest)
-    rescaled = out / "rescaled"
-    if not rescaled.exists():
-        pipe = qvd_jax.load(MODEL, dtype="float32")
-        unet = rescale_channels(pipe.params["unet"], np.random.default_rng(0))
-        qvd_jax.save(replace(pipe, params={**pipe.params, "unet": unet}), rescaled)
-
+    rescaled = rescaled_model(out)
     # With float inputs all policies are the same.
     main_policies = [f"{policy}-{width}" for width in WIDTHS for policy in MAIN] + ["qvd-w8a16"]
     others = [f"{policy}-{width}" for width in WIDTHS for policy in OTHERS]
@@ -134,6 +130,16 @@ def folder(out: Path, digest: str) -> Path:
     """Where a run keeps what it has done, not that of other code, models or machines."""
     place = out / digest[:8]
     place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def rescaled_model(out: Path) -> Path:
+    """The controlled case: the same function of other numbers."""
+    place = out / "rescaled"
+    if not place.exists():
+        pipe = qvd_jax.load(MODEL, dtype="float32")
+        unet = rescale_channels(pipe.params["unet"], np.random.default_rng(0))
+        qvd_jax.save(replace(pipe, params={**pipe.params, "unet": unet}), place)
     return place
 
 
@@ -249,7 +255,10 @@ def sample(
 
 
 def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
-    """The model quantized by each policy, from one observation of its layers' inputs."""
+    """The model quantized by each policy, from one observation of its layers' inputs.
+
+    A policy's name may end in the budget by which the bits of its weights are chosen.
+    """
     places = {policy: out / f"{Path(model).name}-{policy}" for policy in policies}
     missing = [policy for policy, place in places.items() if not place.exists()]
     if missing:
@@ -258,7 +267,11 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
         prompts, config = read_prompts(PROMPTS), qvd_jax.CalibrationConfig()
         observed = collect(pipe, paths, prompts, config)
         for policy in tqdm.tqdm(missing, desc=f"quantizing {model}", unit="policy"):
-            plan = make_plan(pipe, named_policy(policy), config)
+            named, _, budget = policy.partition("-budget-")
+            plan = make_plan(pipe, named_policy(named), config)
+            if budget:
+                target = Target(budget=float(budget))
+                plan, _ = choose_widths(pipe, plan, observed, target, prompts, config)
             quantized, reports = solve(pipe, plan, observed, prompts, config)
             qvd_jax.save(quantized, places[policy], reports=reports)
     return [str(place) for place in places.values()]
@@ -273,6 +286,7 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
         for number, model in enumerate(part["models"]):
             row = {
                 "policy": f"rescaled, {model['policy']}" if name == "rescaled" else model["policy"],
+                "UNet MB": f"{model['unet_bytes'] / 1e6:.1f}",
                 "videos": str(part["prompts"] * part["seeds"]),
                 "all four": f"{model['accuracy']['all four']['value']:.1%}",
             }
@@ -295,10 +309,13 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
             to_float = model["fvd_reference" if number else "fvd_floor_reference"]
             row |= {"FVD of": f"{model['fvd']['clips']}"}
             row |= fvd_cells("float", to_float) | fvd_cells("rendered", model["fvd"])
-            width = model["policy"].rpartition("-")[2]
-            keyed.append((name == "rescaled", ORDER.index(width), row))
-    # Stable: policies of one width stay in their order.
-    rows = [row for *_, row in sorted(keyed, key=lambda item: item[:2])]
+            kinds = model["policy"].split("-")
+            place = ORDER.index("budget" if "budget" in kinds else kinds[-1])
+            keyed.append((name == "rescaled", place, row))
+    rows: list[dict[str, str]] = []
+    # Stable: policies of one width stay in their order. Float's row is that of several parts.
+    for *_, row in sorted(keyed, key=lambda item: item[:2]):
+        rows += [] if row in rows else [row]
     said = f"{first['steps']} steps; {versions}\n\n{fvd_conditions(parts)}"
     return f"{said}\n\n{markdown.table(rows)}\n"
 

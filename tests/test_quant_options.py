@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from parity import relative_error
 from scipy.linalg import hadamard
-from test_quant_layers import CHANNELS, CONVS, Net, case, correlate, quantized
+from test_quant_layers import CHANNELS, Net, case, correlate, quantized
 
 from qvd_jax.errors import InputError
 from qvd_jax.quant import codec, low_rank
@@ -23,8 +23,20 @@ OPTIONS = {
     "rotation": {"rotation": 4},
     "token": {"ranges": "token"},
     "low rank": {"low_rank": 3},
+    "all of a conv": {"rotation": 4, "low_rank": 3, "rounding": "gptq"},
     "all": {"rotation": 4, "ranges": "token", "low_rank": 3, "rounding": "gptq"},
 }
+
+
+def cases(*convs: str | None) -> pytest.MarkDecorator:
+    """Each layer with each option that it can have."""
+    both = [
+        (conv, option)
+        for conv in convs
+        for option, options in OPTIONS.items()
+        if conv in (None, "1x1") or "ranges" not in options
+    ]
+    return pytest.mark.parametrize(("conv", "option"), both)
 
 
 def rotated(x: np.ndarray, rotation: int) -> np.ndarray:
@@ -42,8 +54,7 @@ def defined(
     values = rotated(x * record["in_scale"] + record["in_offset"], spec.rotation)
     step = np.ones((1,) * x.ndim)
     if spec.ranges == "token":
-        rank = 0 if conv in (None, "1x1") else len(CONVS[conv][0])
-        step = np.abs(values).max(tuple(range(x.ndim - rank - 1, x.ndim)), keepdims=True) / limit
+        step = np.abs(values).max(-1, keepdims=True) / limit
     codes = np.clip(np.rint(values / step), -limit, limit)
     y = record["scale"] * correlate(codes, np.moveaxis(record["kernel"], 0, -1), conv)
     if spec.low_rank:
@@ -57,8 +68,7 @@ def defined(
     return y
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("conv", [None, "3x3", "one-sided", "1x1", "upsampled", "temporal"])
+@cases(None, "3x3", "one-sided", "1x1", "upsampled", "temporal")
 def test_layers_equal_their_definition_in_float64(conv, option):
     net, params, x = case(conv)
     spec = LayerSpec("scri", 4, 8, **OPTIONS[option])
@@ -72,8 +82,7 @@ def test_layers_equal_their_definition_in_float64(conv, option):
     assert report.coverage_after is None or option == "low rank"
 
 
-@pytest.mark.parametrize("conv", [None, "3x3", "temporal"])
-@pytest.mark.parametrize("option", OPTIONS)
+@cases(None, "3x3", "temporal")
 def test_every_product_of_codes_is_int8(conv, option):
     """Beside it are the rotation's product and the branch's two, and else those of a plain one."""
     _, _, x = case(conv)
@@ -88,7 +97,7 @@ def test_every_product_of_codes_is_int8(conv, option):
 
     found, plain = products(**OPTIONS[option]), products()
     assert found.count("i8") == plain.count("i8") == 1
-    more = {"rotation": 1, "token": 0, "low rank": 2, "all": 3}
+    more = {"rotation": 1, "token": 0, "low rank": 2, "all of a conv": 3, "all": 3}
     assert found.count("f32") == plain.count("f32") + more[option]
 
 
@@ -167,8 +176,7 @@ def test_htdq_and_float_inputs_take_the_option(option):
         assert relative_error(x @ kernel + bias[None], exact) < 0.02
 
 
-@pytest.mark.parametrize("conv", [None, "3x3"])
-@pytest.mark.parametrize("option", OPTIONS)
+@cases(None, "3x3")
 def test_the_float_layer_that_codes_stand_for_is_what_they_tend_to(conv, option):
     """With codes that are not rounded the layer is linear, with that kernel inside the image."""
     net, params, x = case(conv)
@@ -214,6 +222,18 @@ def test_a_rotation_that_does_not_divide_the_channels_is_refused_by_layer():
     policy = Policy("mine", (Rule("*", LayerSpec("scri", rotation=8)),))
     with pytest.raises(InputError, match="'mine': a/b: rotation = 8 does not divide its 12 chan"):
         match(policy, [layer])
+
+
+def test_a_kernel_of_several_taps_has_one_range_where_positions_have_their_own():
+    shapes = {"dense": (12, 10), "1x1": (1, 1, 12, 10), "3x3": (3, 3, 12, 10)}
+    layers = [TracedLayer(path, shape, (1, 12), (1, 10), 0) for path, shape in shapes.items()]
+    policy = Policy("mine", (Rule("*", LayerSpec("scri", ranges="token")),))
+    found = {path: spec.ranges for path, spec in match(policy, layers).items()}
+    assert found == {"dense": "token", "1x1": "token", "3x3": "static"}
+    _, _, x = case("3x3")
+    module = Net(layer_set({"layer": LayerSpec("scri", ranges="token")}), "3x3")
+    with pytest.raises(InputError, match="layer: ranges = 'token': a kernel of 9 taps sums over"):
+        jax.eval_shape(module.init, jax.random.key(0), x)
 
 
 @pytest.mark.parametrize("ranges", ["static", "token"])

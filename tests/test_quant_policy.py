@@ -101,12 +101,12 @@ def test_the_plus_of_a_method_is_its_own_with_the_same_options_as_all_others(met
     """So that what a table of them compares is the method."""
     plain, plus = (match(named_policy(f"{method}{kind}-w4a8"), LAYERS) for kind in ("", "-plus"))
     for path, spec in plain.items():
-        ranges = "static" if spec.method == "htdq" else "token"
+        ranges = "static" if spec.method == "htdq" or path.endswith("conv1") else "token"
         own = "learned" if spec.method == "scri" else spec.method
-        options = {"rounding": "gptq", "ranges": ranges, "propagate": True}
+        options = {"rounding": "gptq", "ranges": ranges}
         assert plus[path] == replace(spec, method=own, **options)
     floats = match(named_policy(f"{method}-plus-w8a16"), LAYERS)
-    assert set(floats.values()) == {LayerSpec("minmax", 8, 16, rounding="gptq", propagate=True)}
+    assert set(floats.values()) == {LayerSpec("minmax", 8, 16, rounding="gptq")}
 
 
 def test_the_first_rule_that_matches_decides():

@@ -6,7 +6,6 @@ pass, and one that rounds. `record.QuantizedParams` says what codes stand for.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -119,7 +118,7 @@ def channel_codes(steps: Array) -> Array:
     return lax.bitcast_convert_type(shifted, jnp.int32).astype(jnp.int8)
 
 
-def token_steps(values: Array, axes: Sequence[int], limit: float) -> tuple[Array, Array]:
+def token_steps(values: Array, limit: float) -> tuple[Array, Array]:
     """Values in steps of the token they belong to, and that step.
 
     Each token's largest value gets the largest code, so nothing is clipped (dynamic quantization:
@@ -127,13 +126,12 @@ def token_steps(values: Array, axes: Sequence[int], limit: float) -> tuple[Array
 
     Args:
       values: of `channel_values`, `[..., C]`.
-      axes: of a token, C among them.
       limit: the largest code.
 
     Returns:
-      The steps, and D, which has size 1 along the token's axes. Derivatives see D as a constant.
+      The steps, and D `[..., 1]`. Derivatives see D as a constant.
     """
-    reach = lax.stop_gradient(jnp.abs(values).max(axes, keepdims=True))
+    reach = lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
     step = jnp.where(reach > 0, reach / limit, 1.0)
     return jnp.clip(values / step, -limit, limit), step
 

@@ -269,9 +269,7 @@ class QuantConv(StoredParams, Conv):
 
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
             values = as_batch(x.x if doubled else value_of(x))
-            # A kernel of taps sees several positions: what these share a step with is the image.
-            axes = (-1,) if record.taps is None else range(1, values.ndim)
-            steps, token = input_steps(values, record, spec, axes)
+            steps, token = input_steps(values, record, spec)
             product = straight_through(multiply, differentiate, steps, record.kernel, record.sums)
             branch = low_rank_branch(differentiate, steps, record, spec)
             return finish(product, record, residual, token, branch)
@@ -359,11 +357,17 @@ def _read(layer: nn.Module, spec: LayerSpec, x: LayerInput) -> QuantizedParams:
     """A layer's record, with scales as products need them.
 
     Raises:
-      InputError: the layer is one that cannot be int8.
+      InputError: the layer is one that cannot be int8, or not with its spec's ranges.
     """
     if reason := why_float(layer, x.shape):
         raise InputError(f"{'/'.join(layer.path) or type(layer).__name__}: {reason}")
     taps = kernel_size(layer) if isinstance(layer, nn.Conv) else ()
+    if spec.ranges == "token" and math.prod(taps) > 1:
+        raise InputError(
+            f"{'/'.join(layer.path) or type(layer).__name__}: ranges = 'token': a kernel of "
+            f"{math.prod(taps)} taps sums over positions, which can have no step of their own; "
+            f"static and step are possible"
+        )
     shapes = layout(spec, x.shape[-1], layer.features, taps).params()
     params = {
         name: layer.param(name, _INITIAL.get(name, nn.initializers.zeros), leaf.shape, leaf.dtype)

@@ -12,6 +12,10 @@ from qvd_jax.errors import InputError
 Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "learned", "htdq"]
 Rounding = Literal["nearest", "gptq"]
 Ranges = Literal["static", "step", "token"]
+_RANGES = {
+    "step": "a range for each step",
+    "token": "a range for each token where a kernel has one tap",
+}
 WIDTHS = {
     "w8a8": (8, 8),
     "w6a6": (6, 6),
@@ -58,7 +62,7 @@ _NAMED: dict[str, tuple[Method, Method]] = {
 
 _PLUS = "-plus"
 # What each of these methods can have, and was best together on the small model.
-_OPTIONS_OF_PLUS: dict[str, Any] = {"ranges": "token", "rounding": "gptq", "propagate": True}
+_OPTIONS_OF_PLUS: dict[str, Any] = {"ranges": "token", "rounding": "gptq"}
 
 _NAMED |= {
     "qvd-plus": ("learned", "htdq"),
@@ -83,8 +87,8 @@ class LayerSpec:
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
       ranges: of the input: one step D for all (static), one of its own for each sampler step, or
-        one for each token, found while sampling: for each position, or for the whole image (over
-        time for all frames of it) of a convolution whose kernel has several taps.
+        one for each token (position), found while sampling. A convolution whose kernel has several
+        taps sums over positions, so policies give it one step for all in the place of tokens'.
       weight_clipping: whether weights are clipped, each output's where its error is least; None
         clips those of 4 bits and fewer, where it is worth something.
       rounding: of weights: to the nearest code, or so that errors make up for each other on the
@@ -141,7 +145,7 @@ class LayerSpec:
         parts = [f"{self.method}, w{self.weight_bits}a{self.activation_bits}"]
         parts += ["weights clipped"] if self.clips_weights else []
         parts += [self.rounding] if self.rounding != "nearest" else []
-        parts += [f"a range for each {self.ranges}"] if self.ranges != "static" else []
+        parts += [_RANGES[self.ranges]] if self.ranges != "static" else []
         parts += [f"rotated by {self.rotation}"] if self.rotation > 1 else []
         parts += [f"rank {self.low_rank} beside it"] if self.low_rank else []
         parts += ["propagated"] if self.propagate else []
@@ -340,6 +344,8 @@ def decide(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec
                 f"policy {policy.name!r}: {layer.path}: rotation = {spec.rotation} does not divide "
                 f"its {layer.kernel[-2]} channels"
             )
+        if spec.ranges == "token" and math.prod(layer.kernel[:-2]) > 1:
+            spec = replace(spec, ranges="static")
         decided[layer.path] = spec
     return decided
 

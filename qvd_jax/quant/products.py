@@ -22,23 +22,20 @@ QUANTIZING = "quantizing"
 """The scope of what makes codes of inputs, in the names of a compiled program's operations."""
 
 
-def input_steps(
-    x: Array, record: QuantizedParams, spec: LayerSpec, axes: Sequence[int] = (-1,)
-) -> tuple[Array, Array | None]:
+def input_steps(x: Array, record: QuantizedParams, spec: LayerSpec) -> tuple[Array, Array | None]:
     """An input in steps of its quantizer, and of each token the step that its values have.
 
     Args:
       x: `[..., C]`.
       record: of the layer.
       spec: of the layer.
-      axes: of a token.
 
     Returns:
       The steps, clipped and not rounded, and where ranges are those of tokens, the tokens' steps.
     """
     with jax.named_scope(QUANTIZING):
         if spec.ranges == "token":
-            return token_steps(record.values(x, spec), tuple(axes), max_code(spec.activation_bits))
+            return token_steps(record.values(x, spec), max_code(spec.activation_bits))
         return record.steps(x, spec), None
 
 

@@ -47,8 +47,8 @@ class QuantizedParams(NamedTuple):
     A step-aware layer has at each sampler step that step's share of D, its gain: it reads in_scale
     / gain, in_offset / gain and scale gain in these formulas.
 
-    Where ranges are those of tokens, in_scale has no D: a token, which is a position, or the image
-    of a conv of several taps, has its own, and what is multiplied counts D times:
+    Where ranges are those of tokens, in_scale has no D: a token, which is a position, has its own,
+    and what is multiplied counts D times:
 
         D = max |H(x in_scale + in_offset)| / limit,    q = round(H(x in_scale + in_offset) / D)
         y = D scale q . kernel + bias

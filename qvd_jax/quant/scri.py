@@ -69,12 +69,11 @@ class ActivationQuantizer(NamedTuple):
           bits: b.
           rotation: channels of a group that are mixed; 1 mixes none.
           token: whether each row has a step of its own, which the codes then are multiplied with.
-            Of a convolution's image a row is all that is known here.
         """
         quantizer = self.in_scale, self.in_offset
         if token:
             values = channel_values(x, *quantizer, rotation)
-            steps, step = token_steps(values, (-2, -1), max_code(bits))
+            steps, step = token_steps(values, max_code(bits))
             return channel_codes(steps).astype(jnp.float32) * step
         steps = channel_steps(x, *quantizer, max_code(bits), rotation)
         return channel_codes(steps).astype(jnp.float32)

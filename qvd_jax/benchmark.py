@@ -33,7 +33,7 @@ from qvd_jax.files import check_writable, write_bytes, write_text
 from qvd_jax.meshes import MeshConfig
 from qvd_jax.pipelines.components import DTYPES, latents_size
 from qvd_jax.pipelines.loading import read_configs
-from qvd_jax.quant.policy import named_policy
+from qvd_jax.quant.policy import read_policy
 
 _VAE_STRIDE = 8
 """Of the published models, whose UNets are measured without a VAE."""
@@ -99,7 +99,7 @@ def measure_compiled(args: argparse.Namespace) -> Measured:
     for name in names:
         parts.check(name, case.config)
     for policy in args.policy:
-        named_policy(policy)
+        read_policy(policy)
     variants = unet_variants(args.dtype, args.policy, {})
     results = compiled.compile_programs(case, target, names, variants)
     return case, results, compiled.programs_table(results)
@@ -167,7 +167,7 @@ def _unet_variants(
     """The case, and what is measured of it: ours, then the peers'."""
     case = _unet_case(args)
     for policy in args.policy:
-        named_policy(policy)
+        read_policy(policy)
     variants = unet_variants(args.dtype, args.policy, against)
     in_fresh_process("the estimate", unet.check_fits, case, variants)
     return case, variants
@@ -294,7 +294,13 @@ def _parser() -> argparse.ArgumentParser:
                 help=f"{', '.join(peers.BUILDS)}, timed in turn with ours",
             )
         if name in ("unet", "profile", "compiled"):
-            one.add_argument("--policy", nargs="+", default=[], metavar="P", help="ours, quantized")
+            one.add_argument(
+                "--policy",
+                nargs="+",
+                default=[],
+                metavar="P",
+                help="ours, quantized: names or files of policies",
+            )
         if name == "growth":
             one.add_argument(
                 "--plot", type=Path, required=True, metavar="FILE.png", help="the curves"

@@ -23,7 +23,6 @@ from qvd_jax.cli.videos import (
     asked_scheduler,
     check_videos,
 )
-from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
 from qvd_jax.files import check_folder, write_folder
@@ -43,11 +42,9 @@ from qvd_jax.progress import Part, Progress
 from qvd_jax.quant.policy import (
     METHODS,
     WIDTHS,
-    Policy,
     Quantization,
     match_table,
-    named_policy,
-    policy_names,
+    read_policy,
 )
 from qvd_jax.quant.scri import CLIP_CANDIDATES, RANGE_CANDIDATES, SEARCH_ROUNDS
 from qvd_jax.quant.solve import SEARCHED_ROWS
@@ -173,19 +170,6 @@ def calibrate(
             f"UNet, {name}: {checkpoint.disk_bytes(place / 'unet') / 1e6:.1f} MB on disk, "
             f"{held / 1e6:.1f} MB in memory, {held / float32:.3f} of float32's"
         )
-
-
-def read_policy(name: str) -> Policy:
-    """A policy by its name, or from a YAML file.
-
-    Raises:
-      InputError: the name is unknown, or the file no policy.
-    """
-    path = Path(name)
-    is_file = path.exists() and not path.is_dir()
-    if path.suffix in (".yaml", ".yml") or (is_file and name not in policy_names()):
-        return from_dict(Policy, read_yaml(path), name)
-    return named_policy(name)
 
 
 def asked_target(args: argparse.Namespace, hosts: Hosts) -> Target | None:

@@ -54,6 +54,14 @@ OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
 PROMPTS = EXAMPLES / "shapes.txt"
 SIZE = ("steps", "frames", "height", "width")
 PROTOCOL = "common-metrics"
+BESIDE_FLOAT = (
+    "against float, points",
+    "Fréchet / float's",
+    "PSNR dB",
+    "latents SQNR dB",
+    "of the median video",
+    "LPIPS",
+)
 RENDERED = "rendered"
 
 
@@ -290,19 +298,21 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
                 "videos": str(part["prompts"] * part["seeds"]),
                 "all four": f"{model['accuracy']['all four']['value']:.1%}",
             }
+            row |= dict.fromkeys(BESIDE_FLOAT, "")
             if number:
                 last = {
                     "value": model["latent_sqnr"][-1],
                     "interval": model["latent_sqnr_interval"],
                 }
-                row |= {
-                    "against float, points": interval(model["accuracy_change"], 100, "+.1f"),
-                    "Fréchet / float's": interval(model["frechet_ratio"], 1, ".3f"),
-                    "PSNR dB": f"{model['psnr']['value']:.1f}",
-                    "latents SQNR dB": interval(last, 1, ".1f"),
-                    "of the median video": f"{model['latent_sqnr_median']:.1f}",
-                    "LPIPS": interval(model["lpips"], 1, ".4f"),
-                }
+                found = (
+                    interval(model["accuracy_change"], 100, "+.1f"),
+                    interval(model["frechet_ratio"], 1, ".3f"),
+                    f"{model['psnr']['value']:.1f}",
+                    interval(last, 1, ".1f"),
+                    f"{model['latent_sqnr_median']:.1f}",
+                    interval(model["lpips"], 1, ".4f"),
+                )
+                row |= dict(zip(BESIDE_FLOAT, found, strict=True))
             elif name == "rescaled":
                 continue  # the shapes model itself, which `others` has
             # Beside the distances of the others stands that of float's other seeds.

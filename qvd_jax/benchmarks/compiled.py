@@ -40,7 +40,7 @@ from qvd_jax.memory import tree_bytes
 from qvd_jax.meshes import FRAME, MeshConfig, Work
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.policy import decide, named_policy
+from qvd_jax.quant.policy import decide, read_policy
 from qvd_jax.quant.statistics import trace_layers
 
 COPIES, COLLECTIVES = "copies", "collectives"
@@ -218,7 +218,7 @@ def _layer_set(part: Part, variant: Variant) -> LayerSet:
     if variant.mode == FLOAT_MODE:
         return floating
     layers = trace_layers(part.network(floating), *part.inputs, method=part.method)
-    return layer_set(decide(named_policy(variant.mode), layers), dtype)
+    return layer_set(decide(read_policy(variant.mode), layers), dtype)
 
 
 def _check_fits(

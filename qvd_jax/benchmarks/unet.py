@@ -19,7 +19,7 @@ from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.loading import read_configs
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.policy import match, named_policy
+from qvd_jax.quant.policy import match, read_policy
 from qvd_jax.quant.statistics import trace_layers
 
 
@@ -124,7 +124,7 @@ def layers(case: Case, variant: Variant) -> LayerSet:
     if variant.mode == FLOAT_MODE:
         return replace(FLOAT, dtype=dtype, param_dtype=dtype)
     found = trace_layers(UNet3D(case.config), *case.shapes())
-    return layer_set(match(named_policy(variant.mode), found), dtype)
+    return layer_set(match(read_policy(variant.mode), found), dtype)
 
 
 def check_fits(case: Case, variants: Sequence[Variant]) -> None:

@@ -4,9 +4,10 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qvd_jax.config import did_you_mean
+from qvd_jax.config import did_you_mean, from_dict, read_yaml
 from qvd_jax.errors import InputError
 
 Method = Literal["minmax", "mse", "smoothquant", "qdiffusion", "scri", "learned", "htdq"]
@@ -233,6 +234,19 @@ def module_policy(name: str) -> Policy:
     """
     ordinary, _ = _named_specs(name)
     return Policy(name, (Rule("*", replace(ordinary, propagate=False)),))
+
+
+def read_policy(name: str) -> Policy:
+    """A policy by its name, or from a YAML file.
+
+    Raises:
+      InputError: the name is unknown, or the file no policy.
+    """
+    path = Path(name)
+    is_file = path.exists() and not path.is_dir()
+    if path.suffix in (".yaml", ".yml") or (is_file and name not in policy_names()):
+        return from_dict(Policy, read_yaml(path), name)
+    return named_policy(name)
 
 
 def _named_specs(name: str) -> tuple[LayerSpec, LayerSpec]:

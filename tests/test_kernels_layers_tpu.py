@@ -58,6 +58,19 @@ def exact_codes(x, limit):
         pytest.param(
             (1, 33, 24), 20, (1, 1), {"transposes": "output", "residual": True}, id="odd, turned"
         ),
+        pytest.param(
+            (2, 700, 128), 512, (2, 1), {"epsilon": 1e-5, "gated": True, "token": True}, id="token"
+        ),
+        *(
+            pytest.param(
+                (3, 130, 64),
+                96,
+                (1, 3),
+                {"transposes": turned, "token": True},
+                id=f"token, {turned}",
+            )
+            for turned in ("input", "output")
+        ),
     ],
 )
 def test_dense_equals_its_definition_in_float64(
@@ -67,6 +80,7 @@ def test_dense_equals_its_definition_in_float64(
     monkeypatch.setattr(layers_tpu, "_WEIGHT_BYTES", 2**15 * np.dtype(weights_dtype).itemsize)
     is_int8 = weights_dtype == np.int8
     gated, limit = options.get("gated", False), options.get("limit", 127) if is_int8 else None
+    by_token = is_int8 and options.get("token", False)
     x = 3 * normal(*shape) + 1
     weights = RNG.integers(-127, 128, (outputs, shape[-1])).astype(weights_dtype)
     scale, offset = 20 + 5 * normal(images[0], shape[-1]), 5 * normal(images[1], shape[-1])
@@ -75,14 +89,17 @@ def test_dense_equals_its_definition_in_float64(
     if options.get("residual"):
         residual = normal(*shape[:-1], outputs)
     found = layers_tpu.dense(
-        layers_tpu.Input(x, scale, offset, limit, options.get("epsilon")),
+        layers_tpu.Input(x, scale, offset, limit, options.get("epsilon"), by_token),
         weights,
         layers_tpu.Output(out_scale, bias, jnp.float32, gated, residual),
         options.get("transposes"),
         interpret=True,
     )
     multiplied = exact_input(x, scale, offset, options.get("epsilon"))
-    if is_int8:
+    if by_token:
+        step = np.abs(multiplied).max(-1, keepdims=True) / limit
+        multiplied = step * exact_codes(multiplied / step, limit)
+    elif is_int8:
         multiplied = exact_codes(multiplied, limit)
     expected = multiplied @ np.float64(weights).T * out_scale + bias
     if gated:

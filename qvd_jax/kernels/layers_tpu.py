@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from qvd_jax.axes import Array, Transposes
 from qvd_jax.kernels import floating, int8
 from qvd_jax.kernels.activations import gelu_by_tanh
-from qvd_jax.kernels.tpu import VMEM_BYTES, block_of_outputs, of_image, round_to_codes
+from qvd_jax.kernels.tpu import LANES, VMEM_BYTES, block_of_outputs, of_image, round_to_codes
 
 _TOKENS = 512
 """Of a block."""
@@ -42,6 +42,8 @@ class Input(NamedTuple):
       offset: `[M, C]`, float32, with an M of its own.
       limit: the largest code, of clip(round(x scale + offset)); None where the weights are float.
       epsilon: of the LayerNorm, without scale and bias, of `x` in front of it; None without one.
+      by_token: whether each position's values are divided by a step of its own, at which the
+        largest is the largest code, and what is multiplied counts that step times.
     """
 
     x: Array
@@ -49,6 +51,7 @@ class Input(NamedTuple):
     offset: Array
     limit: int | None = None
     epsilon: float | None = None
+    by_token: bool = False
 
 
 class Output(NamedTuple):
@@ -106,6 +109,7 @@ def dense(
             wanted.residual,
             limit=given.limit,
             epsilon=given.epsilon,
+            by_token=given.by_token,
             dtype=jnp.dtype(wanted.dtype),
             gated=wanted.gated,
             transposes=transposes,
@@ -116,7 +120,7 @@ def dense(
 # Of layers of equal shape the kernel is traced once.
 @functools.partial(
     jax.jit,
-    static_argnames=("limit", "epsilon", "dtype", "gated", "transposes", "interpret"),
+    static_argnames=("limit", "epsilon", "by_token", "dtype", "gated", "transposes", "interpret"),
 )
 def _dense(
     x: Array,
@@ -129,6 +133,7 @@ def _dense(
     *,
     limit: int | None,
     epsilon: float | None,
+    by_token: bool,
     dtype: DTypeLike,
     gated: bool,
     transposes: Transposes,
@@ -180,16 +185,21 @@ def _dense(
         specs.append(block(width, transposed=written, whole=False))
 
     def kernel(x_ref: Any, in_scale_ref: Any, in_offset_ref: Any, *refs: Any) -> None:
-        weights_ref, scale_ref, bias_ref, *residual_ref, out_ref, operand_ref = refs
+        weights_ref, scale_ref, bias_ref, *residual_ref, out_ref = refs[: -len(scratch)]
+        operand_ref, *step_ref = refs[-len(scratch) :]
 
         @pl.when(pl.program_id(2) == 0)
         def _prepare() -> None:
-            x = x_ref[...].astype(jnp.float32)
+            x, axis = x_ref[...].astype(jnp.float32), 0 if read else 1
             if epsilon is not None:
-                axis = 0 if read else 1
                 x = x - x.mean(axis, keepdims=True)
                 x = x * lax.rsqrt(jnp.square(x).mean(axis, keepdims=True) + epsilon)
             x = x * in_scale_ref[...] + in_offset_ref[...]
+            if limit is not None and by_token:
+                reach = jnp.abs(x).max(axis, keepdims=True)
+                step = jnp.where(reach > 0, reach / limit, 1.0)
+                x = x / step
+                step_ref[0][...] = step if read == written else _turned(step)
             operand_ref[...] = (
                 x.astype(weights.dtype) if limit is None else round_to_codes(x, limit)
             )
@@ -204,13 +214,19 @@ def _dense(
                 (((axes[0],), (axes[1],)), ((), ())),
                 preferred_element_type=jnp.float32 if limit is None else jnp.int32,
             )
-            return total.astype(jnp.float32) * scale_ref[part] + bias_ref[part]
+            scaled = total.astype(jnp.float32) * scale_ref[part]
+            for ref in step_ref:
+                scaled = scaled * ref[...]
+            return scaled + bias_ref[part]
 
         out = product(0) * gelu_by_tanh(product(1)) if gated else product(0)
         for ref in residual_ref:
             out = out + ref[...].astype(jnp.float32)
         out_ref[...] = out.astype(out_ref.dtype)
 
+    scratch = [pltpu.VMEM((channels, rows) if read else (rows, channels), weights.dtype)]
+    if by_token:
+        scratch.append(pltpu.VMEM((1, rows) if written else (rows, 1), jnp.float32))
     shape = (count, outputs, tokens) if written else (count, tokens, outputs)
     out = pl.pallas_call(
         kernel,
@@ -218,16 +234,25 @@ def _dense(
         in_specs=specs,
         out_specs=block(width, transposed=written, whole=False),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_shapes=[pltpu.VMEM((channels, rows) if read else (rows, channels), weights.dtype)],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_BYTES,
         ),
         interpret=interpret,
-        name="dense" if epsilon is None else "layer_norm_dense",
+        name=("" if epsilon is None else "layer_norm_")
+        + "dense"
+        + ("_by_token" if by_token else ""),
     )(*operands)
     out = jnp.swapaxes(out, 1, 2) if written else out
     return out.reshape(images, length, outputs)
+
+
+def _turned(vector: Array) -> Array:
+    """`[L, 1]` as `[1, L]`, or the other way; what turns arrays on the chip takes whole tiles."""
+    length, along = max(vector.shape), vector.shape[1] == 1
+    tile = jnp.broadcast_to(vector, (length, LANES) if along else (LANES, length)).T
+    return tile[:1] if along else tile[:, :1]
 
 
 def quantize_activated(

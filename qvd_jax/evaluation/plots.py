@@ -11,6 +11,9 @@ from qvd_jax.quant import htdq
 from qvd_jax.quant.scri import ActivationQuantizer
 from qvd_jax.quant.solve import LayerReport
 
+_LINES = 22
+"""Of small text that a plot is high."""
+
 
 def plot_ranges(axes: Any, report: LayerReport) -> None:
     """Draws the channels' ranges, as they are and as the quantizer sees them, on two axes."""
@@ -113,9 +116,21 @@ def plot_tradeoff(axes: Any, points: Mapping[str, tuple[float, float]], cost: st
     unbeaten = pareto(costs, values)
     front = sorted(point for point, best in zip(points.values(), unbeaten, strict=True) if best)
     axes.plot(*zip(*front, strict=True), color="C0", linewidth=0.8)
-    for (name, point), best in zip(points.items(), unbeaten, strict=True):
-        axes.plot(*point, "o", color="C0", fillstyle="full" if best else "none")
-        axes.annotate(name, point, (5, -3), textcoords="offset points", fontsize="x-small")
+    by_value = sorted(zip(points.items(), unbeaten, strict=True), key=lambda item: -item[0][1][1])
+    apart, line = (max(costs) - min(costs)) / 4, (max(values) - min(values)) / _LINES
+    labels: list[tuple[float, float]] = []
+    for (name, (spent, value)), best in by_value:
+        axes.plot(spent, value, "o", color="C0", fillstyle="full" if best else "none")
+        beside = [height for place, height in labels if abs(place - spent) <= apart]
+        labels.append((spent, min([value, *(height - line for height in beside)])))
+        axes.annotate(
+            name,
+            labels[-1],
+            (6, 0),
+            textcoords="offset points",
+            fontsize="x-small",
+            verticalalignment="center",
+        )
     axes.margins(x=0.2)
     axes.set(xlabel=cost, ylabel="SQNR of the last latents, dB")
 

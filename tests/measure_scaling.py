@@ -87,9 +87,10 @@ def main(*names: str) -> None:
     for mode, name in itertools.product(MODES, names or ("v5e", "v6e")):
         file, rows = RESULTS / f"scaling_{name}.json", []
         if file.exists():
-            rows = json.loads(file.read_text("utf-8"))["results"]
+            record = json.loads(file.read_text("utf-8"))
+            rows = record["results"]
             # Whole UNets may have been compiled since.
-            write(file, name, rows)
+            write_text(file, json.dumps(record | {"table": table(name, rows)}, indent=2) + "\n")
         there = {(row["video"], row["mesh"], row["mode"]) for row in rows}
         for sweep in SWEEPS:
             for mesh in map(meshes.parse, sweep.meshes):

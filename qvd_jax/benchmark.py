@@ -38,6 +38,9 @@ from qvd_jax.quant.policy import read_policy
 _VAE_STRIDE = 8
 """Of the published models, whose UNets are measured without a VAE."""
 
+_OF_ANIMATEDIFF, _OF_SVD, _SMALL = (16, 512, 512), (25, 576, 1024), (8, 128, 128)
+"""Frames, height and width of a video: of the published models, and what a CPU runs soon."""
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,8 +155,11 @@ def _modelled_device(args: argparse.Namespace) -> str | None:
 
 
 def _unet_case(args: argparse.Namespace) -> unet.Case:
-    frames, pixels = (16, 512) if args.what == "compiled" else (8, 128)
-    frames, height, width = args.frames or frames, args.height or pixels, args.width or pixels
+    usual = _SMALL
+    if args.what == "compiled":
+        usual = _OF_SVD if args.size == "svd" else _OF_ANIMATEDIFF
+    given = args.frames, args.height, args.width
+    frames, height, width = (asked or size for asked, size in zip(given, usual, strict=True))
     case = unet.Case(args.size, args.batch, frames, *latents_size(height, width, _VAE_STRIDE))
     limit = case.config.max_frames or frames
     if frames > limit:
@@ -166,6 +172,7 @@ def _unet_variants(
 ) -> tuple[unet.Case, list[Variant]]:
     """The case, and what is measured of it: ours, then the peers'."""
     case = _unet_case(args)
+    peers.check(against, case)
     for policy in args.policy:
         read_policy(policy)
     variants = unet_variants(args.dtype, args.policy, against)

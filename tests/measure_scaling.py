@@ -1,40 +1,200 @@
-"""Compiles one forward for slices of TPUs, which `docs/scaling.md` shows beside one chip.
+"""Models one step on slices of TPUs by the blocks of the UNet, which `docs/scaling.md` shows.
 
 python tests/measure_scaling.py [v5e v6e]
 
-Takes minutes of a core for each program; a slice whose file is there is left out.
+The compiler takes minutes for a whole UNet and seconds for a block: those that differ are compiled
+once and count as often as they are run. Takes minutes for each row that is not in its file yet.
 """
 
+import itertools
+import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from qvd_jax import benchmark, meshes
+import jax.numpy as jnp
+
+from qvd_jax import markdown, meshes
+from qvd_jax.benchmarks import chips, compiled, parts
+from qvd_jax.benchmarks.compiled import Target
+from qvd_jax.benchmarks.rounds import Variant
+from qvd_jax.benchmarks.unet import FLOAT_MODE, OURS, Case
+from qvd_jax.environment import environment
+from qvd_jax.files import write_text
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
-GRIDS = {2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
-MESHES = (
-    # Throughput: as many videos as chips.
-    *(f"data={chips}" for chips in (2, 8, 64)),
-    # Latency of one video: guidance first, then frames, of which there are 16.
-    "guidance=2",
-    *(f"guidance=2,frame={frames}" for frames in (2, 4, 8, 16)),
-    # Both, on more chips than one video divides over.
-    "data=4,guidance=2,frame=8",
+GRIDS = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
+KINDS = ("resnet", "spatial", "spatio_temporal", "motion")
+MODES = (FLOAT_MODE, "qvd-w8a8")
+STEPS = 25
+
+
+class Sweep(NamedTuple):
+    """Meshes for one kind of video.
+
+    Attributes:
+      title: what the document calls it.
+      size: of `Case`.
+      frames: F.
+      height: H of the latents.
+      width: W of the latents.
+      meshes: the first is of one chip.
+    """
+
+    title: str
+    size: str
+    frames: int
+    height: int
+    width: int
+    meshes: tuple[str, ...]
+
+
+SWEEPS = (
+    Sweep(
+        "AnimateDiff v2, 16 frames of 512x512",
+        "sd15",
+        *(16, 64, 64),
+        # Guidance first, then frames; in the end more chips than one video divides over.
+        (
+            "data=1",
+            "guidance=2",
+            *(f"guidance=2,frame={frames}" for frames in (2, 4, 8, 16)),
+            "data=2,guidance=2,frame=16",
+        ),
+    ),
+    # Its frames do not divide: the lowest resolution has 144 positions.
+    Sweep(
+        "Stable Video Diffusion, 25 frames of 1024x576",
+        "svd",
+        *(25, 72, 128),
+        ("data=1", "guidance=2"),
+    ),
+    Sweep(
+        "Stable Video Diffusion, 24 frames of 1024x576",
+        "svd",
+        *(24, 72, 128),
+        (
+            "data=1",
+            *(f"guidance=2,frame={frames}" for frames in (2, 4, 8)),
+        ),
+    ),
 )
 
 
-def main(*chips: str) -> None:
-    for chip in chips or ("v5e", "v6e"):
-        for mesh in MESHES:
-            config = meshes.parse(mesh)
-            out = RESULTS / f"compiled_{chip}_{mesh.replace('=', '').replace(',', '_')}.json"
-            if out.exists():
-                continue
-            grid, rows = f"{chip}:{GRIDS[config.size]}", str(2 * config.data)
-            size = ["--batch", rows, "--frames", "16", "--height", "512", "--width", "512"]
-            what = ["--dtype", "bfloat16", "--policy", "qvd-w8a8", "--out", str(out)]
-            code = benchmark.main(["compiled", "--chip", grid, "--mesh", mesh, *size, *what])
-            assert code == 0, mesh
+def main(*names: str) -> None:
+    for mode, name in itertools.product(MODES, names or ("v5e", "v6e")):
+        file, rows = RESULTS / f"scaling_{name}.json", []
+        if file.exists():
+            record = json.loads(file.read_text("utf-8"))
+            rows = record["results"]
+            # Whole UNets may have been compiled since.
+            write_text(file, json.dumps(record | {"table": table(name, rows)}, indent=2) + "\n")
+        there = {(row["video"], row["mesh"], row["mode"]) for row in rows}
+        for sweep in SWEEPS:
+            for mesh in map(meshes.parse, sweep.meshes):
+                if (sweep.title, str(mesh), mode) not in there:
+                    rows.append(model(name, sweep, mesh, mode))
+                    write(file, name, rows)
+
+
+def model(name: str, sweep: Sweep, mesh: meshes.MeshConfig, mode: str) -> dict[str, Any]:
+    """A step on a slice."""
+    case = Case(sweep.size, 2 * mesh.data, sweep.frames, sweep.height, sweep.width)
+    target = Target(chips.find(f"{name}:{GRIDS[mesh.size]}"), mesh)
+    variant, counts = Variant(OURS, mode, "bfloat16"), blocks(case)
+    kinds, sent = Counter[str](), 0
+    found = compiled.compile_programs(case, target, list(counts), [variant])
+    for one in found:
+        for kind, spent in one["modelled_ms_by_kind"].items():
+            kinds[kind] += counts[one["part"]] * spent
+        for together in one.get("collectives", {}).values():
+            sent += counts[one["part"]] * together["bytes"]
+    return {
+        "video": sweep.title,
+        "chip": target.chip.name,
+        "mesh": str(mesh),
+        "chips": mesh.size,
+        "videos": mesh.data,
+        "mode": mode,
+        "dtype": variant.dtype,
+        "modelled_ms": kinds.total(),
+        "modelled_ms_by_kind": dict(kinds),
+        "sent_bytes": sent,
+        "blocks": {
+            one["part"]: {"count": counts[one["part"]], "modelled_ms": one["modelled_ms"]}
+            for one in found
+        },
+    }
+
+
+def blocks(case: Case) -> dict[str, int]:
+    """Those of a UNet's resnets and transformers that differ, with how often each is run."""
+    first: dict[tuple[str, str], str] = {}
+    counts = Counter[str]()
+    for name in parts.names(case.config):
+        kind = name.partition(".")[2]
+        if kind in KINDS:
+            inputs = str(parts.find(name, case, jnp.bfloat16).inputs)
+            counts[first.setdefault((kind, inputs), name)] += parts.count(name, case.config)
+    return dict(counts)
+
+
+def write(file: Path, name: str, rows: Sequence[dict[str, Any]]) -> None:
+    record = {
+        "command": f"python tests/measure_scaling.py {name}",
+        **environment(f"{name}, compiled for, not run"),
+        "results": rows,
+        "table": table(name, rows),
+    }
+    write_text(file, json.dumps(record, indent=2) + "\n")
+
+
+def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """A table of each kind of video."""
+    texts = []
+    for title in dict.fromkeys(row["video"] for row in rows):
+        own = [row for row in rows if row["video"] == title]
+        alone = {row["mode"]: row["modelled_ms"] for row in own if row["chips"] == 1}
+        whole = wholes(name) if title == SWEEPS[0].title else {}
+        shown = [
+            _row(row, alone[row["mode"]], whole)
+            for row in sorted(own, key=lambda row: (row["mode"], row["chips"]))
+        ]
+        texts.append(f"{title}, {name}:\n\n{markdown.table(shown)}")
+    return "\n\n".join(texts)
+
+
+def wholes(name: str) -> dict[tuple[str, str], float]:
+    """The milliseconds of whole UNets of AnimateDiff that were compiled, by mesh and mode."""
+    files = (RESULTS / f"compiled_{name}.json", RESULTS / f"compiled_{name}_2x4.json")
+    records = (json.loads(file.read_text("utf-8")) for file in files if file.exists())
+    return {
+        (result.get("mesh", str(meshes.MeshConfig())), result["mode"]): result["modelled_ms"]
+        for record in records
+        for result in record["results"]
+        if result["part"] == parts.UNET
+    }
+
+
+def _row(row: dict[str, Any], alone: float, whole: dict[tuple[str, str], float]) -> dict[str, str]:
+    spent, chips_ms = row["modelled_ms"], row["chips"] * row["modelled_ms"] / row["videos"]
+    known = whole.get((row["mesh"], row["mode"]))
+    compared = {"of a whole UNet's ms": f"{spent / known:.3f}" if known else ""} if whole else {}
+    return {
+        "layers": f"{row['mode']} {row['dtype']}",
+        "chips": str(row["chips"]),
+        "mesh": row["mesh"],
+        "ms": f"{spent:.1f}",
+        "speedup": f"{alone / spent:.2f}",
+        "efficiency": f"{alone / chips_ms:.0%}",
+        "exchanged ms": f"{row['modelled_ms_by_kind']['collectives']:.2f}",
+        "sent MB": f"{row['sent_bytes'] / 1e6:.1f}",
+        "steps a second": f"{1e3 * row['videos'] / spent:.1f}",
+        f"chip hours, 1000 videos of {STEPS} steps": f"{STEPS * chips_ms / 3600:.2f}",
+        **compared,
+    }
 
 
 if __name__ == "__main__":

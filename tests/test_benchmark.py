@@ -168,6 +168,14 @@ def test_missing_peers_are_named_with_their_install_command(capsys, monkeypatch)
         benchmark.installed(["torchao"])
 
 
+@pytest.mark.parametrize("peer", ["diffusers", "torchao"])
+def test_peers_that_have_another_unet_are_refused(capsys, monkeypatch, peer):
+    monkeypatch.setattr(benchmark, "version", {"torch": "2.13", peer: "0.1", "diffusers": "1"}.get)
+    assert benchmark.main(["unet", "--size", "svd", "--against", f"qwix,{peer}"]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"--size svd: {peer} is measured with AnimateDiff's UNet alone")
+
+
 @pytest.mark.parametrize(
     ("against", "message"),
     [

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from qvd_jax import benchmark
 from qvd_jax.benchmarks import chips, compiled, compilers, hlo
 from qvd_jax.benchmarks.rounds import in_fresh_process
 from qvd_jax.diffusion import sampler
@@ -48,6 +49,39 @@ def test_chips_of_a_grid_are_connected_to_their_neighbors(name, count, links):
     chip = chips.find(name)
     assert (chip.count, chip.links, chip.name) == (count, links, name)
     assert chip.one == chips.find(name.partition(":")[0])
+
+
+@pytest.mark.parametrize(
+    ("frames", "chip", "mesh", "message"),
+    [
+        # Frames and positions of the lowest resolution have no divisor in common.
+        (
+            [],
+            "v5e:2x4",
+            "guidance=2,frame=4",
+            "25 frames do not divide into 4 parts; frame may be 1",
+        ),
+        (
+            [],
+            "v5p:1x1x5",
+            "frame=5",
+            "the 9216 positions of level 0 do not divide into 5 parts; frame may be 1",
+        ),
+        (
+            ["--frames", "14"],
+            "v5e:2x4",
+            "guidance=2,frame=4",
+            "14 frames do not divide into 4 parts; frame may be 1, 2",
+        ),
+    ],
+)
+def test_frames_of_stable_video_diffusion_divide_with_its_positions(
+    capsys, frames, chip, mesh, message
+):
+    asked = ["compiled", "--size", "svd", *frames, "--chip", chip, "--mesh", mesh]
+    assert benchmark.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(message)
 
 
 SLICE, DIVIDED = "v5e:2x4", MeshConfig(guidance=2, frame=4)

@@ -118,13 +118,8 @@ def compile_programs(
     ]
     with tempfile.TemporaryDirectory() as dump, compilers.settings(chip, dump):
         bundles = in_fresh_process("the estimate", prepare, case, target, programs, Path(dump))
-    results = []
-    with compilers.settings(chip), tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
-        for program in bar:
-            what = f"{program[0]} {program[1].mode} {program[1].dtype}"
-            bar.set_postfix_str(what)
-            results.append(in_fresh_process(what, compile_program, case, target, program, bundles))
-    return results
+    with compilers.settings(chip):
+        return in_fresh_process("the compiler", compile_each, case, target, programs, bundles)
 
 
 def prepare(case: Case, target: Target, programs: Sequence[Program], dump: Path) -> Bundles:
@@ -155,6 +150,18 @@ def prepare(case: Case, target: Target, programs: Sequence[Program], dump: Path)
                 with _refusals(case, chip, program, arguments):
                     bundles[kernel.key] = compilers.bundles(chip, kernel.call, dump)
     return bundles
+
+
+def compile_each(
+    case: Case, target: Target, programs: Sequence[Program], bundles: Bundles
+) -> list[dict[str, Any]]:
+    """Compiles one program after the other; see `compile_programs`."""
+    results = []
+    with tqdm.tqdm(programs, desc="compiling", unit="program") as bar:
+        for program in bar:
+            bar.set_postfix_str(f"{program[0]} {program[1].mode} {program[1].dtype}")
+            results.append(compile_program(case, target, program, bundles))
+    return results
 
 
 def compile_program(
@@ -195,7 +202,7 @@ def _function(
     init = functools.partial(part.network(layers).init, method=part.method)
     params = jax.eval_shape(init, jax.random.key(0), *part.inputs)
     places = PartitionSpec(), *part.placed
-    divides = mesh.shape[FRAME] > 1 and name != parts.VAE
+    divides = mesh.shape[FRAME] > 1
     network = part.network(replace(layers, frame_axis=FRAME) if divides else layers)
     function = functools.partial(network.apply, method=part.method)
     if mesh.size > 1:
@@ -255,7 +262,7 @@ def describe(
     places: tuple[PartitionSpec, ...],
     bundles: Bundles,
 ) -> dict[str, Any]:
-    """Compiles a function; to be called inside `compilers.settings` in a fresh process.
+    """Compiles a function; to be called inside `compilers.settings`, in a process begun there.
 
     Args:
       chip: what for.

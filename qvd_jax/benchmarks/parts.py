@@ -9,6 +9,7 @@ way up, between them mid. KIND is one of `KINDS`; its layer is the last of the l
 the one with the transformer.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,10 +19,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from qvd_jax.benchmarks.unet import TEXT_LENGTH, Case
+from qvd_jax.benchmarks.unet import Case
 from qvd_jax.errors import InputError
 from qvd_jax.meshes import AXES, DATA, FRAME, GUIDANCE
-from qvd_jax.models.attention import Context
 from qvd_jax.models.configs import UNet3DConfig
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.stages import Layer, Stage, down_stages, mid_stage, up_stages
@@ -85,6 +85,18 @@ def _has_attention(stage: Stage, number: int) -> bool:
     return stage.has_attention[number]
 
 
+def _blends(stage: Stage) -> bool:
+    return stage.config.temporal_op == "spatio_temporal"
+
+
+def _is_spatial(stage: Stage, number: int) -> bool:
+    return stage.has_attention[number] and not _blends(stage)
+
+
+def _is_spatio_temporal(stage: Stage, number: int) -> bool:
+    return stage.has_attention[number] and _blends(stage)
+
+
 def _has_motion(stage: Stage, number: int) -> bool:
     return stage.has_motion[number]
 
@@ -128,12 +140,18 @@ KINDS = {
         _always, ("wide", "temporal"), lambda stage, layer, *inputs: layer.resnet(*inputs)
     ),
     "spatial": Kind(
-        _has_attention, ("x", "context"), lambda stage, layer, *inputs: layer.attention(*inputs)
+        _is_spatial, ("x", "context"), lambda stage, layer, *inputs: layer.attention(*inputs)
+    ),
+    # SVD's transformer, whose temporal block is blended with the spatial one.
+    "spatio_temporal": Kind(
+        _is_spatio_temporal,
+        ("x", "context"),
+        lambda stage, layer, *inputs: layer.attention(*inputs),
     ),
     "motion": Kind(_has_motion, ("x",), lambda stage, layer, x: layer.motion_module(x)),
     # Each with the norm before it and the addition behind it.
     "self_attention": Kind(_has_attention, ("tokens",), _self_attention),
-    "cross_attention": Kind(_has_attention, ("tokens", "context"), _cross_attention),
+    "cross_attention": Kind(_is_spatial, ("tokens", "context"), _cross_attention),
     "feed_forward": Kind(_has_attention, ("tokens",), _feed_forward),
     "temporal_attention": Kind(_has_motion, ("moved",), _temporal_attention),
     # The convolution that halves or doubles the resolution.
@@ -162,6 +180,13 @@ def check(name: str, config: UNet3DConfig) -> None:
         raise InputError(f"unknown part {name!r}; known are {', '.join(known)}")
 
 
+def count(name: str, config: UNet3DConfig) -> int:
+    """In how many layers of its level a part of LEVEL.KIND stands."""
+    level, _, kind = name.partition(".")
+    stage = _levels(config)[level].stage
+    return sum(KINDS[kind].exists(stage, number) for number in range(len(stage.in_channels)))
+
+
 def find(name: str, case: Case, dtype: DTypeLike) -> Part:
     """The part of a name.
 
@@ -170,23 +195,26 @@ def find(name: str, case: Case, dtype: DTypeLike) -> Part:
       case: the UNet, and how large its inputs are.
       dtype: of the inputs, timesteps excepted.
     """
-    latents, timesteps, text = case.shapes()
+    latents, timesteps, context, *ids = case.shapes()
     if name == VAE:
-        # The pipelines decode one video after the other.
+        # The pipelines decode one video after the other. Frames that see each other divide as the
+        # UNet's, others among all.
+        together = case.config.temporal_op == "spatio_temporal"
+        vae = VAEConfig(temporal_decoder=together)
         return Part(
-            lambda layers: AutoencoderKL(VAEConfig(), layers),
+            lambda layers: AutoencoderKL(vae, layers),
             lambda vae, latents: to_bytes(vae.decode(latents / vae.config.scaling_factor)),
-            (jax.ShapeDtypeStruct((1, *latents.shape[1:]), dtype),),
-            (PartitionSpec(None, AXES),),
+            (jax.ShapeDtypeStruct((1, *latents.shape[1:-1], vae.latent_channels), dtype),),
+            (PartitionSpec(None, FRAME if together else AXES),),
         )
 
     def network(layers: LayerSet) -> nn.Module:
         return UNet3D(case.config, layers)
 
     if name == UNET:
-        latents, text = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (latents, text))
-        placed = _FRAMES, PartitionSpec(), _VIDEOS
-        return Part(network, UNet3D.__call__, (latents, timesteps, text), placed)
+        latents, context = (jax.ShapeDtypeStruct(x.shape, dtype) for x in (latents, context))
+        placed = _FRAMES, PartitionSpec(), _VIDEOS, *(PartitionSpec() for _ in ids)
+        return Part(network, UNet3D.__call__, (latents, timesteps, context, *ids), placed)
     level, _, kind = name.partition(".")
     place = _levels(case.config)[level]
 
@@ -229,13 +257,18 @@ def _levels(config: UNet3DConfig) -> dict[str, _Place]:
 def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str, Any]:
     """What the kinds of parts are called with, by name."""
     config, level = case.config, stage.level
-    channels, heads = config.block_channels[level], config.num_heads[level]
+    channels = config.block_channels[level]
     height, width = config.sizes(case.height, case.width)[level]
     positions = height * width
-    keys = (case.batch, TEXT_LENGTH, heads, channels // heads)
 
     def shape(*sizes: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def features(method: Callable[..., Any], x: jax.ShapeDtypeStruct) -> Any:
+        """What the layer is given of what the stage makes of time embedding or context."""
+        compute = functools.partial(stage.init_with_output, method=method)
+        found, _ = jax.eval_shape(compute, jax.random.key(0), x)
+        return jax.tree.map(lambda leaf: shape(*leaf.shape), found[number])
 
     return {
         "x": shape(case.batch, case.frames, height, width, channels),
@@ -243,8 +276,8 @@ def _inputs(case: Case, stage: Stage, number: int, dtype: DTypeLike) -> dict[str
         "wide": shape(case.batch, case.frames, height, width, stage.in_channels[number]),
         "tokens": shape(case.batch, case.frames, positions, channels),
         "moved": shape(case.batch, case.frames, positions, channels),
-        "temporal": shape(1, channels),
-        "context": jax.eval_shape(Context, shape(*keys), shape(*keys))
-        if stage.has_attention[number]
-        else None,
+        "temporal": features(Stage.temporal_features, shape(1, 4 * config.block_channels[0])),
+        "context": features(
+            Stage.context_features, shape(case.batch, case.context_length, config.context_dim)
+        ),
     }

@@ -1,6 +1,7 @@
 """The same forward in what a user could pick instead, each at its best; with random weights."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from qvd_jax.benchmarks.rounds import Run, Variant
 from qvd_jax.benchmarks.unet import Case, compile_forward, param_shapes, random_params
+from qvd_jax.errors import InputError
 from qvd_jax.models.layers import FLOAT, Conv
 from qvd_jax.models.unet3d import UNet3D
 
@@ -70,6 +72,15 @@ def build_qwix(case: Case, variant: Variant) -> Run:
 BUILDS = {"diffusers": build_diffusers, "torchao": build_torchao, "qwix": build_qwix}
 
 
+def check(names: Iterable[str], case: Case) -> None:
+    """Raises `InputError` if one of the peers has no UNet of the case's kind."""
+    for name in names:
+        if "diffusers" in REQUIRED[name] and case.config.temporal_op != "motion_module":
+            raise InputError(
+                f"--size {case.size}: {name} is measured with AnimateDiff's UNet alone"
+            )
+
+
 @functools.cache
 def _motion_model(case: Case, dtype: str) -> Any:
     import torch
@@ -103,7 +114,9 @@ def _torch_run(module: Any, case: Case, dtype: str) -> Run:
     import torch
 
     device = _device()
-    latents, text = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in case.inputs())
+    latents, _, text = (
+        torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in case.inputs()
+    )
     latents = latents.permute(0, 4, 1, 2, 3).contiguous()
     text = text.repeat_interleave(case.frames, 0)
 

@@ -14,7 +14,7 @@ from qvd_jax import accelerators, memory
 from qvd_jax.axes import Array, Params
 from qvd_jax.benchmarks.rounds import Variant
 from qvd_jax.memory import tree_bytes
-from qvd_jax.models.configs import UNet3DConfig, animatediff
+from qvd_jax.models.configs import STABLE_VIDEO_DIFFUSION, UNet3DConfig, animatediff
 from qvd_jax.models.layers import FLOAT, LayerSet
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.loading import read_configs
@@ -43,13 +43,14 @@ def _tiny() -> UNet3DConfig:
 
 SIZES: dict[str, Callable[[], UNet3DConfig]] = {
     "sd15": functools.partial(animatediff, "v2"),
+    "svd": lambda: STABLE_VIDEO_DIFFUSION,
     "shapes": _shapes,
     "tiny": _tiny,
 }
 OURS = "qvd_jax"
 FLOAT_MODE = "float"
 
-TEXT_LENGTH = 77
+_TEXT_LENGTH = 77
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,28 @@ class Case:
         """H W of each level."""
         return tuple(h * w for h, w in self.config.sizes(self.height, self.width))
 
-    def inputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Latents `[B, F, H, W, C]` and text `[B, L, C]`, the same for every variant."""
+    @property
+    def context_length(self) -> int:
+        """L of the context: of a text, or the one token of SVD's image."""
+        return 1 if self.config.temporal_op == "spatio_temporal" else _TEXT_LENGTH
+
+    def inputs(self) -> tuple[np.ndarray, ...]:
+        """What `shapes` says, the same for every variant."""
         rng = np.random.default_rng(0)
-        latents, _, text = self.shapes()
+        latents, timestep, *others = self.shapes()
         return (
             rng.standard_normal(latents.shape, dtype=np.float32),
-            rng.standard_normal(text.shape, dtype=np.float32),
+            np.full(timestep.shape, 500, np.float32),
+            *(rng.standard_normal(other.shape, dtype=np.float32) for other in others),
         )
 
     def shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What the UNet is called with: latents, timestep, text."""
-        latents = (self.batch, self.frames, self.height, self.width, self.config.in_channels)
-        text = (self.batch, TEXT_LENGTH, self.config.context_dim)
-        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, (1,), text))
+        """What the UNet is called with: latents, timestep, context, and added ids if it has any."""
+        config = self.config
+        latents = (self.batch, self.frames, self.height, self.width, config.in_channels)
+        context = (self.batch, self.context_length, config.context_dim)
+        ids = ((1, config.added_ids),) if config.added_ids else ()
+        return tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in (latents, (1,), context, *ids))
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Forward:
 
 
 def build(case: Case, variant: Variant) -> Forward:
-    """Our UNet with random weights; temporal and text features are included."""
+    """Our UNet with random weights; temporal and context features are included."""
     module = UNet3D(case.config, layers(case, variant))
     return compile_forward(module.apply, random_params(module, case), case, variant.dtype)
 
@@ -170,6 +179,6 @@ def param_shapes(module: UNet3D, case: Case) -> Params:
 
 def compile_forward(apply: Callable[..., Array], params: Params, case: Case, dtype: str) -> Forward:
     """Compiles one forward of a UNet with the case's inputs."""
-    latents, text = (jnp.asarray(x, dtype) for x in case.inputs())
-    arguments = params, latents, jnp.array([500.0]), text
+    latents, timestep, context, *ids = map(jnp.asarray, case.inputs())
+    arguments = params, latents.astype(dtype), timestep, context.astype(dtype), *ids
     return Forward(jax.jit(apply).lower(*arguments).compile(), arguments)

@@ -20,7 +20,7 @@ from qvd_jax.config import from_dict, read_yaml
 from qvd_jax.errors import InputError
 from qvd_jax.hosts import Hosts
 from qvd_jax.models.layers import FLOAT, Dense, LayerSet
-from qvd_jax.pipelines import export, sensitivity
+from qvd_jax.pipelines import export_stages, sensitivity
 from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.observation import CalibrationConfig, Observed
 from qvd_jax.pipelines.quantization import make_plan, solve_plan, unet_layers
@@ -173,7 +173,7 @@ def test_codes_of_two_bits_are_int2_wherever_they_can_be(pipe, observed, tmp_pat
     wide = solve_plan(pipe, with_widths(plan, {CONV: 8, DENSE: 8}), observed, CONFIG)[0]
     spared = sum(kernel.size for kernel in kernels.values()) * 3 // 4
     assert held_bytes(wide.params) - held_bytes(restored.params) == spared
-    unet, _ = export._weights(restored, "unet")
+    unet, _ = export_stages.weights_of(restored, "unet")
     for path, kernel in kernels.items():
         exported = flax.traverse_util.flatten_dict(unet, sep="/")[f"{path}/kernel"]
         assert exported.dtype == jnp.int4

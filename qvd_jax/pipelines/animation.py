@@ -135,7 +135,7 @@ class AnimationPipeline(TextPipeline):
         window = self.window(frames)
         return window * math.ceil(frames / window), height, width, channels
 
-    def initial_noise(self, seed: int, videos: Videos, shape: tuple[int, ...]) -> Array:
+    def initial_noise(self, seed: int | Array, videos: Videos, shape: tuple[int, ...]) -> Array:
         """Noise of one window, repeated over the video."""
         frames = shape[0]
         window = self.window(frames)

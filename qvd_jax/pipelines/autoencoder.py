@@ -113,11 +113,11 @@ def encode(vae: AutoencoderKL, params: Params, images: Array) -> tuple[Array, Ar
     """
     devices = meshes.devices_of(params)
     if jax.device_count() == 1:
-        return _encode(vae, params, images, None)
+        return encode_images(vae, params, images)
     mesh = MeshConfig(data=len(devices)).over(devices)
     place = NamedSharding(mesh, PartitionSpec(DATA))
     given = jax.device_put(meshes.padded(images, len(devices)), place)
-    found = meshes.replicate(_encode(vae, meshes.replicate(params, mesh), given, mesh), mesh)
+    found = meshes.replicate(encode_images(vae, meshes.replicate(params, mesh), given, mesh), mesh)
     mean, log_variance = (values[: len(images)] for values in found)
     return mean, log_variance
 
@@ -138,9 +138,11 @@ def encode_each(vae: AutoencoderKL, params: Params, images: Sequence[Array]) -> 
 
 
 @program(static=("vae", "mesh"))
-def _encode(
-    vae: AutoencoderKL, params: Params, images: Array, mesh: Mesh | None
+def encode_images(
+    vae: AutoencoderKL, params: Params, images: Array, mesh: Mesh | None = None
 ) -> tuple[Array, Array]:
+    """Posterior of images `[N, H, W, 3]`, of several devices on each that of its part of them."""
+
     def encode(params: Params, images: Array) -> tuple[Array, Array]:
         mean, log_variance = vae.apply({"params": params}, images[:, None], method="encode")
         return mean[:, 0], log_variance[:, 0]
@@ -155,6 +157,13 @@ def _encode(
             check_vma=False,
         )
     return encode(params, images)
+
+
+@program(static=("scaling_factor",))
+def draw_latents(mean: Array, log_variance: Array, key: Array, scaling_factor: float) -> Array:
+    """Latents `[N, h, w, C]` drawn from their posterior, as a UNet sees them."""
+    noise = jax.random.normal(key, mean.shape)
+    return (mean + jnp.exp(log_variance / 2) * noise) * scaling_factor
 
 
 @program(static=("vae", "mesh"))

@@ -27,8 +27,8 @@ from qvd_jax.pipelines.pipeline import (
 from qvd_jax.programs import program
 
 # Of the images CLIP was trained on.
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073))
+CLIP_DEVIATION = np.array((0.26862954, 0.26130258, 0.27577711))
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
         for image, key in zip(to_arrays(inputs, "images"), keys, strict=True):
             pixels = to_unit_range(image)
             seen = clip_pixels(image, self.image_encoder.config.image_size)
-            embeddings.append(_embed(self.image_encoder, self.params["image_encoder"], seen))
+            embeddings.append(embed_image(self.image_encoder, self.params["image_encoder"], seen))
             # Stream 0 of the video's key: the sampler's steps draw from stream 1 on.
             noise = jax.random.normal(jax.random.fold_in(key, 0), pixels.shape)
             shown.append(pixels + want.noise_aug_strength * noise)
@@ -194,7 +194,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
 def clip_pixels(image: np.ndarray, size: int) -> np.ndarray:
     """What CLIP's image tower sees of an image uint8 `[H, W, 3]`: float32 `[size, size, 3]`."""
     small = resize_antialiased(np.asarray(to_unit_range(image)), size)
-    normal = ((small + 1) / 2 - np.array(_CLIP_MEAN)) / np.array(_CLIP_DEVIATION)
+    normal = ((small + 1) / 2 - CLIP_MEAN) / CLIP_DEVIATION
     return normal.astype(np.float32)
 
 
@@ -208,12 +208,12 @@ def resize_antialiased(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
       float64 `[size, size, C]`.
     """
-    rows, columns = (_resize_matrix(length, size) for length in image.shape[:2])
+    rows, columns = (resize_matrix(length, size) for length in image.shape[:2])
     return np.einsum("yh,xw,hwc->yxc", rows, columns, image, optimize=True)
 
 
-def _resize_matrix(length: int, size: int) -> np.ndarray:
-    """Gaussian blur, then bicubic interpolation with aligned corners, `[size, length]`."""
+def resize_matrix(length: int, size: int) -> np.ndarray:
+    """Along an axis: Gaussian blur, then bicubic with aligned corners, `[size, length]`."""
     deviation = max((length / size - 1) / 2, 0.001)
     taps = int(max(4 * deviation, 3)) // 2
     offsets = np.arange(-taps, taps + 1)
@@ -243,5 +243,6 @@ def _cubic(distance: np.ndarray) -> np.ndarray:
 
 
 @program(static=("encoder",))
-def _embed(encoder: CLIPVisionEncoder, params: Params, pixels: Array) -> Array:
+def embed_image(encoder: CLIPVisionEncoder, params: Params, pixels: Array) -> Array:
+    """Embedding `[C]` of what `clip_pixels` gives."""
     return encoder.apply({"params": params}, pixels[None])[0].astype(jnp.float32)

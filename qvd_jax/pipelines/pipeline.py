@@ -177,7 +177,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         window = self.window(want.frames)
         return self.configs.work(videos, window, want.height, want.width, guided=want.guided)
 
-    def initial_noise(self, seed: int, videos: Videos, shape: tuple[int, ...]) -> Array:
+    def initial_noise(self, seed: int | Array, videos: Videos, shape: tuple[int, ...]) -> Array:
         """Unit-normal noise `[B, *shape]` from which the videos are made."""
         return sampler.initial_noise(seed, videos, shape)
 

@@ -15,6 +15,7 @@ from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
 from qvd_jax.meshes import MeshConfig
+from qvd_jax.pipelines import autoencoder
 from qvd_jax.pipelines.arguments import by_either_name
 from qvd_jax.pipelines.images import Images, check_image, to_arrays
 from qvd_jax.pipelines.pipeline import (
@@ -219,13 +220,16 @@ class TextToVideoPipeline(TextPipeline):
         if shape[2:4] != latents[1:3]:
             content = jnp.asarray(pixels)
         else:
-            mean, log_variance = self.encode(2 * pixels - 1)
-            # No video's stream: they share the images.
-            key = jax.random.fold_in(jax.random.key(seed), np.iinfo(np.uint32).max)
-            noise = jax.random.normal(key, mean.shape)
-            content = (mean + jnp.exp(log_variance / 2) * noise) * self.vae.config.scaling_factor
+            posterior = self.encode(2 * pixels - 1)
+            scaling_factor = self.vae.config.scaling_factor
+            content = autoencoder.draw_latents(*posterior, control_key(seed), scaling_factor)
         content = jnp.concatenate([content, jnp.ones_like(content[..., :1])], axis=-1)
         return jnp.zeros(shape).at[0, jnp.asarray(indices)].set(content)
+
+
+def control_key(seed: int | Array) -> Array:
+    """The random key of SparseCtrl's images: of no video's stream, for all videos share them."""
+    return jax.random.fold_in(jax.random.key(seed), np.iinfo(np.uint32).max)
 
 
 def check_control_images(

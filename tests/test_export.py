@@ -79,6 +79,7 @@ def test_embeddings_become_latents(pipe, artifact):
     np.testing.assert_array_equal(found, want)
 
 
+@pytest.mark.slow
 def test_images_become_videos(tmp_path):
     """Stable Video Diffusion's kind; each image is encoded by itself, whatever their number."""
     pipe, images = small("svd"), pictures(2)
@@ -106,6 +107,7 @@ def test_images_become_videos(tmp_path):
         sample([[1, 2]])
 
 
+@pytest.mark.slow
 def test_images_follow_a_motion(tmp_path):
     """MagicAnimate's kind: windows of 3 frames over a loop of 6, of which 4 are left."""
     pipe, images, motion = small("magicanimate"), pictures(1), pictures(4)
@@ -121,8 +123,16 @@ def test_images_follow_a_motion(tmp_path):
     ("controlnet", "indices"),
     [
         # SparseCtrl, told of images' latents and of images; an ordinary ControlNet.
-        (ControlNetConfig(5, motion_attentions=1, ignores_latents=True), (0, 2)),
-        (ControlNetConfig(4, (4, 8), motion_attentions=1, ignores_latents=True), (1,)),
+        pytest.param(
+            ControlNetConfig(5, motion_attentions=1, ignores_latents=True),
+            (0, 2),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ControlNetConfig(4, (4, 8), motion_attentions=1, ignores_latents=True),
+            (1,),
+            marks=pytest.mark.slow,
+        ),
         (ControlNetConfig(3, (4, 8)), None),
     ],
     ids=["latents of frames", "frames", "all frames"],

@@ -377,7 +377,8 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     arguments = [
         "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "int8"),
         "--prompt", "a red circle", "--policy", str(tmp_path / "own.yaml"),
-        "--steps", "1", "--frames", "2", "--height", "8", "--width", "10",
+        # Of the shapes that are compiled already: those of a step of `quantized`.
+        "--steps", "1", "--frames", "3", "--height", "8", "--width", "12", "--samples", "16",
         "--report", str(tmp_path / "report"), "--scheduler", "euler", "--karras",
     ]  # fmt: skip
     assert calibrate.main(arguments) == 0

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +60,10 @@ def load(
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
     family, configs, scheduler, defaults, quantization = parse_configs(path, manifest)
+    tokenizer: dict[str, Any] = {}
+    if configs.text_encoder is not None:
+        tokenizer["tokenizer"] = load_tokenizer(path / checkpoint.TOKENIZER)
+        check_vocabulary(tokenizer["tokenizer"], configs.text_encoder, str(path))
     stored = {name: items.StoredItem(path, name) for name in configs.items(quantization)}
     # The VAE is float in every checkpoint.
     dtype = jnp.dtype(dtype or jax.tree.leaves(stored["vae"].shapes)[0].dtype)
@@ -74,18 +77,7 @@ def load(
             expected = configs.param_shapes(dtype, quantization)
         for name, item in stored.items():
             item.check(expected[name])
-
-    def read() -> dict[str, Params]:
-        return {name: item.read(expected[name], sharding) for name, item in stored.items()}
-
-    tokenizer: dict[str, Any] = {}
-    with ThreadPoolExecutor(1) as beside:
-        # Reading waits for the disk while a tokenizer's library is imported.
-        reading = beside.submit(read)
-        if configs.text_encoder is not None:
-            tokenizer["tokenizer"] = load_tokenizer(path / checkpoint.TOKENIZER)
-            check_vocabulary(tokenizer["tokenizer"], configs.text_encoder, str(path))
-        params = reading.result()
+    params = {name: item.read(expected[name], sharding) for name, item in stored.items()}
     if quantization is not None:
         _check_finite(params["unet"], path)
     return family.pipeline(

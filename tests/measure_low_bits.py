@@ -9,7 +9,6 @@ chosen layer by layer. QVD has three seeds for each prompt at the widths that ar
 float, all others one. It takes hours, and writes its file once more after each part.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 
@@ -17,16 +16,13 @@ from measure_policies import (
     MODEL,
     RESULTS,
     folder,
-    given,
     make_parser,
     measure,
     parse,
     rescaled_model,
     run_digest,
-    table,
+    store,
 )
-
-from qvd_jax.files import write_text
 
 LOW_BITS = RESULTS.with_name("low_bits.json")
 COMMAND = "python tests/measure_low_bits.py --out runs/low_bits"
@@ -57,13 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("rescaled", rescaled, PLUS, 1),
     ):
         parts[name] = measure(out, name, model, policies, args.videos, seeds, args.fvd_videos)
-        found = {
-            "command": f"{COMMAND} {given(args)}",
-            "run": digest,
-            "parts": parts,
-            "table": table(parts),
-        }
-        write_text(args.results, json.dumps(found, indent=1) + "\n")
+        store(args, COMMAND, digest, parts)
     return 0
 
 

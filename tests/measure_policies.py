@@ -83,13 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("rescaled", str(rescaled), controlled, 1),
         )
     }
-    found = {
-        "command": f"{COMMAND} {given(args)}",
-        "run": digest,
-        "parts": parts,
-        "table": table(parts),
-    }
-    write_text(args.results, json.dumps(found, indent=1) + "\n")
+    store(args, COMMAND, digest, parts)
     return 0
 
 
@@ -123,6 +117,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     if args.fvd_videos > args.videos and args.fvd_videos % args.videos:
         parser.error(f"--fvd-videos {args.fvd_videos} is no multiple of --videos {args.videos}")
     return args
+
+
+def store(
+    args: argparse.Namespace, command: str, digest: str, parts: dict[str, dict[str, Any]]
+) -> None:
+    """Writes what an experiment found, and its table."""
+    found = {
+        "command": f"{command} {given(args)}",
+        "run": digest,
+        "parts": parts,
+        "table": table(parts),
+    }
+    write_text(args.results, json.dumps(found, indent=1) + "\n")
 
 
 def given(args: argparse.Namespace) -> str:

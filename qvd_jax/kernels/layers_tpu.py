@@ -195,7 +195,8 @@ def _dense(
                 x = x - x.mean(axis, keepdims=True)
                 x = x * lax.rsqrt(jnp.square(x).mean(axis, keepdims=True) + epsilon)
             x = x * in_scale_ref[...] + in_offset_ref[...]
-            if limit is not None and by_token:
+            if by_token:
+                assert limit is not None, "codes alone have steps"
                 reach = jnp.abs(x).max(axis, keepdims=True)
                 step = jnp.where(reach > 0, reach / limit, 1.0)
                 x = x / step

@@ -43,6 +43,7 @@ _CPU_LEAST_BLOCK = 64
 """Where the queries divide into nothing larger, they are not divided."""
 
 
+@functools.partial(jax.jit, static_argnames="is_causal", inline=True)
 def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array:
     """Softmax attention with scale D**-0.5; logits and softmax in float32.
 
@@ -71,6 +72,7 @@ def dot_product_attention(q: Array, k: Array, v: Array, *, is_causal: bool = Fal
         return on_tpu(in_kernel, without_kernel, q, k, v)
 
 
+@functools.partial(jax.jit, static_argnames="heads", inline=True)
 def attention_over_positions(qkv: Array, heads: int) -> Array:
     """Softmax attention of the positions of each image to each other, as `dot_product_attention`.
 
@@ -97,6 +99,7 @@ def attention_over_positions(qkv: Array, heads: int) -> Array:
         return on_tpu(in_kernel, without_kernel, qkv)
 
 
+@functools.partial(jax.jit, static_argnames="heads", inline=True)
 def attention_over_frames(qkv: Array, heads: int) -> Array:
     """Softmax attention of the frames of each position to each other, as `dot_product_attention`.
 

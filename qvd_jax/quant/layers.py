@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import FrozenDict
@@ -18,7 +19,7 @@ from flax.errors import ScopeParamShapeError
 from jax import lax
 from jax.typing import DTypeLike
 
-from qvd_jax.axes import Array
+from qvd_jax.axes import Array, Transposes
 from qvd_jax.errors import InputError
 from qvd_jax.kernels import int8, layers_tpu, upsampled_conv_tpu
 from qvd_jax.kernels.patches import output_sizes
@@ -136,78 +137,104 @@ class QuantDense(StoredParams, Dense):
         spec = self.specs.find(self)
         if spec is None:
             return super().__call__(x, residual)
-        record, dtype = _read(self, spec, x), _result_dtype(self, x)
-        if spec.activation_bits == 16:
-            values = rotate(value_of(x).astype(dtype), spec.rotation)
-            branch = low_rank_branch(float_dot, values, record, spec)
-            return self._finish(residual, float_dot, (values, None, branch), record, dtype)
+        record, dtype = _read(self, spec, x), jnp.dtype(_result_dtype(self, x))
+        return _dense(
+            x,
+            record,
+            residual,
+            spec=spec,
+            dtype=dtype,
+            gated=self.gated,
+            transposes=self.transposes,
+        )
 
-        def in_passes(
-            x: Array | Normalized, record: QuantizedParams, residual: Array | None
-        ) -> Array:
-            steps, token = input_steps(value_of(x), record, spec)
-            multiply = functools.partial(product_of_codes, int8.dot, spec.activation_bits)
-            ratio = () if record.coarse is None else (record.coarse,)
 
-            def product(steps: Array, kernel: Array, sums: Array) -> Array:
-                return straight_through(multiply, float_dot, steps, kernel, sums, *ratio)
+# By way of jit it is traced once for each shape, not for each layer.
+@functools.partial(jax.jit, static_argnames=("spec", "dtype", "gated", "transposes"), inline=True)
+def _dense(
+    x: Array | Normalized,
+    record: QuantizedParams,
+    residual: Array | None,
+    *,
+    spec: LayerSpec,
+    dtype: DTypeLike,
+    gated: bool,
+    transposes: Transposes,
+) -> Array:
+    """`QuantDense` of its parameters."""
+    finish = functools.partial(_finish, gated=gated, dtype=dtype)
+    if spec.activation_bits == 16:
+        values = rotate(value_of(x).astype(dtype), spec.rotation)
+        branch = low_rank_branch(float_dot, values, record, spec)
+        return finish(float_dot, (values, None, branch), record, residual)
 
-            branch = low_rank_branch(float_dot, steps, record, spec)
-            return self._finish(residual, product, (steps, token, branch), record, dtype)
+    def in_passes(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
+        steps, token = input_steps(value_of(x), record, spec)
+        multiply = functools.partial(product_of_codes, int8.dot, spec.activation_bits)
+        ratio = () if record.coarse is None else (record.coarse,)
 
-        def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
-            added = None if residual is None else as_images(residual)
-            output = layers_tpu.Output(record.scale, record.bias, dtype, self.gated, added)
-            given = tpu_input(x, *record.quantizer, max_code(spec.activation_bits))
-            given = given._replace(by_token=spec.ranges == "token")
-            y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, self.transposes)
-            return y.reshape(*x.shape[:-1], y.shape[-1])
+        def product(steps: Array, kernel: Array, sums: Array) -> Array:
+            return straight_through(multiply, float_dot, steps, kernel, sums, *ratio)
 
-        operands = x, record, residual
-        activated = isinstance(x, Normalized) and x.activated
-        if activated or not spec.fused or not layers_tpu.can_use(x.shape):
-            return in_passes(*operands)
-        return on_tpu(fused, in_passes, *operands)
+        branch = low_rank_branch(float_dot, steps, record, spec)
+        return finish(product, (steps, token, branch), record, residual)
 
-    def _finish(
-        self,
-        residual: Array | None,
-        product: Callable[..., Array],
-        inputs: tuple[Array, Array | None, Array | None],
-        record: QuantizedParams,
-        dtype: DTypeLike,
-    ) -> Array:
-        """What is done behind a product of the inputs with kernel and, of codes, its sums.
+    def fused(x: Array | Normalized, record: QuantizedParams, residual: Array | None) -> Array:
+        added = None if residual is None else as_images(residual)
+        output = layers_tpu.Output(record.scale, record.bias, dtype, gated, added)
+        given = tpu_input(x, *record.quantizer, max_code(spec.activation_bits))
+        given = given._replace(by_token=spec.ranges == "token")
+        y = layers_tpu.dense(given, record.kernel.astype(jnp.int8), output, transposes)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
-        Args:
-          residual: added to the result.
-          product: of what it gets and the kernel.
-          inputs: what is multiplied, each token's step and the low-rank branch, where there are.
-          record: of the layer.
-          dtype: of the result.
-        """
-        held = {name: getattr(record, name) for name in ("kernel", "scale", "bias", "sums", "up")}
-        held = {name: array for name, array in held.items() if array is not None}
+    operands = x, record, residual
+    activated = isinstance(x, Normalized) and x.activated
+    if activated or not spec.fused or not layers_tpu.can_use(x.shape):
+        return in_passes(*operands)
+    return on_tpu(fused, in_passes, *operands)
 
-        def scaled(inputs: tuple[Array, Array | None, Array | None], *parts: Array) -> Array:
-            part = dict(zip(held, parts, strict=True))
-            factors = [part[name] for name in ("kernel", "sums") if name in part]
-            values, token, branch = inputs
-            y = to_output(
-                product(values, *factors),
-                part["scale"],
-                part["bias"],
-                token,
-                branch,
-                part.get("up"),
-            )
-            return y.astype(dtype)
 
-        if self.gated:
-            y = gated_product(scaled, inputs, tuple(held.values()), axis=0).astype(dtype)
-        else:
-            y = scaled(inputs, *held.values())
-        return y if residual is None else residual + y
+def _finish(
+    product: Callable[..., Array],
+    inputs: tuple[Array, Array | None, Array | None],
+    record: QuantizedParams,
+    residual: Array | None,
+    *,
+    gated: bool,
+    dtype: DTypeLike,
+) -> Array:
+    """What is done behind a product of the inputs with kernel and, of codes, its sums.
+
+    Args:
+      product: of what it gets and the kernel.
+      inputs: what is multiplied, each token's step and the low-rank branch, where there are.
+      record: of the layer.
+      residual: added to the result.
+      gated: as of `Dense`.
+      dtype: of the result.
+    """
+    held = {name: getattr(record, name) for name in ("kernel", "scale", "bias", "sums", "up")}
+    held = {name: array for name, array in held.items() if array is not None}
+
+    def scaled(inputs: tuple[Array, Array | None, Array | None], *parts: Array) -> Array:
+        part = dict(zip(held, parts, strict=True))
+        factors = [part[name] for name in ("kernel", "sums") if name in part]
+        values, token, branch = inputs
+        y = to_output(
+            product(values, *factors),
+            part["scale"],
+            part["bias"],
+            token,
+            branch,
+            part.get("up"),
+        )
+        return y.astype(dtype)
+
+    if gated:
+        y = gated_product(scaled, inputs, tuple(held.values()), axis=0).astype(dtype)
+    else:
+        y = scaled(inputs, *held.values())
+    return y if residual is None else residual + y
 
 
 class QuantConv(StoredParams, Conv):

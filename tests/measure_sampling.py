@@ -2,7 +2,7 @@
 
     python tests/measure_calibration.py --out plain.json --keep runs/sd15
     python tests/measure_calibration.py --policy qvd-plus-w4a8 --out plus.json --keep runs/plus
-    python tests/measure_sampling.py runs/sd15/int8 runs/plus/int8 --out docs/results/sample_plus_cpu.json
+    python tests/measure_sampling.py runs/sd15/int8 runs/plus/int8 --out sample_plus_cpu.json
 
 A start at the real size compiles for minutes, of which these figures have nothing: here checkpoints
 are sampled once before any of them is timed.

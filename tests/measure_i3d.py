@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from pytorch_i3d import real_port
 from timed import timed_python, write_record
 from torch.nn import functional as F  # noqa: N812
 
+from qvd_jax import markdown
 from qvd_jax.evaluation.features import video_features
 from qvd_jax.evaluation.networks import load_i3d
 from qvd_jax.evaluation.videos import VideoSet
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.out is None or args.videos % BATCH:
         parser.error(f"--out FILE is needed, and --videos in multiples of {BATCH}")
     found = {"videos": args.videos, **compared(args.videos), **memory(args.videos)}
-    write_record(args.out, f"python tests/measure_i3d.py --videos {args.videos}", found)
+    command = f"python tests/measure_i3d.py --videos {args.videos} --out {args.out}"
+    write_record(args.out, command, found, table(found))
     return 0
 
 
@@ -86,6 +89,24 @@ def memory(videos: int) -> dict[str, object]:
         for count in (BATCH, videos)
     }
     return {"peak_bytes": {str(count): peak for count, peak in peaks.items()}}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was found, in a line for each network."""
+    ratio, peaks = found["torch_over_jax"], found["peak_bytes"]
+    spread = f"{ratio['median']:.2f} ({ratio['least']:.2f} to {ratio['most']:.2f})"
+    ours = {
+        "PyTorch's time / its": spread,
+        **{f"peak, {count} videos": f"{peak / 1e9:.2f} GB" for count, peak in peaks.items()},
+    }
+    rows = [
+        {"network": name, "s a video": f"{found['seconds_per_video'][key]:.3f}", **more}
+        for name, key, more in (
+            ("qvd_jax", "jax", ours),
+            ("PyTorch", "torch", dict.fromkeys(ours, "")),
+        )
+    ]
+    return markdown.table(rows)
 
 
 def rendered(numbers: range) -> VideoSet:

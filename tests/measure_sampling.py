@@ -11,7 +11,7 @@ are sampled once before any of them is timed.
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from timed import write_record
@@ -33,19 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     case = sampling.SampleCase(1, args.steps, args.frames, args.size, args.size)
     variants = [Variant(unet.OURS, place, "bfloat16") for place in args.checkpoint]
     timed = rounds.time_in_turn({unet.OURS: sampling.build}, case, variants, args.rounds)
-    rows = []
     for one in timed:
         quantization = read_configs(one["mode"]).quantization
-        rows.append(
-            {
-                "policy": "float" if quantization is None else quantization.policy,
-                **{name: value for name, value in one.items() if name.endswith("_s")},
-                "of_first": round(one["median_s"] / timed[0]["median_s"], 3),
-            }
-        )
+        one["mode"] = "float" if quantization is None else quantization.policy
+    table = rounds.times_table(timed, replace(variants[0], mode=timed[0]["mode"]))
     given = f"{' '.join(args.checkpoint)} --rounds {args.rounds} --steps {args.steps}"
     command = f"python tests/measure_sampling.py {given} --out {args.out}"
-    write_record(args.out, command, {"case": asdict(case), "rows": rows})
+    write_record(args.out, command, {"case": asdict(case), "models": timed}, table)
     return 0
 
 

@@ -34,8 +34,16 @@ def timed_python(*arguments: str) -> Cost:
     return Cost(elapsed, 1024 * int(peak[1]), done.stdout)
 
 
-def write_record(out: Path, command: str, results: Any) -> None:
-    """Writes and prints results, with the command, versions and hardware they come from."""
+def write_record(out: Path, command: str, results: Any, table: str = "") -> None:
+    """Writes and prints results, with the command, versions and hardware they come from.
+
+    Args:
+      out: the file.
+      command: what made it.
+      results: what was found.
+      table: of these as Markdown, for a document.
+    """
     record = {"command": command, **environment(), "results": results}
+    record |= {"table": table} if table else {}
     out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(results, indent=2))
+    print(table or json.dumps(results, indent=2))

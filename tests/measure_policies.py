@@ -225,6 +225,8 @@ def measure(
         "models": entries,
     }
     write_text(measured, json.dumps(found))
+    # The system gives a process so many maps of memory, and each compiled function takes some.
+    jax.clear_caches()
     return found
 
 
@@ -289,6 +291,7 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
                 plan, _ = choose_widths(pipe, plan, observed, target, prompts, config)
             quantized, reports = solve(pipe, plan, observed, prompts, config)
             qvd_jax.save(quantized, places[policy], reports=reports)
+        jax.clear_caches()
     return [str(place) for place in places.values()]
 
 

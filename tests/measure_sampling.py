@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         quantization = read_configs(one["mode"]).quantization
         one["mode"] = "float" if quantization is None else quantization.policy
     table = rounds.times_table(timed, replace(variants[0], mode=timed[0]["mode"]))
-    given = f"{' '.join(args.checkpoint)} --rounds {args.rounds} --steps {args.steps}"
+    numbers = (f"--{name} {vars(args)[name]}" for name in ("rounds", "steps", "frames", "size"))
+    given = " ".join([*args.checkpoint, *numbers])
     command = f"python tests/measure_sampling.py {given} --out {args.out}"
     write_record(args.out, command, {"case": asdict(case), "models": timed}, table)
     return 0

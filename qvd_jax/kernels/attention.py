@@ -7,7 +7,8 @@
     CUDA    cuDNN's flash attention where it can be had, else blocks of bounded memory
     others  blocks of bounded memory
 
-Logits and softmax are float32 everywhere.
+Logits and softmax are float32 everywhere. All formulations are traced, whichever is compiled: by
+way of jit once for each shape, not for each layer.
 """
 
 import functools

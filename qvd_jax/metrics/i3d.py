@@ -4,6 +4,7 @@ Trained on Kinetics-400 its logits are the features of FVD. It is used and not t
 norms are folded into the convolutions before them.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ LEAST_FRAMES = 9
 SIZE = 224
 """Height and width it was trained on; the last pooling takes all of what is left of them."""
 
-FEW_CHANNELS = 16
+_FEW_CHANNELS = 16
 """Up to here the frames that a convolution reaches are concatenated before it."""
 
 MIXED = {
@@ -149,7 +150,7 @@ def _conv(x: Array, kernel: Array, strides: Sequence[int], padding: str, **optio
     reach = x.shape[1] - taps + 1
     reached = [x[:, tap : tap + reach : stride] for tap in range(taps)]
     kernels = list(kernel)
-    if x.shape[-1] <= FEW_CHANNELS:
+    if x.shape[-1] <= _FEW_CHANNELS:
         reached = [jnp.concatenate(reached, axis=-1)]
         kernels = [jnp.concatenate(kernels, axis=-2)]
     products = [
@@ -163,7 +164,7 @@ def _conv(x: Array, kernel: Array, strides: Sequence[int], padding: str, **optio
         )
         for frames, taken in zip(reached, kernels, strict=True)
     ]
-    y = sum(products[1:], start=products[0])
+    y = functools.reduce(jnp.add, products)
     return y.reshape(*reached[0].shape[:2], *y.shape[1:])
 
 

@@ -63,13 +63,26 @@ def read_yaml(path: Path) -> Any:
     """Parses a YAML file.
 
     Raises:
-      InputError: the file is missing, or no YAML.
+      InputError: the file is missing, no YAML, or has a key of one mapping twice.
     """
     check_readable(path, "a YAML file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML forbids a key twice in one mapping, of which PyYAML keeps the last and says nothing."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                problem = f"key {key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

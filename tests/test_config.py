@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from qvd_jax.config import did_you_mean, from_dict, to_dict
+from qvd_jax.config import did_you_mean, from_dict, read_yaml, to_dict
 from qvd_jax.errors import InputError
 from qvd_jax.models.configs import UNet3DConfig, animatediff
 
@@ -122,6 +122,19 @@ def test_whole_numbers_are_floats_where_floats_are_needed():
 def test_what_does_not_fit_is_named_with_its_place(data, message):
     with pytest.raises(InputError, match=message):
         from_dict(Car, data, "file")
+
+
+@pytest.mark.parametrize("text", ["a: 1\nb: {c: 1, d: 2, c: 3}\n", "rules: []\nc: 1\nc: 2\n"])
+def test_a_key_that_a_mapping_has_twice_is_refused(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"a\.yaml is no YAML: key 'c' is there twice.* line \d"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_merged_keys_of_yaml_may_be_set_anew(tmp_path):
+    text = "base: &base {a: 1, b: 2}\nmine: {<<: *base, b: 3}\n"
+    (tmp_path / "a.yaml").write_text(text, encoding="utf-8")
+    assert read_yaml(tmp_path / "a.yaml")["mine"] == {"a": 1, "b": 3}
 
 
 def test_inconsistent_unets_are_refused_with_their_place():

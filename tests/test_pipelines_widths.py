@@ -245,6 +245,8 @@ def test_fewest_bytes_are_chosen_for_what_is_to_be_kept():
         ({"budget": 1.5}, r"budget = 1\.5: a share of the float32 UNet's bytes"),
         ({"budget": float("nan")}, "budget = nan: a share"),
         ({"keep": float("inf")}, "keep = inf: a number of decibels"),
+        ({"keep": 201.0}, "keep = 201: .* above 0 and up to 200"),
+        ({"keep": -4000.0}, "keep = -4000: .* above 0 and up to 200"),
     ],
 )
 def test_targets_that_make_no_sense_are_refused(target, message):

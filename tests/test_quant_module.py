@@ -318,6 +318,7 @@ def test_what_does_not_fit_is_one_message():
         ((module, variables, x), "a list is needed"),
         ((module, variables, [x, x[:, :5]]), r"batch 2: the module cannot be called with it \(Sco"),
         ((module, variables, [x, x * jnp.nan]), "first: its input is not finite in batch 2"),
+        ((module, variables, [x * 1e20]), "first: its input reaches .*e.20 .* squares .* finite"),
         ((module, variables, [x], "qvd-w7a7"), "unknown policy 'qvd-w7a7'; did you mean"),
         ((module, variables, [x], Policy("p", (Rule("conv*", LayerSpec("mse")),))), "such a path"),
         ((module, variables, [x], Policy("p", (Rule("*", LayerSpec("htdq")),))), "sampler's steps"),

@@ -9,23 +9,29 @@ import numpy as np
 import pytest
 from parity import relative_error
 from scipy.linalg import hadamard
-from test_quant_layers import CHANNELS, Net, case, correlate, quantized
+from test_quant_layers import CHANNELS, OUTPUTS, Net, case, correlate, quantized
 
 from qvd_jax.errors import InputError
 from qvd_jax.quant import codec, low_rank
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import LayerSpec, Policy, Rule, TracedLayer, match
 from qvd_jax.quant.record import QuantizedParams
-from qvd_jax.quant.solve import solve_layer, step_gains
-from qvd_jax.quant.statistics import observe
+from qvd_jax.quant.scri import CLIP_CANDIDATES
+from qvd_jax.quant.solve import find_quantizer, solve_layer, step_gains
+from qvd_jax.quant.statistics import Statistics, observe
 
 OPTIONS = {
     "rotation": {"rotation": 4},
     "token": {"ranges": "token"},
     "low rank": {"low_rank": 3},
-    "all of a conv": {"rotation": 4, "low_rank": 3, "rounding": "gptq"},
+    "steps": {"ranges": "step", "low_rank": 3},
+    "all of a conv": {"ranges": "step", "rotation": 4, "low_rank": 3, "rounding": "gptq"},
     "all": {"rotation": 4, "ranges": "token", "low_rank": 3, "rounding": "gptq"},
 }
+
+
+GAIN = 0.3
+"""Of a step: the share of the layer's D that its values need."""
 
 
 def cases(*convs: str | None) -> pytest.MarkDecorator:
@@ -34,7 +40,7 @@ def cases(*convs: str | None) -> pytest.MarkDecorator:
         (conv, option)
         for conv in convs
         for option, options in OPTIONS.items()
-        if conv in (None, "1x1") or "ranges" not in options
+        if conv in (None, "1x1", "1x1, stride 2") or options.get("ranges") != "token"
     ]
     return pytest.mark.parametrize(("conv", "option"), both)
 
@@ -52,7 +58,7 @@ def defined(
     record = {name: np.asarray(part).astype(np.float64) for name, part in layer.items()}
     limit = 2 ** (spec.activation_bits - 1) - 1
     values = rotated(x * record["in_scale"] + record["in_offset"], spec.rotation)
-    step = np.ones((1,) * x.ndim)
+    step = np.full((1,) * x.ndim, GAIN if spec.ranges == "step" else 1.0)
     if spec.ranges == "token":
         step = np.abs(values).max(-1, keepdims=True) / limit
     codes = np.clip(np.rint(values / step), -limit, limit)
@@ -61,6 +67,8 @@ def defined(
         # Of a convolution the branch sees the same taps: one kernel of both factors together.
         both = np.tensordot(record["down"], record["up"], (0, 1))
         y = y + correlate(codes, both, conv)
+    if conv == "1x1, stride 2" and spec.ranges == "token":
+        step = step[..., ::2, ::2, :]
     y = step * y + record["bias"]
     if "taps" in record:
         through = np.repeat(record["taps"][..., None, :], CHANNELS, axis=-2) / CHANNELS
@@ -68,13 +76,20 @@ def defined(
     return y
 
 
-@cases(None, "3x3", "one-sided", "1x1", "upsampled", "temporal")
+@cases(None, "3x3", "one-sided", "1x1", "1x1, stride 2", "upsampled", "temporal")
 def test_layers_equal_their_definition_in_float64(conv, option):
     net, params, x = case(conv)
     spec = LayerSpec("scri", 4, 8, **OPTIONS[option])
     int8_net, int8_params, report, _ = quantized(net, params, x, spec)
+    variables = {"params": int8_params}
+    if spec.ranges == "step":
+        # Of a step whose values lie nearer to the centers.
+        center = -int8_params["layer"]["in_offset"] / int8_params["layer"]["in_scale"]
+        center = jnp.broadcast_to(center, x.shape)
+        x = center + GAIN * (x - center)
+        variables["quant"] = {"layer": {"gain": jnp.float32(GAIN)}}
     expected = defined(int8_params["layer"], np.asarray(x, np.float64), spec, conv)
-    found = int8_net.apply({"params": int8_params}, x)
+    found = int8_net.apply(variables, x)
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
     # And they are near the float layer, up to the border.
     exact = np.asarray(net.apply({"params": params}, x))
@@ -97,7 +112,7 @@ def test_every_product_of_codes_is_int8(conv, option):
 
     found, plain = products(**OPTIONS[option]), products()
     assert found.count("i8") == plain.count("i8") == 1
-    more = {"rotation": 1, "token": 0, "low rank": 2, "all of a conv": 3, "all": 3}
+    more = {"rotation": 1, "token": 0, "low rank": 2, "steps": 2, "all of a conv": 3, "all": 3}
     assert found.count("f32") == plain.count("f32") + more[option]
 
 
@@ -132,12 +147,25 @@ def test_every_method_gains_where_the_option_is_for(method, option):
     assert errors[1] < (0.9 if option == "rotation" else 0.1) * errors[0]
 
 
+@pytest.mark.parametrize(("method", "least"), [("minmax", 1.0), ("scri", min(CLIP_CANDIDATES))])
+def test_the_reach_of_rotated_values_is_that_of_every_row_that_calibration_saw(method, least):
+    """One of a thousand is far out, and none of those by which a search compares."""
+    x = np.random.default_rng(0).normal(size=(1000, 1, CHANNELS)).astype(np.float32)
+    x[1, 0, 5] = 1000
+    statistics = Statistics(x.min((0, 1)), x.max((0, 1)), jnp.asarray(x), jnp.asarray(True))
+    spec = LayerSpec(method, rotation=4)
+    kernel = np.ones((CHANNELS, OUTPUTS), np.float32)
+    found = find_quantizer(statistics, [jnp.asarray(kernel)], spec)
+    exact = rotated((x - np.asarray(found.shift)) * np.asarray(found.in_scale), 4)
+    assert least * np.abs(exact).max() <= 127.01
+
+
 @pytest.mark.parametrize("conv", [None, "3x3"])
 def test_a_low_rank_branch_takes_what_it_can_of_the_weights_errors(conv):
     """All of them, up to bfloat16, where its rank is that of the layer."""
     net, params, x = case(conv)
     errors = []
-    for rank in (0, 3, CHANNELS * 9):
+    for rank in (0, 3, OUTPUTS):
         spec = LayerSpec("minmax", 2, 16, low_rank=rank)
         module, values, *_ = quantized(net, params, x, spec)
         exact = net.apply({"params": params}, x)
@@ -221,6 +249,13 @@ def test_a_rotation_that_does_not_divide_the_channels_is_refused_by_layer():
     layer = TracedLayer("a/b", (12, 10), (1, 12), (1, 10), 0)
     policy = Policy("mine", (Rule("*", LayerSpec("scri", rotation=8)),))
     with pytest.raises(InputError, match="'mine': a/b: rotation = 8 does not divide its 12 chan"):
+        match(policy, [layer])
+
+
+def test_a_low_rank_beyond_a_layers_own_is_refused_by_layer():
+    layer = TracedLayer("a/b", (3, 3, 12, 10), (1, 12), (1, 10), 0)
+    policy = Policy("mine", (Rule("*", LayerSpec("scri", low_rank=11)),))
+    with pytest.raises(InputError, match=r"'mine': a/b: low_rank = 11 is more .*, at most 10"):
         match(policy, [layer])
 
 

@@ -59,15 +59,15 @@ def test_rescaled_channels_leave_scri_where_it_is_and_break_minmax(seed):
     factors = np.exp(np.random.default_rng(seed + 1).normal(0, 1.5, x.shape[-1]))
     factors = factors.astype(np.float32)
     shifts = np.random.default_rng(seed + 2).normal(0, 3, x.shape[-1]).astype(np.float32)
-    plain = relative_output_error(x, w, scri.search(*ranges(x), x, w, 8, 8))
+    plain = relative_output_error(x, w, scri.search(*ranges(x), x, w, 8, 8)[0])
     y, v = x * factors + shifts, w / factors[:, None]
     found = relative_output_error(
-        y - shifts, v, scri.search(*ranges(y - shifts), y - shifts, v, 8, 8)
+        y - shifts, v, scri.search(*ranges(y - shifts), y - shifts, v, 8, 8)[0]
     )
     assert found < 2 * plain
     # Against the same output: what a shift adds to it is exact for SCRI and signal for minmax.
     reference = np.square((y - shifts).reshape(len(y), -1) @ v[0]).mean()
-    shifted = float(output_error(y, v, scri.search(*ranges(y), y, v, 8, 8), 8, 8) / reference)
+    shifted = float(output_error(y, v, scri.search(*ranges(y), y, v, 8, 8)[0], 8, 8) / reference)
     broken = float(output_error(y, v, baselines.minmax(*ranges(y), 8), 8, 8) / reference)
     assert shifted < 2 * plain
     assert broken > 4 * plain
@@ -80,9 +80,9 @@ def test_nearly_dead_channels_cost_the_others_nothing(seed, dead, exponent):
     x, w = layer(seed)
     x *= np.exp(np.random.default_rng(seed).normal(0, 1, x.shape[-1])).astype(np.float32)
     x[..., :dead] = 0
-    constant = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
+    constant = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8)[0], 8, 8))
     x[:, :, :dead] = np.float32(10**exponent) * np.linspace(-1, 1, len(x))[:, None, None]
-    found = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8), 8, 8))
+    found = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8)[0], 8, 8))
     # Their steps make the grid coarser for all, which costs less than 1 dB.
     assert found < 1.25 * constant
 
@@ -91,7 +91,7 @@ def test_the_search_is_no_worse_than_any_of_its_candidates():
     x, w = layer(taps=3)
     x[..., :3] *= 30
     lower, upper = ranges(x)
-    found = float(output_error(x, w, scri.search(lower, upper, x, w, 6, 6), 6, 6))
+    found = float(output_error(x, w, scri.search(lower, upper, x, w, 6, 6)[0], 6, 6))
     half = (upper - lower) / 2
     for target in np.geomspace(half.max(), half.min(), scri.RANGE_CANDIDATES):
         quantizer = scri.integrate(lower, upper, jnp.float32(target), jnp.float32(1), 6)
@@ -101,7 +101,7 @@ def test_the_search_is_no_worse_than_any_of_its_candidates():
 def test_output_error_is_the_variance_of_the_dequantized_layers():
     """y = D dW sum q Wq + b', written out in float64."""
     x, w = layer(taps=2)
-    quantizer = scri.search(*ranges(x), x, w, 8, 4)
+    quantizer = scri.search(*ranges(x), x, w, 8, 4)[0]
     z, s, d = (np.asarray(part, np.float64) for part in quantizer)
     q = np.clip(np.rint((x - z) / (s * d)), -127, 127)
     folded = w.astype(np.float64) * s[None, :, None]
@@ -145,11 +145,11 @@ def test_weights_are_clipped_where_each_output_errs_least(bits, mean_counts):
 def test_constant_channels_divide_by_nothing(value):
     x, w = layer()
     x[:] = value
-    quantizer = scri.search(*ranges(x), x, w, 8, 8)
+    quantizer = scri.search(*ranges(x), x, w, 8, 8)[0]
     assert all(np.isfinite(part).all() for part in quantizer)
     assert float(output_error(x, w, quantizer, 8, 8)) == 0
     x[:, :, 0] = np.linspace(-1, 1, len(x))[:, None]
-    quantizer = scri.search(*ranges(x), x, w, 8, 8)
+    quantizer = scri.search(*ranges(x), x, w, 8, 8)[0]
     assert relative_output_error(x, w, quantizer) < 1e-3
 
 

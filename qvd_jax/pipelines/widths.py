@@ -18,7 +18,7 @@ from qvd_jax.pipelines.sensitivity import Sensitivities, measure, with_widths
 from qvd_jax.quant.allocation import Option, total, widths_reaching, widths_within
 from qvd_jax.quant.policy import LayerSpec, Quantization
 from qvd_jax.quant.record import layout
-from qvd_jax.quant.solve import sqnr
+from qvd_jax.quant.solve import LARGEST_SQNR, sqnr
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,11 @@ class Target:
                 f"budget = {self.budget:g}: a share of the float32 UNet's bytes is needed, above 0 "
                 f"and up to 1"
             )
-        if self.keep is not None and not math.isfinite(self.keep):
-            raise InputError(f"keep = {self.keep:g}: a number of decibels is needed")
+        if self.keep is not None and not 0 < self.keep <= LARGEST_SQNR:
+            raise InputError(
+                f"keep = {self.keep:g}: a number of decibels above 0 and up to {LARGEST_SQNR:g} is "
+                f"needed"
+            )
 
     def __str__(self) -> str:
         return f"keep-{self.keep:g}" if self.budget is None else f"budget-{self.budget:g}"

@@ -298,6 +298,9 @@ class QuantConv(StoredParams, Conv):
         def in_passes(x: Any, record: QuantizedParams, residual: Array | None) -> Array:
             values = as_batch(x.x if doubled else value_of(x))
             steps, token = input_steps(values, record, spec)
+            if token is not None:
+                # Of a kernel of one tap, which reads the positions that its strides leave.
+                token = token[(slice(None), *(slice(None, None, stride) for stride in strides))]
             product = straight_through(multiply, differentiate, steps, record.kernel, record.sums)
             branch = low_rank_branch(differentiate, steps, record, spec)
             return finish(product, record, residual, token, branch)

@@ -24,7 +24,7 @@ def factors(
     Args:
       left: weights less what their codes stand for, `[K, O]`.
       rows: what the weights multiply, sampled, `[R, K]`.
-      rank: of the product; of a smaller matrix all beyond its own is zero.
+      rank: of the product, at most that of `left`.
       mean_counts: as in `clipping.error_of_codes`.
 
     Returns:
@@ -36,7 +36,6 @@ def factors(
     left_vectors, values, right_vectors = jnp.linalg.svd(
         spread[:, None] * left, full_matrices=False
     )
-    missing = max(0, rank - len(values))
-    down = jnp.pad(left_vectors[:, :rank] / spread[:, None], ((0, 0), (0, missing)))
-    up = jnp.pad(values[:rank, None] * right_vectors[:rank], ((0, missing), (0, 0)))
+    down = left_vectors[:, :rank] / spread[:, None]
+    up = values[:rank, None] * right_vectors[:rank]
     return down.astype(LOW_RANK_DTYPE), up.astype(LOW_RANK_DTYPE)

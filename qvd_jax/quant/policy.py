@@ -327,8 +327,8 @@ def match(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec]
     """The specifications of the layers that are to be quantized, by path.
 
     Raises:
-      InputError: a rule decides about no layer, none is to be quantized, or a rotation does not
-        divide a layer's channels.
+      InputError: a rule decides about no layer, none is to be quantized, or a rotation or a low
+        rank does not fit a layer.
     """
     deciding = {layer.path: policy.rule(layer.path) for layer in layers}
     for i, rule in enumerate(policy.rules):
@@ -355,15 +355,23 @@ def decide(policy: Policy, layers: Sequence[TracedLayer]) -> dict[str, LayerSpec
         spec = None if number is None else policy.rules[number].spec
         if spec is None:
             continue
-        if layer.kernel and layer.kernel[-2] % spec.rotation:
-            raise InputError(
-                f"policy {policy.name!r}: {layer.path}: rotation = {spec.rotation} does not divide "
-                f"its {layer.kernel[-2]} channels"
-            )
+        if layer.kernel and (reason := _why_unfit(spec, layer.kernel)):
+            raise InputError(f"policy {policy.name!r}: {layer.path}: {reason}")
         if spec.ranges == "token" and math.prod(layer.kernel[:-2]) > 1:
             spec = replace(spec, ranges="static")
         decided[layer.path] = spec
     return decided
+
+
+def _why_unfit(spec: LayerSpec, kernel: Sequence[int]) -> str | None:
+    """Why a layer with a kernel `[*taps, C, O]` cannot have a spec; None where it can."""
+    *_, channels, outputs = kernel
+    if channels % spec.rotation:
+        return f"rotation = {spec.rotation} does not divide its {channels} channels"
+    rank = min(math.prod(kernel[:-1]), outputs)
+    if spec.low_rank > rank:
+        return f"low_rank = {spec.low_rank} is more than its weights' own rank, at most {rank}"
+    return None
 
 
 def match_table(policy: Policy, layers: Sequence[TracedLayer]) -> str:

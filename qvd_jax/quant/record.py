@@ -45,7 +45,7 @@ class QuantizedParams(NamedTuple):
         y[p] = scale sum_t q[p + t] . kernel[t] + bias + sum_{t: p + t inside} taps[t]
 
     A step-aware layer has at each sampler step that step's share of D, its gain: it reads in_scale
-    / gain, in_offset / gain and scale gain in these formulas.
+    / gain, in_offset / gain, scale gain and up gain in these formulas.
 
     Where ranges are those of tokens, in_scale has no D: a token, which is a position, has its own,
     and what is multiplied counts D times:
@@ -115,6 +115,7 @@ class QuantizedParams(NamedTuple):
             return record
         return record._replace(
             scale=record.scale * self.gain,
+            up=None if self.up is None else self.up.astype(jnp.float32) * self.gain,
             in_scale=scale.astype(jnp.float32) / self.gain,
             in_offset=offset / self.gain,
             gain=None,

@@ -92,7 +92,7 @@ class ActivationQuantizer(NamedTuple):
         a group, and no token would have a range smaller than they are.
 
         Args:
-          inputs: sampled rows `[R, P, C]`, whose rotated values' reach is that of all.
+          inputs: rows `[R, P, C]`; of rotated values what lies beyond theirs is clipped.
           clip: share of the reach that keeps its codes.
           bits: b.
           rotation: channels of a group.
@@ -154,7 +154,7 @@ def search(
     *,
     token: bool = False,
     spared: Array | None = None,
-) -> ActivationQuantizer:
+) -> tuple[ActivationQuantizer, float]:
     """The quantizer of least output error on sampled inputs, R and rho found in turn.
 
     Args:
@@ -168,11 +168,15 @@ def search(
       token: whether ranges are those of tokens; rho then has no meaning.
       spared: of `rounding.spared`, `[P C]`, where weights are rounded by GPTQ; the error is then
         the one that is to be expected of it (`expected_error`). Not of rotated channels.
+
+    Returns:
+      What `integrate` makes of R and rho, and rho. Errors are of it as suited to the rotation and
+      the tokens, which is left to the caller, who may know more rows.
     """
     half = np.asarray(upper - lower) / 2
     positive = half[half > 0]
     if not len(positive):
-        return integrate(lower, upper, jnp.float32(0), jnp.float32(1), activation_bits)
+        return integrate(lower, upper, jnp.float32(0), jnp.float32(1), activation_bits), 1.0
     targets = _range_candidates(positive)
     error = functools.partial(
         _error_of_candidate,
@@ -198,7 +202,7 @@ def search(
         if (target, clip) == before:
             break
     found = integrate(lower, upper, jnp.float32(target), jnp.float32(clip), activation_bits)
-    return found.suited(inputs, clip, activation_bits, rotation, token=token)
+    return found, clip
 
 
 def _range_candidates(half: np.ndarray) -> np.ndarray:

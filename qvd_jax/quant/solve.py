@@ -24,13 +24,13 @@ from qvd_jax.quant.policy import LayerSpec, TracedLayer
 from qvd_jax.quant.record import QuantizedParams, layout, leaf
 from qvd_jax.quant.statistics import Statistics
 
-# Of which ranges and clips are searched: beyond them they stay what they are, and a search tries
-# dozens of candidates. Means and Gram matrices are of all rows.
+# Of which clips and factors are searched, for a search tries dozens of candidates, and the means
+# that center tokens are taken. Ranges and Gram matrices are of all rows.
 SEARCHED_ROWS = 256
 # Of the layers that pictures show.
 _EXAMPLES = 3
-# JSON has no infinity.
-_LARGEST_SQNR = 200.0
+LARGEST_SQNR = 200.0
+"""Decibels that stand for no noise at all, for JSON has no infinity."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,19 @@ class _FloatLayer(NamedTuple):
     exact: Array
 
 
+def _check(path: str, statistics: Statistics) -> None:
+    """Raises `InputError` where what calibration saw of a layer's input is too large to solve on.
+
+    Errors are squares, and no entry of a Gram matrix is larger than the sum of these.
+    """
+    if not bool(jnp.isfinite(jnp.square(statistics.rows).sum())):
+        raise InputError(
+            f"{path}: its input reaches {float(jnp.abs(statistics.rows).max()):.2g} during "
+            f"calibration, so the squares of its values are not finite in float32; an input of "
+            f"ordinary size, below 1e15, is needed"
+        )
+
+
 def solve_layers(
     layers: Mapping[str, TracedLayer],
     specs: Mapping[str, LayerSpec],
@@ -121,6 +134,9 @@ def solve_layers(
 
     Yields:
       Path, record and report of each layer.
+
+    Raises:
+      InputError: the squares of a layer's inputs are not finite; before the first is solved.
     """
     flat = flax.traverse_util.flatten_dict(params, sep="/")
 
@@ -131,6 +147,8 @@ def solve_layers(
         """Layers that read one tensor, in the same way, share its quantizer."""
         return layers[path].source, layers[path].kernel[:-1], specs[path]
 
+    for path in specs:
+        _check(path, statistics[path])
     shared: dict[Any, scri.ActivationQuantizer] = {}
     for path, spec in specs.items():
         key = reader(path)
@@ -161,12 +179,7 @@ def solve_layer(
 
     Returns:
       The record of `QuantDense` or `QuantConv`, and what it is worth.
-
-    Raises:
-      InputError: the statistics are not finite.
     """
-    if not bool(statistics.finite):
-        raise InputError(f"{path}: its input is not finite during calibration")
     kernel = jnp.asarray(params["kernel"], jnp.float32)
     kernel_size, (channels, outputs) = kernel.shape[:-2], kernel.shape[-2:]
     weights = kernel.reshape(-1, channels, outputs)
@@ -302,8 +315,8 @@ def sqnr(signal: float, noise: float) -> float:
       noise: |y^ - y|^2.
     """
     if noise == 0:
-        return _LARGEST_SQNR
-    return min(10 * math.log10(max(signal, sys.float_info.min) / noise), _LARGEST_SQNR)
+        return LARGEST_SQNR
+    return min(10 * math.log10(max(signal, sys.float_info.min) / noise), LARGEST_SQNR)
 
 
 def _output_sqnr(exact: Array, found: Array) -> float:
@@ -333,20 +346,16 @@ def find_quantizer(
     lower, upper, all_rows, _ = statistics
     rows = all_rows[_searched(all_rows)]
     bits = spec.activation_bits
-    rotation, token = spec.rotation, spec.ranges == "token"
+    rotation, token, clip = spec.rotation, spec.ranges == "token", 1.0
     if spec.method in ("scri", "learned"):
         widths = bits, spec.weight_bits
         flat, spared = all_rows.reshape(len(all_rows), -1), None
         if spec.rounding == "gptq" and rotation == 1:
             spared = rounding.spared(flat)
-        found = scri.search(
+        found, clip = scri.search(
             lower, upper, rows, weights, *widths, rotation, token=token, spared=spared
         )
-        if spec.method == "scri":
-            return found
-        left = flat.var(0) if spared is None else spared
-        return learned.learn(found, lower, upper, rows, weights, left, *widths, token=token)
-    if spec.method == "smoothquant":
+    elif spec.method == "smoothquant":
         found = baselines.smoothquant(lower, upper, weights, bits)
     elif spec.method == "qdiffusion":
         found = baselines.qdiffusion(lower, upper, rows, bits, split)
@@ -354,10 +363,13 @@ def find_quantizer(
         found = baselines.mse(lower, upper, rows, bits)
     else:
         found = baselines.minmax(lower, upper, bits)
-    clip = 1.0
     if rotation > 1 and spec.method in ("qdiffusion", "mse"):
         clip = baselines.rotated_clip(found, rows, bits, rotation)
-    return found.suited(rows, clip, bits, rotation, token=token)
+    found = found.suited(rows if token else all_rows, clip, bits, rotation, token=token)
+    if spec.method == "learned":
+        left = flat.var(0) if spared is None else spared
+        found = learned.learn(found, lower, upper, rows, weights, left, *widths, token=token)
+    return found
 
 
 class _Product(NamedTuple):

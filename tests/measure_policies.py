@@ -40,7 +40,7 @@ from qvd_jax.pipelines.observation import collect
 from qvd_jax.pipelines.pipeline import VideoDefaults, VideoPipeline
 from qvd_jax.pipelines.quantization import make_plan, solve, unet_layers
 from qvd_jax.pipelines.widths import Target, choose_widths
-from qvd_jax.quant.policy import named_policy
+from qvd_jax.quant.policy import Policy, named_policy
 from qvd_jax.shapes.judge import held_out_cases, rendered_videos
 
 TESTS = Path(__file__).parent
@@ -51,6 +51,15 @@ WIDTHS = ("w8a8", "w6a6", "w4a8")
 ORDER = ("float", *WIDTHS, "w4a6", "w4a4", "w3a8", "w8a16", "budget")
 MAIN = ("qvd", "minmax")
 OTHERS = ("mse", "smoothquant", "qdiffusion", "qvd-scri", "qvd-htdq")
+# What may be added to SCRI in a named policy, each by itself.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gptq": {"rounding": "gptq"},
+    "token": {"ranges": "token"},
+    "learned": {"method": "learned"},
+    "propagated": {"propagate": True},
+    "rotation": {"rotation": 64},
+    "low rank": {"low_rank": 8},
+}
 PROMPTS = EXAMPLES / "shapes.txt"
 SIZE = ("steps", "frames", "height", "width")
 PROTOCOL = "common-metrics"
@@ -83,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             ("rescaled", str(rescaled), controlled, 1),
         )
     }
-    store(args, COMMAND, digest, parts)
+    store(args, COMMAND, parts)
     return 0
 
 
@@ -119,13 +128,10 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) ->
     return args
 
 
-def store(
-    args: argparse.Namespace, command: str, digest: str, parts: dict[str, dict[str, Any]]
-) -> None:
+def store(args: argparse.Namespace, command: str, parts: dict[str, dict[str, Any]]) -> None:
     """Writes what an experiment found, and its table."""
     found = {
         "command": f"{command} {given(args)}",
-        "run": digest,
         "parts": parts,
         "table": table(parts),
     }
@@ -137,7 +143,7 @@ def given(args: argparse.Namespace) -> str:
     return " ".join(
         f"--{name.replace('_', '-')} {value}"
         for name, value in vars(args).items()
-        if name not in ("out", "results")
+        if name not in ("out", "results", "parts")
     )
 
 
@@ -222,6 +228,7 @@ def measure(
         **{part: getattr(want, part) for part in SIZE},
         "guidance_scale": want.guidance_scale,
         "rendered": rendered.figures(),
+        "run": out.name,
         "models": entries,
     }
     write_text(measured, json.dumps(found))
@@ -274,7 +281,8 @@ def sample(
 def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
     """The model quantized by each policy, from one observation of its layers' inputs.
 
-    A policy's name may end in the budget by which the bits of its weights are chosen.
+    A policy's name may end in the budget by which the bits of its weights are chosen, or in a plus
+    and one of `OPTIONS`.
     """
     places = {policy: out / f"{Path(model).name}-{policy}" for policy in policies}
     missing = [policy for policy, place in places.items() if not place.exists()]
@@ -285,7 +293,7 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
         observed = collect(pipe, paths, prompts, config)
         for policy in tqdm.tqdm(missing, desc=f"quantizing {model}", unit="policy"):
             named, _, budget = policy.partition("-budget-")
-            plan = make_plan(pipe, named_policy(named), config)
+            plan = make_plan(pipe, policy_of(named), config)
             if budget:
                 target = Target(budget=float(budget))
                 plan, _ = choose_widths(pipe, plan, observed, target, prompts, config)
@@ -293,6 +301,19 @@ def calibrated(out: Path, model: str, policies: list[str]) -> list[str]:
             qvd_jax.save(quantized, places[policy], reports=reports)
         jax.clear_caches()
     return [str(place) for place in places.values()]
+
+
+def policy_of(name: str) -> Policy:
+    """A named policy, maybe with one of `OPTIONS` where it has SCRI: qvd-w4a8+gptq."""
+    named, _, option = name.partition("+")
+    found = named_policy(named)
+    rules = tuple(
+        replace(rule, spec=replace(rule.spec, **OPTIONS[option]))
+        if option and rule.spec and rule.spec.method == "scri"
+        else rule
+        for rule in found.rules
+    )
+    return Policy(name, rules)
 
 
 def table(parts: dict[str, dict[str, Any]]) -> str:
@@ -329,8 +350,8 @@ def table(parts: dict[str, dict[str, Any]]) -> str:
             to_float = model["fvd_reference" if number else "fvd_floor_reference"]
             row |= {"FVD of": f"{model['fvd']['clips']}"}
             row |= fvd_cells("float", to_float) | fvd_cells("rendered", model["fvd"])
-            kinds = model["policy"].split("-")
-            place = ORDER.index("budget" if "budget" in kinds else kinds[-1])
+            kinds = model["policy"].replace("+", "-").split("-")
+            place = max(ORDER.index(kind) for kind in kinds if kind in ORDER)
             keyed.append((name == "rescaled", place, row))
     rows: list[dict[str, str]] = []
     # Stable: policies of one width stay in their order. Float's row is that of several parts.

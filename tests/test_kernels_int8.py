@@ -190,12 +190,13 @@ def test_an_implementation_the_machine_cannot_run_is_refused(monkeypatch):
         int8.upsampled_conv(image, image, sums(image), "unsigned before upsampling")
 
 
-def test_int4_weights():
+@pytest.mark.parametrize(("dtype", "limit"), [(jnp.int2, 1), (jnp.int4, 7)])
+def test_weights_of_few_bits(dtype, limit):
     rng = np.random.default_rng(0)
-    x, w = codes(rng, (6, 33), "random"), rng.integers(-8, 8, (5, 33)).astype(np.int8)
-    np.testing.assert_array_equal(
-        int8.dot(x, jnp.asarray(w, jnp.int4), sums(w)), x.astype(np.int64) @ w.T.astype(np.int64)
-    )
+    x = codes(rng, (6, 33), "random")
+    w = rng.integers(-limit, limit + 1, (5, 33)).astype(np.int8)
+    expected = x.astype(np.int64) @ w.T.astype(np.int64)
+    np.testing.assert_array_equal(int8.dot(x, jnp.asarray(w, dtype), sums(w)), expected)
 
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])

@@ -102,18 +102,24 @@ def test_every_product_of_codes_is_int8(conv, option):
     """Beside it are the rotation's product and the branch's two, and else those of a plain one."""
     _, _, x = case(conv)
 
-    def products(**options: object) -> list[str]:
-        spec = LayerSpec("scri", 4, 8, **options)
+    def products(platform: str, **options: object) -> list[list[str]]:
+        """What each product's two operands are of."""
+        spec = LayerSpec("scri", 2, 8, **options)
         module = Net(layer_set({"layer": spec}), conv)
         variables = jax.eval_shape(module.init, jax.random.key(0), x)
-        lowered = jax.jit(module.apply).trace(variables, x).lower(lowering_platforms=("tpu",))
-        kinds = r"stablehlo\.(?:dot_general|convolution).*: \((.*?)\) -> "
-        return ["i8" if "i8>" in found else "f32" for found in re.findall(kinds, lowered.as_text())]
+        lowered = jax.jit(module.apply).trace(variables, x).lower(lowering_platforms=(platform,))
+        operands = r"stablehlo\.(?:dot_general|convolution).*: \((.*?)\) -> "
+        return [
+            re.findall(r"x([a-z]+\d+)>", given) for given in re.findall(operands, lowered.as_text())
+        ]
 
-    found, plain = products(**OPTIONS[option]), products()
-    assert found.count("i8") == plain.count("i8") == 1
     more = {"rotation": 1, "token": 0, "low rank": 2, "steps": 2, "all of a conv": 3, "all": 3}
-    assert found.count("f32") == plain.count("f32") + more[option]
+    for platform, codes in (("cpu", "ui8"), ("cuda", "i8"), ("tpu", "i8")):
+        found, plain = products(platform, **OPTIONS[option]), products(platform)
+        assert found.count([codes, "i8"]) == plain.count([codes, "i8"]) == 1
+        floats = plain.count(["f32", "f32"])
+        assert len(plain) == 1 + floats
+        assert len(found) == 1 + found.count(["f32", "f32"]) == 1 + floats + more[option]
 
 
 def test_a_rotation_changes_nothing_in_float_and_is_its_own_inverse():

@@ -28,7 +28,7 @@ from qvd_jax.pipelines.loading import save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
 from qvd_jax.pipelines.quantization import make_plan, quantize, solve_plan, unet_layers
 from qvd_jax.quant.layers import layer_set
-from qvd_jax.quant.policy import LayerSpec, Policy, Rule
+from qvd_jax.quant.policy import LayerSpec, Policy, Rule, named_policy
 
 PROMPTS = ["a red circle", "a blue square"]
 SIZE = {"frames": 3, "height": 8, "width": 12}
@@ -245,6 +245,28 @@ def test_step_aware_scales_belong_to_their_steps(pipe, tmp_path):
     scheduler = replace(restored.scheduler, timestep_spacing="trailing")
     with pytest.raises(InputError, match=r"2 steps of ddim: .* one for each of 2 other steps"):
         replace(restored, scheduler=scheduler)(PROMPTS, **SAMPLE)
+
+
+def test_ranges_of_tokens_and_of_steps_are_refused_together(pipe):
+    message = "conv1|linear|proj.*: its policy has ranges of tokens, .* a range for each step"
+    with pytest.raises(InputError, match=message):
+        quantize(pipe, "qvd-plus-w8a8", PROMPTS, replace(CONFIG, step_aware=True), SIZE)
+
+
+def test_what_plus_makes_of_layers_is_saved_and_restored(pipe, tmp_path):
+    """Learned factors, GPTQ and ranges of tokens at 4 bits, of a few layers."""
+    plus = make_plan(pipe, named_policy("qvd-plus-w4a8"), CONFIG, SIZE).specs
+    path = next(path for path in plus if "/ff/" in path)
+    assert str(plus[path]) == (
+        "learned, w4a8, weights clipped, gptq, a range for each token where a kernel has one tap"
+    )
+    policy = Policy("own", (Rule("down_blocks_0/*/ff/*", plus[path]),))
+    int8, reports = quantize(pipe, policy, PROMPTS, CONFIG, SIZE)
+    assert min(report.sqnr for report in reports) > 15
+    exact, found = (p(PROMPTS, **SAMPLE) for p in (pipe, int8))
+    assert np.square(found - exact).sum() < 0.02 * np.square(exact).sum()
+    save(int8, tmp_path / "plus")
+    np.testing.assert_array_equal(qvd_jax.load(tmp_path / "plus")(PROMPTS, **SAMPLE), found)
 
 
 @pytest.mark.slow

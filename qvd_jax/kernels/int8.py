@@ -50,7 +50,7 @@ def dot(codes: Array, weights: Array, sums: Array, implementation: str | None = 
 
     Args:
       codes: int8.
-      weights: int8 or int4.
+      weights: int8, int4 or int2.
       sums: int32 `[O]`, of the weights over K; recomputing them would read all weights once more.
       implementation: one of `runnable_dots()`; None chooses by platform.
 
@@ -80,7 +80,7 @@ def conv(
 
     Args:
       codes: int8 `[B, *spatial, C]`.
-      weights: int8 or int4 `[O, *kernel, C]`.
+      weights: int8, int4 or int2 `[O, *kernel, C]`.
       sums: int32 `[O]`, of the weights over kernel and C.
       strides: one for each spatial axis.
       padding: (low, high) for each spatial axis.
@@ -113,7 +113,7 @@ def upsampled_conv(
 
     Args:
       codes: int8 `[B, H, W, C]`, each of which stands for 2x2 positions.
-      weights: int8 or int4 `[O, 3, 3, C]`.
+      weights: int8, int4 or int2 `[O, 3, 3, C]`.
       sums: int32 `[O]`, of the weights over kernel and C.
       implementation: one of `runnable_upsampled_convs()`; None chooses by platform.
 

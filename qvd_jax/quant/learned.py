@@ -38,13 +38,14 @@ def learn(
 ) -> ActivationQuantizer:
     """The quantizer with the factors at which the error to be expected of a layer is least.
 
-    With D the step of the inputs' codes (a token's, or that of all) and h what of the square of an
-    error in a weight is left in the output,
+    With D the step of the inputs' codes (a token's, or that of all), h what of the square of an
+    error in a weight is left in the output, and r_o the largest weight of an output,
 
-        mean D^2 / 12 sum_c s_c^2 mean_o W_co^2 + mean_o (|s W_o| / (2^(b_w-1) - 1))^2 / 12
-            sum_c h_c / s_c^2
+        mean D^2 / 12 sum_c s_c^2 mean_o W_co^2
+            + mean_o r_o^2 mean_o |s W_o / r_o|_8^2 / (2^(b_w-1) - 1)^2 / 12 sum_c h_c / s_c^2
 
-    Errors are taken for evenly spread over a step, and for independent.
+    Errors are taken for evenly spread over a step, and for independent. The second mean counts all
+    outputs alike: those of the largest weights would decide about all factors.
 
     Args:
       quantizer: to begin with.

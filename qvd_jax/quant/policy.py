@@ -88,18 +88,20 @@ class LayerSpec:
       weight_bits: 2 to 8.
       activation_bits: 2 to 8, or 16 for an input that stays as it is.
       ranges: of the input: one step D for all (static), one of its own for each sampler step, or
-        one for each token (position), found while sampling. A convolution whose kernel has several
-        taps sums over positions, so policies give it one step for all in the place of tokens'.
+        one for each token (position), found while sampling, of which no method clips anything. A
+        convolution whose kernel has several taps sums over positions, so policies give it one step
+        for all in the place of tokens'.
       weight_clipping: whether weights are clipped, each output's where its error is least; None
         clips those of 4 bits and fewer, where it is worth something.
       rounding: of weights: to the nearest code, or so that errors make up for each other on the
         inputs that calibration saw (`rounding.round_weights`).
       rotation: channels that a Hadamard transform mixes before the input becomes codes
-        (`codec.rotate`), a power of two that divides the layer's; 1 mixes none.
+        (`codec.rotate`), a power of two that divides the layer's; 1 mixes none. Not of learned,
+        whose factors are those of channels apart.
       low_rank: rank of a float branch beside the product, which makes up for some of what the
         rounding of weights left (`low_rank.factors`); 0 is none.
-      propagate: whether it is solved on what it sees in the model that a first solution makes,
-        where the layers before it are quantized, and not on what it sees in the float model.
+      propagate: whether it is solved on the rows that it sees in the model that a first solution
+        makes, where the layers before it are quantized; ranges are those of the float model.
     """
 
     method: Method

@@ -1,5 +1,6 @@
 """Programs that a machine traces once: kept beside what XLA compiled of them."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +19,11 @@ from qvd_jax.files import cache_folder, write_bytes
 
 # What a module's code depends on besides this package's own files.
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+# And where they are installed: with them jax finds cuDNN.
+_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 _OWN = frozenset({"qvd_jax", *_PACKAGES, "builtins"})
+# jax.export refuses what another jax may call otherwise; a kept program is run by the one it is of.
+_KEPT_CALLS = (jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax"),)
 
 
 def enable_compilation_cache() -> str | None:
@@ -46,11 +51,12 @@ class Program:
     traced program is exported (`jax.export`) to a folder in that cache, under a digest of all that
     a trace depends on: this package's code, versions, jax's settings, the kind and number of
     devices, the static arguments, the shapes of the others. Where any of it cannot be told, where
-    there is no cache, or where arrays lie on several devices, the function is `jax.jit` of itself.
+    `jax.export` does not take the program, where there is no cache, or where arrays lie on several
+    devices, the function is `jax.jit` of itself.
 
     Attributes:
       jitted: the function under `jax.jit`.
-      known: the programs of this process, by what they were made for.
+      known: the programs of this process, by what they were made for and jax's settings.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class Program:
         place = _folder()
         if place is None or not _lie_on_one_device(leaves):
             return self.jitted(*args, **kwargs)
-        known = (*static.items(), tree, *map(_shape, leaves), place)
+        known = (*static.items(), tree, *map(_shape, leaves), place, _settings())
         if known not in self.known:
             self.known[known] = self._find(place, static, arrays)
         return self.known[known](*arrays)
@@ -97,7 +103,10 @@ class Program:
         try:
             exported = jax.export.deserialize(bytearray(file.read_bytes()))
         except Exception:  # None is there, or it is damaged.
-            exported = jax.export.export(traced)(*arrays)
+            try:
+                exported = jax.export.export(traced, disabled_checks=_KEPT_CALLS)(*arrays)
+            except (ValueError, NotImplementedError):  # An operation that jax.export refuses.
+                return traced
             _write(file, exported)
 
         def call(donated: Any, others: Any) -> Any:
@@ -115,7 +124,7 @@ class Program:
             str(tree),
             *map(_shape, leaves),
             f"{device.platform} {device.device_kind} {jax.device_count()} {_cpu_features()}",
-            *(f"{name} {jax.config.values[name]}" for name in sorted(_settings())),
+            *_settings(),
             _code_digest(),
         ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
@@ -162,10 +171,11 @@ def _write(file: Path, exported: jax.export.Exported) -> None:
         return
 
 
-def _settings() -> frozenset[str]:
-    """The names of jax's settings, but for those of its cache and its logs."""
-    kept = {name for name in jax.config.values if not name.startswith("jax_compilation_cache")}
-    return frozenset(kept - {"jax_logging_level", "jax_log_compiles"})
+def _settings() -> tuple[str, ...]:
+    """The settings of jax here, but for those of its cache and its logs."""
+    others = ("jax_compilation_cache", "jax_logging_level", "jax_log_compiles")
+    values = sorted(jax.config.values.items())
+    return tuple(f"{name} {value}" for name, value in values if not name.startswith(others))
 
 
 @functools.cache
@@ -180,6 +190,9 @@ def _cpu_features() -> str:
 def _code_digest() -> str:
     """Of the versions and this package's code."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
+    for name in _PLUGINS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
     digest = hashlib.sha256("\n".join(versions).encode())
     root = Path(__file__).parent
     for file in sorted(root.rglob("*.py")):

@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from jax._src.export import _export
 
 import qvd_jax
 from qvd_jax import programs
 from qvd_jax.diffusion import sampler
+from qvd_jax.kernels.attention import dot_product_attention
 from qvd_jax.models.layers import FLOAT
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.programs import Program
@@ -50,8 +53,8 @@ def run(tmp_path, monkeypatch):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     traces.clear()
 
-    def call(by=2.0, x=(1.0, 2.0), dtype=jnp.float32):
-        program = Program(scaled, ("scale",), ("state",))
+    def call(by=2.0, x=(1.0, 2.0), dtype=jnp.float32, program=None):
+        program = program or Program(scaled, ("scale",), ("state",))
         x = jnp.asarray(x, dtype)
         return program(Scale(by), state={"sum": jnp.ones_like(x)}, x=x)["sum"].tolist()
 
@@ -88,6 +91,40 @@ def test_other_code_and_other_settings_are_traced_anew(run, monkeypatch):
     monkeypatch.setattr(programs, "_code_digest", lambda: "of other code")
     run()
     assert len(traces) == 3
+
+
+def test_one_process_traces_anew_under_other_settings(run):
+    program = Program(scaled, ("scale",), ("state",))
+    run(program=program)
+    for precision in ("bfloat16", "highest", "bfloat16"):
+        with jax.default_matmul_precision(precision):
+            run(program=program)
+    run(program=program)
+    assert len(traces) == len(program.known) == 3
+
+
+def test_what_jax_does_not_export_is_run_as_traced(run, tmp_path):
+    def told(scale, x):
+        return scale.by * jax.pure_callback(np.negative, jax.typeof(x), x)
+
+    told.__module__, told.__qualname__ = __name__, "told"
+    program = Program(told, ("scale",))
+    assert [program(Scale(2.0), jnp.ones(2)).tolist() for _ in range(2)] == [[-2.0, -2.0]] * 2
+    assert not (tmp_path / "programs").exists()
+
+
+def test_a_program_with_cudnns_attention_is_kept(tmp_path, monkeypatch):
+    """It is lowered for CUDA, as where jax finds a GPU and cuDNN."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(_export, "default_export_platform", lambda: "cuda")
+    operand = jnp.zeros((2, 64, 2, 40), jnp.bfloat16)
+    arguments = {}, {"q": operand, "k": operand, "v": operand}
+    program = Program(dot_product_attention.__wrapped__, ())
+    program._find(tmp_path, {}, arguments)
+    (file,) = tmp_path.glob("*.jaxexport")
+    kept = jax.export.deserialize(bytearray(file.read_bytes()))
+    lowered = jax.jit(kept.call).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "__cudnn$fmhaSoftmax" in lowered.as_text()
 
 
 def test_a_damaged_program_is_traced_anew_and_replaced(run, tmp_path):

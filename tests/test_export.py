@@ -210,7 +210,8 @@ def index(folder, **changes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"platforms": ["gpu"]}, "'gpu' is none of cpu, cuda, tpu"),
+        ({"platforms": ["gpu"]}, "platforms: 'gpu' is none of cpu, cuda, tpu$"),
+        ({"platforms": "cpu"}, r"platforms = 'cpu': a list is needed, such as \['cpu'\]"),
         ({"platforms": []}, "at least one of cpu, cuda, tpu is needed"),
         ({"videos": 0}, "videos = 0: at least 1 is needed"),
         ({"height": 9}, "height = 9: it must be a positive multiple of"),

@@ -12,7 +12,6 @@ import jax.export
 import numpy as np
 
 from qvd_jax import checkpoint, exported
-from qvd_jax.config import did_you_mean
 from qvd_jax.errors import InputError
 from qvd_jax.files import write_folder
 from qvd_jax.pipelines.autoencoder import decoded_together
@@ -60,10 +59,11 @@ def export(
     Raises:
       InputError: the pipeline, a platform or a number does not fit, or `path` cannot be written.
     """
+    if isinstance(platforms, str):
+        raise InputError(f"platforms = {platforms!r}: a list is needed, such as ['cpu']")
     for platform in platforms:
         if platform not in PLATFORMS:
-            hint = did_you_mean(platform, PLATFORMS)
-            raise InputError(f"platforms: {platform!r} is none of {', '.join(PLATFORMS)}{hint}")
+            raise InputError(f"platforms: {platform!r} is none of {', '.join(PLATFORMS)}")
     if not platforms:
         raise InputError(f"platforms: at least one of {', '.join(PLATFORMS)} is needed")
     if videos < 1:

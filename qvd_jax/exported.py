@@ -28,9 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX, WEIGHTS = "index.json", "weights.bin"
 CONSTANTS = "constants"
+DIGEST = "index_sha256"
 # All steps.
 _WHOLE = {"start": 0.0, "end": 1.0}
 
@@ -65,6 +66,8 @@ class ExportedSampler:
                 f"{folder} has format version {version}, this reads {FORMAT_VERSION}; use the "
                 f"exported.py in it"
             )
+        if self.index.get(DIGEST) != index_digest(self.index):
+            raise ValueError(f"{folder}: {INDEX} is damaged, or was edited; export it anew")
         platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
         if platform not in self.index["platforms"]:
             raise ValueError(
@@ -321,6 +324,12 @@ class ExportedSampler:
             (part,) = self._run("decode", video[None, first : first + size])
             parts.append(np.asarray(part[0, start - first :]))
         return np.concatenate(parts)
+
+
+def index_digest(index: Mapping[str, Any]) -> str:
+    """The SHA-256 of an index, its own left out."""
+    others = {key: value for key, value in index.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
 
 
 def _read(folder: Path, name: str, index: dict[str, Any]) -> bytes:

@@ -188,8 +188,11 @@ def test_what_was_not_exported_is_refused_with_what_was(pipe, artifact):
         (lambda p: (p / "weights.bin").write_bytes(b"0"), "weights.bin is damaged, or was edited"),
         (lambda p: (p / "sample-cpu.jaxexport").unlink(), "sample-cpu.jaxexport cannot be read"),
         (lambda p: (p / "index.json").write_text("{}"), "is no exported sampler: 'format_version'"),
-        (lambda p: index(p, format_version=1), "has format version 1, this reads 2"),
-        (lambda p: index(p, platforms=["tpu"]), "was exported for tpu; jax runs on cpu"),
+        (lambda p: index(p, format_version=1), "has format version 1, this reads 3"),
+        (lambda p: index(p, scaling_factor=0.5), "index.json is damaged, or was edited"),
+        (lambda p: index(p, index_sha256="0"), "index.json is damaged, or was edited"),
+        (lambda p: index(p, reads={}), "index.json is damaged, or was edited; export it anew"),
+        (lambda p: index(p, sign=True, platforms=["tpu"]), "was exported for tpu; jax runs on cpu"),
     ],
 )
 def test_a_damaged_or_other_artifact_is_refused(artifact, tmp_path, edit, message):
@@ -202,9 +205,12 @@ def test_a_damaged_or_other_artifact_is_refused(artifact, tmp_path, edit, messag
         ExportedSampler(copy)
 
 
-def index(folder, **changes):
+def index(folder, *, sign=False, **changes):
     file = folder / exported.INDEX
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    edited = json.loads(file.read_text()) | changes
+    if sign:
+        edited[exported.DIGEST] = exported.index_digest(edited)
+    file.write_text(json.dumps(edited))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def export(
             "sha256": digests,
             "versions": checkpoint.package_versions(),
         }
+        index[exported.DIGEST] = exported.index_digest(index)
         (folder / exported.INDEX).write_text(json.dumps(index) + "\n", encoding="utf-8")
         (folder / "exported.py").write_bytes(Path(exported.__file__).read_bytes())
 

@@ -7,8 +7,10 @@ import sys
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from tiny_families import FAMILIES, make, pictures
 
 import qvd_jax
@@ -238,7 +240,10 @@ def test_more_conditioning_frames_than_frames_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_other_platforms_are_lowered_here(pipe, tmp_path, platform):
+def test_other_platforms_are_lowered_here(tiny_checkpoint, tmp_path, platform, monkeypatch):
+    """In bfloat16, as where jax finds cuDNN: its attention is no part of an artifact."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    pipe = qvd_jax.load(tiny_checkpoint, dtype=jnp.bfloat16)
     qvd_jax.export(pipe, tmp_path / "out", [platform], **SMALL)
     programs = sorted(file.name for file in (tmp_path / "out").glob("*.jaxexport"))
     stages = json.loads((tmp_path / "out" / exported.INDEX).read_text())["reads"]

@@ -9,9 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax._src.cudnn import fused_attention_stablehlo
 
 from qvd_jax.kernels import attention_cuda
-from qvd_jax.kernels.attention_cuda import attention, attention_in_blocks, can_use_cudnn
+from qvd_jax.kernels.attention import dot_product_attention
+from qvd_jax.kernels.attention_cuda import (
+    attention,
+    attention_in_blocks,
+    can_use_cudnn,
+    without_cudnn,
+)
 
 FEW = 4 * 2 * 12
 """Bytes of one query's logits with two heads and twelve keys."""
@@ -168,6 +175,20 @@ def test_cudnn_is_asked_for_what_the_gpus_have(capabilities, narrow, wide, monke
         assert can_use_cudnn(*described((2, 64, 64, 160))) == wide
     else:
         assert can_use_cudnn(*described((2, 64, 64, 128)))
+
+
+def test_blocks_attend_where_programs_are_for_any_machine(monkeypatch):
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    inputs = described((2, 64, 64, 40))
+    attend = jax.jit(lambda *inputs: dot_product_attention(*inputs))
+
+    def program():
+        return attend.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
+
+    assert "__cudnn$fmhaSoftmax" in program()
+    with without_cudnn(True):
+        assert "cudnn" not in program()
+    assert "__cudnn$fmhaSoftmax" in program()
 
 
 def test_without_cudnn_blocks_attend(monkeypatch):

@@ -27,6 +27,9 @@ _BLOCK_BYTES = 2**28
 """Logits of one block. A quarter of that takes four times as many rounds, and moves 6% more where
 most time goes; four times as much saves 2% there."""
 
+without_cudnn = jax.make_user_context(False)
+"""`with without_cudnn(True):` what is traced is for any CUDA machine, with cuDNN or without."""
+
 _CUDNN_MOST = 2**16 - 1
 """Sequences that cuDNN takes at once (pytorch/pytorch#181235: one more fails when it runs)."""
 
@@ -52,13 +55,15 @@ def attention(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> Array
 
 
 def can_use_cudnn(q: Array, k: Array, v: Array, *, is_causal: bool = False) -> bool:
-    """Whether cuDNN is installed and has kernels for operands of these shapes and dtypes.
+    """Whether cuDNN may be used, is installed and has kernels for these shapes and dtypes.
 
     jax asks for cuDNN, bfloat16 or float16, and head widths that are multiples of 8, when it
     traces; what it lets pass and cuDNN refuses when it runs is asked here. The GPUs are those of
     the default backend: on a machine without one the program is for Ampere or newer, and jax
     takes widths up to 128.
     """
+    if without_cudnn.value:
+        return False
     try:
         jax.eval_shape(functools.partial(_cudnn, is_causal=is_causal), q, k, v)
     except RuntimeError:  # Also NotImplementedError, of shapes and dtypes.

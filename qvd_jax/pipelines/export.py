@@ -14,6 +14,7 @@ import numpy as np
 from qvd_jax import checkpoint, exported
 from qvd_jax.errors import InputError
 from qvd_jax.files import write_folder
+from qvd_jax.kernels.attention_cuda import without_cudnn
 from qvd_jax.pipelines.autoencoder import decoded_together
 from qvd_jax.pipelines.export_stages import Stage, Structs, conditioning, stages, weights_of
 from qvd_jax.pipelines.pipeline import VideoPipeline
@@ -39,7 +40,7 @@ def export(
     """Writes the sampler of a pipeline for `exported.ExportedSampler`.
 
     Its programs are those the pipeline runs, so on the CPU its videos are the pipeline's, bit for
-    bit. It has the shapes it is exported with; tokens, images, motion, seeds, guidance scales and
+    bit; those for CUDA have no attention by cuDNN, so that they run where there is none. It has the shapes it is exported with; tokens, images, motion, seeds, guidance scales and
     whatever else a call of the pipeline weighs by a number are free.
 
     Args:
@@ -88,8 +89,10 @@ def export(
             )
             networks = {stage.reads for stage in programs.values() if stage.reads is not None}
             weights = {name: weights_of(pipe, name) for name in sorted(networks)}
-            for name, stage in programs.items():
-                write(f"{name}-{platform}.jaxexport", _lower(stage, weights, platform))
+            # An artifact is for machines and cuDNNs that this one does not know.
+            with without_cudnn(platform == "cuda"):
+                for name, stage in programs.items():
+                    write(f"{name}-{platform}.jaxexport", _lower(stage, weights, platform))
         entries, data = _pack(weights | {exported.CONSTANTS: told.constants})
         write(exported.WEIGHTS, data)
         index = {

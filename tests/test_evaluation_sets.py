@@ -224,6 +224,26 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
         sets.compare_videos(sources, measures, real=real)
 
 
+def test_pairs_have_one_video_of_each_name(tmp_path):
+    (shown,) = noise(0, 1)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for file in ("v.gif", "v.mp4", "w.mp4"):
+            video_io.write_video(tmp_path / folder / file, shown, 8)
+    sources = {name: tmp_path / name for name in ("a", "b")}
+    with pytest.raises(InputError, match=r"compare videos of one name: 1 names in a are .*: 'v'; "):
+        sets.compare_videos(sources, sets.PIXELS)
+    alone = sets.compare_videos(sources, sets.Measures(("flicker",)))
+    assert alone.models[0].flicker.videos == 3
+    (tmp_path / "a" / "v.gif").unlink()
+    with pytest.raises(InputError, match="1 names in b are"):
+        sets.compare_videos(sources, sets.PIXELS)
+    (tmp_path / "b" / "v.mp4").unlink()
+    # One format against another: those of the same name, though suffixes sort otherwise.
+    found = sets.compare_videos(sources, sets.Measures(("psnr",)))
+    assert found.models[1].psnr.videos == 2
+
+
 def test_metrics_and_networks_come_together():
     with pytest.raises(ValueError, match="the metric fvd and its network come together"):
         sets.Measures(("fvd",))

@@ -92,7 +92,7 @@ def find_videos(paths: Sequence[Path]) -> Found:
     if faults:
         raise InputError(
             f"{len(faults)} of {len(videos)} videos cannot be read; remove or replace them: "
-            f"{_some(map(str, faults), '; ')}"
+            f"{some(map(str, faults), '; ')}"
         )
     good = [probe for probe in probes if isinstance(probe, Probe)]
     return Found(good, (*_other_files(others), *_unequal(good)))
@@ -110,7 +110,7 @@ def check_frames(probes: Sequence[Probe], least: int, why: str) -> None:
     if short:
         raise InputError(
             f"{why} needs {least} frames, {len(short)} of {len(probes)} videos have fewer: "
-            f"{_some(short)}"
+            f"{some(short)}"
         )
 
 
@@ -149,13 +149,13 @@ def _unequal(probes: Sequence[Probe]) -> list[str]:
     if variable:
         notes.append(
             f"{len(variable)} of {len(probes)} videos have a variable frame rate, each stored "
-            f"frame is taken once: {_some(variable)}"
+            f"frame is taken once: {some(variable)}"
         )
     transparent = [str(probe.path) for probe in probes if probe.has_alpha]
     if transparent:
         notes.append(
             f"{len(transparent)} of {len(probes)} videos may be transparent, the color beneath is "
-            f"taken: {_some(transparent)}"
+            f"taken: {some(transparent)}"
         )
     for what, values in (
         ("sizes", [f"{probe.height}x{probe.width}" for probe in probes]),
@@ -163,12 +163,12 @@ def _unequal(probes: Sequence[Probe]) -> list[str]:
     ):
         counted = Counter(values).most_common()
         if len(counted) > 1:
-            shown = _some(f"{number} of {value}" for value, number in counted)
+            shown = some(f"{number} of {value}" for value, number in counted)
             notes.append(f"{len(probes)} videos have {len(counted)} {what}: {shown}")
     return notes
 
 
-def _some(texts: Iterable[str], between: str = ", ") -> str:
+def some(texts: Iterable[str], between: str = ", ") -> str:
     """The first of some texts, and how many more there are."""
     texts = [*texts]
     more = len(texts) - _NAMED

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image
+from PIL import ImageSequence
 
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
@@ -37,7 +37,7 @@ class Probe(NamedTuple):
       height: H.
       width: W.
       is_variable: whether its frames are shown for unequal times.
-      has_alpha: whether it may be transparent.
+      has_alpha: whether it is transparent, or in a container may be.
     """
 
     path: Path
@@ -91,8 +91,8 @@ def find_videos(paths: Sequence[Path]) -> Found:
     faults = [probe for probe in probes if isinstance(probe, InputError)]
     if faults:
         raise InputError(
-            f"{len(faults)} of {len(videos)} videos cannot be read; remove or replace them: "
-            f"{some(map(str, faults), '; ')}"
+            f"{len(faults)} of {len(videos)} videos cannot be read; remove them, or encode them "
+            f"anew: {some(map(str, faults), '; ')}"
         )
     good = [probe for probe in probes if isinstance(probe, Probe)]
     return Found(good, (*_other_files(others), *_unequal(good)))
@@ -118,13 +118,14 @@ def read(probe: Probe) -> np.ndarray:
     """The frames of a video, uint8 `[F, H, W, 3]`.
 
     Raises:
-      InputError: it cannot be read, or has another number of frames than it said.
+      InputError: it cannot be read, or is not as long and large as it was.
     """
     video = video_io.read_video(probe.path, is_logged=False)
-    if len(video) != probe.frames:
+    found, known = video.shape[:3], (probe.frames, probe.height, probe.width)
+    if found != known:
         raise InputError(
-            f"{probe.path} holds {probe.frames} frames, of which {len(video)} can be decoded; "
-            f"encode it anew"
+            f"{probe.path} has frames, height and width {found}, and had {known} when it was "
+            f"looked at; leave videos as they are while they are measured"
         )
     return video
 
@@ -179,49 +180,71 @@ def _probe(path: Path) -> Probe | InputError:
     """What is known of a video, or what is wrong with it."""
     try:
         if path.is_dir():
-            return _probe_frames(path)
+            return _probe_images(path)
         if path.stat().st_size == 0:
             return InputError(f"{path} is empty")
-        # Of a GIF the frames that are stored count, not those that a player would show.
-        if path.suffix.lower() == ".gif":
-            frames, height, width, _ = video_io.read_video(path, is_logged=False).shape
-            return Probe(path, frames, height, width)
-        return _probe_packets(path)
+        if video_io.is_image(path):
+            return _probe_images(path)
+        return _probe_container(path)
     except InputError as error:
         return error
+    except OSError as error:
+        return InputError(f"{path} cannot be read: {error.strerror}")
 
 
-def _probe_frames(folder: Path) -> Probe:
-    files = video_io.frame_files(folder)
-    sizes, has_alpha = set(), False
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                sizes.add(image.size)
-                has_alpha |= image.has_transparency_data
-        except Exception as error:  # Pillow has many.
-            raise InputError(f"{file} is no image: {error}") from error
+def _probe_images(path: Path) -> Probe:
+    """Of a folder of images, or an animated one, each decoded.
+
+    Of an animated image the frames that are stored count, not those that a player would show.
+    """
+    sizes: Counter[tuple[int, ...]] = Counter()
+    has_alpha, starts = False, [0.0]
+    for file in video_io.frame_files(path) if path.is_dir() else [path]:
+        with video_io.open_image(file) as image:
+            for frame in [image] if path.is_dir() else ImageSequence.Iterator(image):
+                sizes[video_io.to_rgb(frame, file, is_logged=False).shape[:2]] += 1
+                has_alpha |= video_io.is_transparent(frame)
+                starts.append(starts[-1] + video_io.milliseconds(frame))
     if len(sizes) > 1:
-        shown = ", ".join(f"{height}x{width}" for width, height in sorted(sizes))
-        raise InputError(f"{folder} has frames of several sizes: {shown}")
-    ((width, height),) = sizes
-    return Probe(folder, len(files), height, width, has_alpha=has_alpha)
+        shown = ", ".join(f"{height}x{width}" for height, width in sorted(sizes))
+        raise InputError(f"{path} has frames of several sizes: {shown}")
+    (((height, width), frames),) = sizes.items()
+    is_variable = not path.is_dir() and _is_variable(starts[:-1], _GIF_TICK)
+    return Probe(path, frames, height, width, is_variable, has_alpha)
 
 
+_GIF_TICK = 10
+"""Times in GIFs are multiples of so many milliseconds."""
+
+_FAULT = re.compile(r"^(?:\[[^\]]*\] )*?\[(?:error|fatal|panic)\] (.+)$", re.MULTILINE)
 _DIMENSIONS = re.compile(r"^#dimensions 0: (\d+)x(\d+)$", re.MULTILINE)
-_PACKET = re.compile(r"^0,\s*-?\d+,\s*(-?\d+),", re.MULTILINE)
+_TIME = re.compile(r"^0,\s*-?\d+,\s*(-?\d+),", re.MULTILINE)
+_ALPHA = re.compile(
+    # The pixel format that is decoded to, or the note of a VP8 or VP9 whose alpha is not decoded.
+    r"Video: rawvideo(?: \([^)]*\))?, (?:rgba|bgra|argb|abgr|gbrap|yuva|ayuv|vuya|ya\d|yaf|pal8)"
+    r"|^(?:\[info\])?\s+alpha_mode\s*: 1$",
+    re.MULTILINE,
+)
 
 
-def _probe_packets(path: Path) -> Probe:
-    """Of the packets that a container holds, none of which is decoded."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-map", "0:v:0"]
-    command += ["-c", "copy", "-f", "framecrc", "-"]
+def _probe_container(path: Path) -> Probe:
+    """Of all frames of a file of ffmpeg's, decoded; what ffmpeg would conceal is a fault."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats"]
+    # By itself it goes on behind damage, and repeats frames up to a constant rate.
+    command += ["-loglevel", "level+info", "-xerror", "-i", str(path), "-an", "-sn", "-dn"]
+    command += ["-fps_mode", "passthrough", "-enc_time_base", "demux", "-f", "framecrc", "-"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    size, times = _DIMENSIONS.search(done.stdout), [*map(int, _PACKET.findall(done.stdout))]
-    if done.returncode or size is None or not times:
-        reason = (done.stderr.strip().splitlines() or ["it holds no video"])[-1]
+    faults, times = _FAULT.findall(done.stderr), [*map(int, _TIME.findall(done.stdout))]
+    size = _DIMENSIONS.search(done.stdout)
+    if faults or done.returncode or size is None or not times:
+        reason = [*faults, "it holds no frames"][0]
         raise InputError(f"{path} cannot be read as a video: {reason}")
+    has_alpha = _ALPHA.search(done.stderr) is not None
+    # Times are rounded to ticks.
+    return Probe(path, len(times), int(size[2]), int(size[1]), _is_variable(times, 1), has_alpha)
+
+
+def _is_variable(times: Sequence[float], tick: float) -> bool:
+    """Whether the steps between times are unequal by more than rounding to ticks makes them."""
     steps = np.diff(sorted(times))
-    # Times are rounded to ticks, so equal steps may differ by one.
-    is_variable = len(steps) > 0 and int(steps.max()) > max(1.5 * int(steps.min()), steps.min() + 1)
-    return Probe(path, len(times), int(size[2]), int(size[1]), is_variable)
+    return len(steps) > 0 and bool(steps.max() > max(1.5 * steps.min(), steps.min() + tick))

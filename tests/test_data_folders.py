@@ -1,6 +1,8 @@
 """Folders of videos: what is found, and what is refused before anything is computed."""
 
+import re
 import subprocess
+from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
@@ -75,19 +77,19 @@ CONTAINERS = [
     ("a.mkv", "-c:v", "libx264"),
     ("a.avi", "-c:v", "mpeg4"),
     ("a.flv", "-c:v", "flv1"),
-    ("a.wmv", "-c:v", "wmv2"),
+    ("a.asf", "-c:v", "msmpeg4v3"),
     ("a.mpg", "-c:v", "mpeg2video", "-r", "25"),
-    ("a.mov", "-c:v", "mpeg4", "-movflags", "faststart"),
+    ("a.vob", "-c:v", "mpeg2video", "-r", "25"),
 ]
 
 
 def test_whole_videos_of_all_containers_are_read(tmp_path):
-    for name, *options in CONTAINERS:
+    for name, *options in [*CONTAINERS, ("a.m2ts",), ("a.mxf", "-r", "25")]:
         encode(tmp_path / name, *options)
     found = folders.find_videos([tmp_path])
-    assert len(found.probes) == 7
+    assert len(found.probes) == 9
     for probe in found.probes:
-        of_25 = probe.path.suffix in (".mpg",)
+        of_25 = probe.path.suffix in (".mpg", ".vob", ".mxf")
         assert probe[1:] == (50 if of_25 else 16, 48, 32, False, False)
         assert folders.read(probe).shape[:3] == probe[1:4]
 
@@ -184,6 +186,67 @@ def test_transparent_and_gray_frames_become_rgb_and_are_counted(tmp_path, caplog
         np.testing.assert_array_equal(folders.read(probe)[0], gray[..., None].repeat(3, -1))
     assert "1 of 2 videos may be transparent, the color beneath is taken" in found.notes[0]
     assert not caplog.records
+
+
+def test_the_documents_name_all_suffixes_of_videos():
+    text = (Path(__file__).parents[1] / "docs" / "how-to" / "evaluate.md").read_text()
+    (sentence,) = re.findall(r"^- each file that ends in (.*?);$", text, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"`([^`]+)`", sentence)) == folders.VIDEOS
+
+
+def test_images_beside_videos_are_no_frames_and_said(tmp_path):
+    """What `sample --contact-sheet` leaves, previews of frames, GIFs with a sheet."""
+    for place in ("sampled", "gifs", "frames"):
+        (tmp_path / place).mkdir()
+        video_io.write_video(tmp_path / place / "0.gif", video(), 8)
+    video_io.write_video(tmp_path / "sampled" / "1.mp4", video(), 8)
+    video_io.write_contact_sheet(tmp_path / "sampled" / "contact-sheet.png", video()[None])
+    Image.fromarray(video()[0]).save(tmp_path / "gifs" / "sheet.jpg")
+    for number, frame in enumerate(video(3)):
+        Image.fromarray(frame).save(tmp_path / "frames" / f"{number}.png")
+    write_frames(tmp_path / "gifs" / "below", video())
+    (tmp_path / "gifs" / "below" / "list.txt").write_text("x")
+    found = folders.find_videos([tmp_path])
+    places = [str(probe.path.relative_to(tmp_path)) for probe in found.probes]
+    assert places == ["frames/0.gif", "gifs/0.gif", "gifs/below", "sampled/0.gif", "sampled/1.mp4"]
+    assert found.notes == (
+        "images beside videos are left out: 1 .jpg, 4 .png",
+        "files that are no videos are left out: 1 .txt",
+    )
+    # One image is no video, and names no folder.
+    with pytest.raises(InputError, match=r"1\.png holds no videos"):
+        folders.find_videos([tmp_path / "frames" / "1.png"])
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png", ".apng", ".tiff"])
+def test_images_of_several_frames_are_videos(tmp_path, suffix):
+    frames = [*map(Image.fromarray, video(4))]
+    (tmp_path / "a").mkdir()
+    for number in range(3):
+        frames[0].save(
+            tmp_path / "a" / f"{number}{suffix}",
+            format="png" if suffix == ".apng" else None,
+            save_all=True,
+            append_images=frames[1:],
+            lossless=True,
+        )
+    write_frames(tmp_path / "b", video(3))
+    probes = folders.find_videos([tmp_path]).probes
+    assert [probe.frames for probe in probes] == [4, 4, 4, 3]
+    np.testing.assert_array_equal(folders.read(probes[1]), video(4))
+
+
+def test_links_are_followed_and_end(tmp_path):
+    write_frames(tmp_path / "elsewhere" / "v1", video())
+    (tmp_path / "set" / "inner").mkdir(parents=True)
+    (tmp_path / "set" / "class").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "inner" / "up").symlink_to(tmp_path / "set")
+    (tmp_path / "elsewhere" / "v1" / "self").symlink_to(tmp_path / "elsewhere" / "v1")
+    (probe,) = folders.find_videos([tmp_path / "set"]).probes
+    assert probe.path == tmp_path / "set" / "class" / "v1"
+    (tmp_path / "set" / "gone.mp4").symlink_to(tmp_path / "none")
+    with pytest.raises(InputError, match=r"1 of 2 .*gone\.mp4 cannot be read: No such file"):
+        folders.find_videos([tmp_path / "set"])
 
 
 @pytest.mark.parametrize("turned", [90, 180])

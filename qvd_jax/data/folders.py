@@ -1,28 +1,33 @@
 """Folders of videos and of frames: what is in them, and whether it can be read, before it is."""
 
+import itertools
 import re
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio_ffmpeg
 import numpy as np
-from PIL import ImageSequence
+from PIL import Image, ImageSequence
 
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError
 
 CONTAINERS = (
-    *(".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".wmv", ".flv"),
-    *(".ogv", ".3gp", ".gif"),
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".wmv"),
+    *(".asf", ".flv", ".f4v", ".ogv", ".mpg", ".mpeg", ".m2v", ".vob", ".ts", ".m2ts", ".mts"),
+    *(".mxf", ".y4m"),
 )
+"""Suffixes of videos that ffmpeg reads."""
+
+VIDEOS = (*CONTAINERS, *video_io.ANIMATED)
 """Suffixes of videos."""
 
-FRAMES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Suffixes of images that are frames of the video that their folder is."""
+_MAYBE_ANIMATED = (".png", ".webp", ".tif", ".tiff")
+"""Suffixes of images of which one file may be a video; further images of a JPEG are its preview."""
 
 _NAMED = 5
 """Of many files with one fault so many are named."""
@@ -61,9 +66,10 @@ class Found(NamedTuple):
 
 
 def find_videos(paths: Sequence[Path]) -> Found:
-    """All videos in folders, at any depth, which are looked at one by one.
+    """All videos in folders, at any depth, each of which is decoded to see that it is whole.
 
-    A file of `CONTAINERS` is a video, and so is a folder that holds images: its frames.
+    A file of `VIDEOS` is a video, and so is an image of several frames. A folder that holds images
+    and none of these is one, too: the images are its frames. Links to folders are followed.
 
     Args:
       paths: folders, or videos themselves.
@@ -73,20 +79,21 @@ def find_videos(paths: Sequence[Path]) -> Found:
         named.
     """
     videos: list[Path] = []
-    others: Counter[str] = Counter()
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path} does not exist; a folder of videos is expected")
-        files = [path] if path.is_file() else [*path.rglob("*")]
-        kinds = Counter(_kind(file) for file in files if file.is_file())
-        found = {file for file in files if file.suffix.lower() in CONTAINERS and file.is_file()}
-        found |= {f.parent for f in files if f.suffix.lower() in FRAMES and f.is_file()}
-        if not found:
-            raise InputError(f"{path} holds no videos ({', '.join(CONTAINERS)}) and no frames")
-        videos += sorted(found, key=video_io.counted)
-        others += Counter({kind: number for kind, number in kinds.items() if kind is not None})
-    videos = [*dict.fromkeys(videos)]
+    left_out: set[Path] = set()
     with ThreadPoolExecutor() as pool:
+        for path in paths:
+            if not path.exists():
+                raise InputError(f"{path} does not exist; a folder of videos is expected")
+            files = [*_files(path)]
+            found = {*itertools.compress(files, pool.map(_is_video, files))}
+            taken = {file.parent for file in found}
+            frames = {f for f in files if _is_still(f) and f != path and f.parent not in taken}
+            left_out |= {*files} - found - frames
+            found |= {file.parent for file in frames}
+            if not found:
+                raise InputError(f"{path} holds no videos ({', '.join(VIDEOS)}) and no frames")
+            videos += sorted(found, key=video_io.counted)
+        videos = [*dict.fromkeys(videos)]
         probes = [*pool.map(_probe, videos)]
     faults = [probe for probe in probes if isinstance(probe, InputError)]
     if faults:
@@ -95,7 +102,7 @@ def find_videos(paths: Sequence[Path]) -> Found:
             f"anew: {some(map(str, faults), '; ')}"
         )
     good = [probe for probe in probes if isinstance(probe, Probe)]
-    return Found(good, (*_other_files(others), *_unequal(good)))
+    return Found(good, (*_left_out(left_out), *_unequal(good)))
 
 
 def check_frames(probes: Sequence[Probe], least: int, why: str) -> None:
@@ -130,17 +137,48 @@ def read(probe: Probe) -> np.ndarray:
     return video
 
 
-def _kind(file: Path) -> str | None:
-    """The suffix of a file that is neither a video nor a frame."""
+def _files(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """All files in a folder, at any depth, also behind links; a link to nothing is one, too."""
+    if path.is_file() or not path.exists():
+        yield path
+    elif path.is_dir() and (place := path.resolve()) not in above:  # No link to where it lies.
+        try:
+            inside = [*path.iterdir()]
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from error
+        for one in inside:
+            yield from _files(one, (*above, place))
+
+
+def _is_video(file: Path) -> bool:
+    """Whether a file is a video by itself."""
     suffix = file.suffix.lower()
-    return None if suffix in CONTAINERS or suffix in FRAMES else suffix or "without a suffix"
+    if suffix not in _MAYBE_ANIMATED:
+        return suffix in VIDEOS
+    try:
+        with Image.open(file) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except Exception:  # Pillow has many; what cannot be read is told once its folder is looked at.
+        return False
 
 
-def _other_files(others: Counter[str]) -> list[str]:
-    if not others:
-        return []
-    kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(others.items()))
-    return [f"files that are no videos are left out: {kinds}"]
+def _is_still(file: Path) -> bool:
+    return file.suffix.lower() in video_io.STILLS
+
+
+def _left_out(files: Iterable[Path]) -> list[str]:
+    """What files are neither videos nor frames, in words."""
+    notes = []
+    kinds = Counter(file.suffix.lower() or "without a suffix" for file in files)
+    for what, is_still in (("images beside videos", True), ("files that are no videos", False)):
+        shown = [
+            f"{number} {kind}"
+            for kind, number in sorted(kinds.items())
+            if (kind in video_io.STILLS) == is_still
+        ]
+        if shown:
+            notes.append(f"{what} are left out: {', '.join(shown)}")
+    return notes
 
 
 def _unequal(probes: Sequence[Probe]) -> list[str]:

@@ -22,7 +22,13 @@ from qvd_jax.files import check_readable, replace_when_whole
 _logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
-_IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Suffixes of images that may be frames of the video that their folder is."""
+
+ANIMATED = (".gif", ".apng")
+"""Suffixes of images that are videos themselves."""
+
 _SECOND = 1000  # in milliseconds
 
 
@@ -62,6 +68,15 @@ def read_video(path: Path, *, is_logged: bool = True) -> np.ndarray:
     """
     if path.is_dir():
         files = frame_files(path)
+        if is_logged and (others := sorted({*path.iterdir()} - {*files}, key=counted)):
+            _logger.warning(
+                "%s: of %d files the %d still images are the frames; left out are others, such as "
+                "%s",
+                path,
+                len(files) + len(others),
+                len(files),
+                others[0].name,
+            )
         images = [read_image(file, is_logged=is_logged) for file in files]
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
@@ -81,18 +96,18 @@ def read_video(path: Path, *, is_logged: bool = True) -> np.ndarray:
 
 def is_image(path: Path) -> bool:
     """Whether the suffix is an image's, which Pillow reads, and not ffmpeg."""
-    return path.suffix.lower() in _IMAGE_SUFFIXES
+    return path.suffix.lower() in (*STILLS, *ANIMATED)
 
 
 def frame_files(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names, numbers in them as numbers.
+    """The still images of a folder in the order of their names, numbers in them as numbers.
 
     Raises:
       InputError: it holds none.
     """
-    files = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in STILLS]
     if not files:
-        raise InputError(f"{folder} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
+        raise InputError(f"{folder} holds no still images ({', '.join(STILLS)})")
     return sorted(files, key=counted)
 
 

@@ -98,8 +98,13 @@ def test_reading_a_video_does_not_warn_of_threads(tmp_path):
     assert not given
 
 
-def test_images_of_a_folder_are_read_in_the_order_of_their_numbers(tmp_path):
+def test_images_of_a_folder_are_read_in_the_order_of_their_numbers(tmp_path, caplog):
     for number in range(12):
         imageio.imwrite(tmp_path / f"pose{number}.png", np.full((4, 6, 3), number, np.uint8))
-    (tmp_path / "notes.txt").write_text("no image")
     assert video_io.read_video(tmp_path)[:, 0, 0, 0].tolist() == list(range(12))
+    assert not caplog.records
+    video_io.write_video(tmp_path / "preview.gif", gradient(3, 8, 8), 8)
+    (tmp_path / "z.txt").write_text("no image")
+    assert video_io.read_video(tmp_path)[:, 0, 0, 0].tolist() == list(range(12))
+    assert "of 14 files the 12 still images are the frames" in caplog.text
+    assert "left out are others, such as preview.gif" in caplog.text

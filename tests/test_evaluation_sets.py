@@ -149,7 +149,9 @@ DEVICES = 3
 def of_several_devices(file):
     """Of a process that sees several, whose number the clips are no multiple of."""
     assert jax.local_device_count() == DEVICES
-    shown = videos.open_videos(noise(0, count=14), "a")
+    shown = videos.open_videos(
+        noise(2, count=14), "a"
+    )  # No mean is near zero, where rounding is all.
     np.save(file, features.video_features(I3D, shown, short(frames=10).protocol).values)
 
 
@@ -162,7 +164,7 @@ def test_features_are_the_same_on_several_devices(tmp_path):
     }
     program = "import sys, test_evaluation_sets as t; t.of_several_devices(sys.argv[1])"
     subprocess.run([sys.executable, "-c", program, file], env=environment, check=True, timeout=100)
-    shown = videos.open_videos(noise(0, count=14), "a")
+    shown = videos.open_videos(noise(2, count=14), "a")
     own = features.video_features(I3D, shown, short(frames=10).protocol)
     np.testing.assert_allclose(np.load(file), own.values, rtol=1e-5)
 
@@ -222,6 +224,26 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     monkeypatch.delattr(sets, "_measure")
     with pytest.raises(InputError, match=message):
         sets.compare_videos(sources, measures, real=real)
+
+
+def test_pairs_have_one_video_of_each_name(tmp_path):
+    (shown,) = noise(0, 1)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for file in ("v.gif", "v.mp4", "w.mp4"):
+            video_io.write_video(tmp_path / folder / file, shown, 8)
+    sources = {name: tmp_path / name for name in ("a", "b")}
+    with pytest.raises(InputError, match=r"compare videos of one name: 1 names in a are .*: 'v'; "):
+        sets.compare_videos(sources, sets.PIXELS)
+    alone = sets.compare_videos(sources, sets.Measures(("flicker",)))
+    assert alone.models[0].flicker.videos == 3
+    (tmp_path / "a" / "v.gif").unlink()
+    with pytest.raises(InputError, match="1 names in b are"):
+        sets.compare_videos(sources, sets.PIXELS)
+    (tmp_path / "b" / "v.mp4").unlink()
+    # One format against another: those of the same name, though suffixes sort otherwise.
+    found = sets.compare_videos(sources, sets.Measures(("psnr",)))
+    assert found.models[1].psnr.videos == 2
 
 
 def test_metrics_and_networks_come_together():

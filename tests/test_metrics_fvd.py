@@ -69,7 +69,9 @@ STEPS = {"stylegan-v": squashed, "cd-fvd": squashed, "common-metrics": cropped, 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_clips_are_resized_as_the_implementation_does(name, shape):
     clip = video(shape)[:3]
-    found = np.asarray(fvd.prepare(clip, PROTOCOLS[name].resize))
+    found = fvd.prepare(clip, PROTOCOLS[name].resize)
+    assert isinstance(found, np.ndarray), "an array of JAX is of a program for each size"
+    assert found.dtype == np.float32
     # Less than a hundredth of a level of 256.
     np.testing.assert_allclose(found, STEPS[name](clip), atol=5e-5)
 

@@ -14,7 +14,7 @@ from typing import Any
 import imageio.v3 as imageio
 import imageio_ffmpeg
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageOps, ImageSequence, UnidentifiedImageError
 
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.files import check_readable, replace_when_whole
@@ -22,7 +22,13 @@ from qvd_jax.files import check_readable, replace_when_whole
 _logger = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
-_IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+
+STILLS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Suffixes of images that may be frames of the video that their folder is."""
+
+ANIMATED = (".gif", ".apng")
+"""Suffixes of images that are videos themselves."""
+
 _SECOND = 1000  # in milliseconds
 
 
@@ -41,7 +47,7 @@ def read_image(path: Path, *, is_logged: bool = True) -> np.ndarray:
       InputError: the file is missing, no image, or has more than 8 bits and no white.
     """
     check_readable(path, "an image")
-    with _open_image(path) as image:
+    with open_image(path) as image:
         if is_logged and (frames := getattr(image, "n_frames", 1)) > 1:
             _logger.warning("%s has %d frames; the first is used", path, frames)
         return to_rgb(image, path, is_logged=is_logged)
@@ -62,6 +68,15 @@ def read_video(path: Path, *, is_logged: bool = True) -> np.ndarray:
     """
     if path.is_dir():
         files = frame_files(path)
+        if is_logged and (others := sorted({*path.iterdir()} - {*files}, key=counted)):
+            _logger.warning(
+                "%s: of %d files the %d still images are the frames; left out are others, such as "
+                "%s",
+                path,
+                len(files) + len(others),
+                len(files),
+                others[0].name,
+            )
         images = [read_image(file, is_logged=is_logged) for file in files]
         for file, image in zip(files, images, strict=True):
             if image.shape != images[0].shape:
@@ -71,23 +86,28 @@ def read_video(path: Path, *, is_logged: bool = True) -> np.ndarray:
                 )
         return np.stack(images)
     check_readable(path, "a video, or a folder of images,")
-    if path.suffix.lower() in _IMAGE_SUFFIXES:
-        with _open_image(path) as animated:
+    if is_image(path):
+        with open_image(path) as animated:
             frames = ImageSequence.Iterator(animated)
             return np.stack([to_rgb(frame, path, is_logged=is_logged) for frame in frames])
     with _open_video(path) as (_, shown):
         return np.stack(list(shown))
 
 
+def is_image(path: Path) -> bool:
+    """Whether the suffix is an image's, which Pillow reads, and not ffmpeg."""
+    return path.suffix.lower() in (*STILLS, *ANIMATED)
+
+
 def frame_files(folder: Path) -> list[Path]:
-    """The images of a folder in the order of their names, numbers in them as numbers.
+    """The still images of a folder in the order of their names, numbers in them as numbers.
 
     Raises:
       InputError: it holds none.
     """
-    files = [file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES]
+    files = [file for file in folder.iterdir() if file.suffix.lower() in STILLS]
     if not files:
-        raise InputError(f"{folder} holds no images ({', '.join(_IMAGE_SUFFIXES)})")
+        raise InputError(f"{folder} holds no still images ({', '.join(STILLS)})")
     return sorted(files, key=counted)
 
 
@@ -99,15 +119,15 @@ def read_fps(path: Path) -> float | None:
     """
     if path.is_dir():
         return None
-    if path.suffix.lower() in _IMAGE_SUFFIXES:
-        with _open_image(path) as image:
-            shown = [_milliseconds(frame) for frame in ImageSequence.Iterator(image)]
+    if is_image(path):
+        with open_image(path) as image:
+            shown = [milliseconds(frame) for frame in ImageSequence.Iterator(image)]
         return len(shown) / sum(shown) * _SECOND if sum(shown) else None
     with _open_video(path) as (meta, _):
         return meta["fps"] or None
 
 
-def _milliseconds(frame: Image.Image) -> float:
+def milliseconds(frame: Image.Image) -> float:
     """How long a frame is shown; 0 where its file does not say."""
     # WebP's is known once its pixels are.
     frame.load()
@@ -115,7 +135,7 @@ def _milliseconds(frame: Image.Image) -> float:
 
 
 @contextlib.contextmanager
-def _open_image(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """An image file, whose failures become `InputError` whenever its pixels are read."""
     try:
         # From memory: a pipe can be read once, and not from its middle.
@@ -123,6 +143,8 @@ def _open_image(path: Path) -> Iterator[Image.Image]:
             yield image
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is no image that Pillow knows") from error
     except Exception as error:  # Pillow has many, and damaged files raise yet others.
         raise InputError(f"{path} cannot be read as an image: {first_line(error)}") from error
 
@@ -151,10 +173,17 @@ def to_rgb(image: Image.Image, where: Path | str, *, is_logged: bool = True) -> 
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
+def is_transparent(image: Image.Image) -> bool:
+    """Whether a pixel is."""
+    opaque = 255
+    return image.has_transparency_data and bool(
+        (np.asarray(image.convert("RGBA"))[..., 3] < opaque).any()
+    )
+
+
 def _left_out(image: Image.Image) -> Iterator[str]:
     """What an image says beyond its RGB values, in words."""
-    opaque = 255
-    if image.has_transparency_data and (np.asarray(image.convert("RGBA"))[..., 3] < opaque).any():
+    if is_transparent(image):
         yield "transparent pixels, whose color beneath is taken"
     if profile := image.info.get("icc_profile"):
         try:

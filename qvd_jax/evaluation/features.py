@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -115,12 +114,12 @@ def _computed(
     size = _CLIPS_PER_DEVICE * len(devices)
     counts: dict[int, int] = {}
     done: dict[int, list[np.ndarray]] = {}
-    waiting: list[tuple[int, Array]] = []
+    waiting: list[tuple[int, np.ndarray]] = []
 
     def flush() -> Iterator[tuple[int, np.ndarray]]:
         clips = [clip for _, clip in waiting]
         # Of one size for all, so that the network is compiled once.
-        batch = jnp.stack([*clips, *(size - len(clips)) * clips[:1]])
+        batch = np.stack([*clips, *(size - len(clips)) * clips[:1]])
         values = np.asarray(_logits(network.module, params, jax.device_put(batch, sharding)))
         for (number, _), value in zip(waiting, values, strict=False):
             done[number].append(value)

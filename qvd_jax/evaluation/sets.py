@@ -315,6 +315,8 @@ def check(
 def _check_pairs(reference: VideoSet, videos: VideoSet, metrics: Sequence[str]) -> None:
     """Raises `InputError` unless each video has one of its name and shape to compare it with."""
     who = f"{', '.join(metrics)} compare videos of one name"
+    reference.check_names(who)
+    videos.check_names(who)
     apart = sorted(set(reference.names) ^ set(videos.names))
     if apart:
         place = reference if apart[0] in reference.names else videos

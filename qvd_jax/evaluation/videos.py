@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,15 @@ class VideoSet:
             for name, shape in zip(self.names, self.shapes, strict=True)
         ]
         folders.check_frames(probes, least, f"{self.name}: {why}")
+
+    def check_names(self, why: str) -> None:
+        """Raises `InputError`, which counts and names them, if several videos have one name."""
+        repeated = [repr(name) for name, count in Counter(self.names).items() if count > 1]
+        if repeated:
+            raise InputError(
+                f"{why}: {len(repeated)} names in {self.name} are of several videos, whose "
+                f"suffixes do not count: {folders.some(repeated)}; keep one of each"
+            )
 
 
 Source = VideoSet | np.ndarray | Path | str | Sequence[Path | str]

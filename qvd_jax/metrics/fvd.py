@@ -5,17 +5,13 @@ implementations differ before the network and after it, and so do their numbers:
 only at one protocol, N, frames, size of the videos and weights.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from qvd_jax.axes import Array
 from qvd_jax.metrics.frechet import DegreesLost
 from qvd_jax.metrics.i3d import SIZE
 
@@ -105,11 +101,12 @@ def clip_count(frames: int, protocol: Protocol) -> int:
     return max(1, frames - (protocol.frames or frames))
 
 
-@functools.partial(jax.jit, static_argnames="resize")
-def prepare(clip: Array, resize: Resize) -> Array:
-    """A clip uint8 `[F, H, W, 3]` as I3D takes it, `[F, 224, 224, 3]` around [-1, 1]."""
-    pixels = clip.astype(jnp.float32)
-    frames, height, width, channels = pixels.shape
+def prepare(clip: np.ndarray, resize: Resize) -> np.ndarray:
+    """A clip uint8 `[F, H, W, 3]` as I3D takes it, float32 `[F, 224, 224, 3]` around [-1, 1].
+
+    In numpy: real videos come in any number of sizes, and JAX would compile for each.
+    """
+    height, width = clip.shape[1:3]
     size = (SIZE, SIZE)
     if resize == "crop":
         scale = SIZE / min(height, width)
@@ -118,14 +115,48 @@ def prepare(clip: Array, resize: Resize) -> Array:
             if height < width
             else (math.ceil(height * scale), SIZE)
         )
-    resized = jax.image.resize(
-        pixels,
-        (frames, *size, channels),
-        "cubic" if resize == "bicubic" else "linear",
-        antialias=resize == "bicubic",
+    rows, columns = (
+        _middle(_weights(before, after, resize))
+        for before, after in zip((height, width), size, strict=True)
     )
-    top, left = ((side - SIZE) // 2 for side in size)
-    return resized[:, top : top + SIZE, left : left + SIZE] / 127.5 - 1
+    resized = np.empty((len(clip), SIZE, SIZE, 3), np.float32)
+    for frame, pixels in zip(resized, clip, strict=True):
+        lines = _weighed(pixels, rows).swapaxes(0, 1)
+        frame[:] = _weighed(lines, columns).swapaxes(0, 1)
+    return resized / np.float32(127.5) - 1
+
+
+def _weights(before: int, after: int, resize: Resize) -> np.ndarray:
+    """What each new pixel of a line takes of each old one, float32 `[after, before]`."""
+    smooths = resize == "bicubic"
+    scale = before / after
+    centers = (np.arange(after) + 0.5) * scale - 0.5
+    if not smooths:
+        centers = centers.clip(0, before - 1)
+    x = np.abs(centers[:, None] - np.arange(before)) / (max(scale, 1) if smooths else 1)
+    # Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -1/2.
+    near, far = (1.5 * x - 2.5) * x**2 + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    cubic = np.select([x < 1, x < 2], [near, far], 0.0)
+    weights = cubic if smooths else np.maximum(1 - x, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def _weighed(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """`weights @ lines`, of which all but a band of the weights is zero: `[after, L, 3]`."""
+    used = weights != 0
+    first, last = used.argmax(1), weights.shape[1] - 1 - used[:, ::-1].argmax(1)
+    width = int((last - first).max()) + 1
+    places = np.minimum(first, weights.shape[1] - width)[:, None] + np.arange(width)
+    found = np.zeros((len(weights), *lines.shape[1:]), np.float32)
+    for place, share in zip(places.T, np.take_along_axis(weights, places, 1).T, strict=True):
+        found += share[:, None, None] * lines[place]
+    return found
+
+
+def _middle(weights: np.ndarray) -> np.ndarray:
+    """Those of the middle pixels of a line that is too long, `[224, before]`."""
+    start = (len(weights) - SIZE) // 2
+    return weights[start : start + SIZE]
 
 
 def _through_gif(clip: np.ndarray) -> np.ndarray:

@@ -174,8 +174,13 @@ def go_on(
       InputError: the folder is of another run; what differs is named.
     """
     scheduler = switch(read_configs(names[0]).scheduler, **asked_scheduler(args))
+    roles = ["the reference", *(f"candidate {number}" for number in range(1, len(names)))]
     record = {
-        "checkpoints": checkpoint_digests(names),
+        # A batch holds what became of it model by model, in this order.
+        "checkpoints": {
+            role: [*known]
+            for role, known in zip(roles, checkpoint_digests(names).items(), strict=True)
+        },
         "inputs": {
             f"input {i + 1}": [name, *given(inputs, i)] for i, name in enumerate(inputs.names)
         },

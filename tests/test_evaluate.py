@@ -1,6 +1,7 @@
 """`python -m qvd_jax.evaluate`: models side by side, from checkpoints to results."""
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -188,12 +189,20 @@ def test_an_evaluation_goes_on_only_with_the_same_settings(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "load", interrupt)
-    arguments = ["--reference", str(tiny_checkpoint), *SIZE, "--prompt", "a", "b", "--resume"]
-    arguments += ["--out", str(tmp_path / "out")]
+    folder = tmp_path / "made"
+    folder.mkdir()
+    tiny, *others = str(tiny_checkpoint), str(tmp_path / "w8"), str(tmp_path / "w4")
+    for other in others:
+        shutil.copytree(tiny_checkpoint, other)
+    arguments = ["--reference", tiny, "--candidate", *others, *SIZE]
+    arguments += ["--prompt", "a", "b", "--resume", "--out", str(folder / "out")]
     assert evaluate.main(arguments) == 130
     assert evaluate.main(arguments) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["out.sampled"]
+    assert [path.name for path in folder.iterdir()] == ["out.sampled"]
     for changed, message in {
+        ("--candidate", *reversed(others)): f'candidate 1 was ["{others[0]}", "',
+        ("--reference", others[0], "--candidate", tiny, others[1]): f'the reference was ["{tiny}"',
+        ("--candidate", others[0]): f'candidate 2 was ["{others[1]}", "',
         ("--steps", "3"): "out.sampled: this run is not the one that --resume is to go on with: "
         "steps was 2, is 3; remove the folder, or name another --out",
         ("--prompt", "a", "c"): 'input 2 was ["b"], is ["c"]',

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("one of --reference and --generated is required")
     line = command_line("qvd_jax.evaluate", argv)
     if args.generated:
-        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+        check_outputs(args)
         comparison = _measure_generated(parser, args)
         print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
         return
@@ -89,6 +89,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Once all hosts are done: they may share the folder.
     if (folder := kept_by(args).folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Makes sure that what is found can be written, and replaces nothing that is read or written.
+
+    Raises:
+      InputError: something is there already, or a place is not writable or not apart from others.
+    """
+    replaced = {"--out": args.out}
+    files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+    if args.vbench:
+        files.check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
+        replaced["--vbench"] = args.vbench
+    filled = {"--features": args.features, "--resume, which keeps": kept_by(args).folder}
+    files.check_apart(replaced | {name: folder for name, folder in filled.items() if folder})
+    models = [checkpoint.find(name) for name in (args.reference, *args.candidate) if name]
+    networks = [folder for folder in (args.i3d, args.clip) if folder]
+    for name, folder in replaced.items():
+        files.check_spared(name, folder, [*models, *networks, *args.generated, *args.real])
 
 
 def kept_by(args: argparse.Namespace) -> Batches:
@@ -108,7 +127,7 @@ def sample(
     """
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     if hosts.first:
-        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+        check_outputs(args)
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
@@ -119,8 +138,6 @@ def sample(
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
     if args.vbench:
         file_names(cases.titles, args.seeds)
-        if hosts.first:
-            files.check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
     layers = {name: load_layer_reports(name) for name in names}
     inputs = Inputs([*cases.inputs], cases.titles)
     kept = kept_by(args)
@@ -227,6 +244,7 @@ def _measures(args: argparse.Namespace) -> Measures:
         "--i3d": args.i3d,
         "--real": args.real,
         "--floor": args.floor,
+        "--features": args.features,
     }
     of_others = {"lpips": {"--lpips": args.lpips}, "clip": {"--clip": args.clip}}
     for metric, options in {"fvd": of_fvd, **of_others}.items():

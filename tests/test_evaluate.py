@@ -228,6 +228,27 @@ def test_an_evaluation_goes_on_only_with_the_same_settings(
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--frames", "2"],
             "flicker needs 3 frames, 2 of 2 videos have fewer",
         ),
+        (
+            ["--reference", "shapes", "--out", "{old}", "--vbench", "{old}/vb", "--overwrite"],
+            "--out {old} and --vbench {old}/vb: name folders apart",
+        ),
+        (
+            ["--reference", "shapes", "--out", "{tmp}/out", "--vbench", "{tmp}/out"],
+            "--out {tmp}/out and --vbench {tmp}/out: name folders apart",
+        ),
+        (
+            ["--reference", "shapes", "--out", "{old}", "--features", "{old}/kept", "--overwrite"],
+            "--out {old} and --features {old}/kept: name folders apart",
+        ),
+        (
+            ["--generated", "{old}/vb/a", "--out", "{old}", "--overwrite"],
+            "--out {old} would replace {old}/vb/a; name another folder",
+        ),
+        (
+            [*("--reference", "shapes", "--metrics", "fvd"), "--features", "{tmp}/one.txt"],
+            "one.txt cannot be made: {tmp}/one.txt is a file; name another folder",
+        ),
+        (["--reference", "shapes", "--features", "{tmp}/kept"], "--features are of the metric fvd"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -236,9 +257,16 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     monkeypatch.delattr(evaluate, "load")
     (tmp_path / "one.txt").write_text("a\n")
     (tmp_path / "two.txt").write_text("a\nb\n")
-    given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]
-    assert evaluate.main([*given, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    # Of an earlier run, with videos in it.
+    old = tmp_path / "old"
+    (old / "vb" / "a").mkdir(parents=True)
+    for name in ("report.html", "vb/prompts.json"):
+        (old / name).write_text("")
+    places = {"tmp": tmp_path, "tiny": tiny_checkpoint, "old": old}
+    given = [argument.format(**places) for argument in arguments]
+    assert evaluate.main(["--out", str(tmp_path / "out"), *given]) == 2
+    assert message.format(**places) in capsys.readouterr().err.splitlines()[-1]
+    assert (old / "report.html").exists()
     assert not (tmp_path / "out").exists()
 
 

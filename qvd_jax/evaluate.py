@@ -51,7 +51,7 @@ from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.generated import compare_generated
 from qvd_jax.evaluation.page import PAGE, file_name
 from qvd_jax.evaluation.pairs import check_measures
-from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
+from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures, pixels
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.hosts import Hosts
 from qvd_jax.meshes import replicated
@@ -134,7 +134,7 @@ def sample(
     want = check_videos(names, args, args.reference, **asked)
     mesh = asked_mesh(args, names, want)
     cases = read_cases(args, want)
-    measures = _measures(args)
+    measures = _measures(args, len(names))
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
     if args.vbench:
         file_names(cases.titles, args.seeds)
@@ -223,21 +223,26 @@ def _measure_generated(parser: argparse.ArgumentParser, args: argparse.Namespace
     if given := given_options(parser, args, *_OF_GENERATED):
         raise InputError(f"--generated measures videos as they are, without {', '.join(given)}")
     sources = {str(folder): folder for folder in dict.fromkeys(args.generated)}
-    measures = _measures(args)
+    measures = _measures(args, len(sources))
     if args.prompts_file and measures.clip is None:
         raise InputError("--prompts-file is for the metric clip here; pass --clip DIR")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     return compare_generated(sources, measures, args.real or None, prompts)
 
 
-def _measures(args: argparse.Namespace) -> Measures:
+def _measures(args: argparse.Namespace, sets: int) -> Measures:
     """What is asked for; without --metrics what needs no network, FVD with --real, CLIP's with it.
+
+    Args:
+      args: the command line.
+      sets: of videos, which without --metrics tells what can be measured.
 
     Raises:
       InputError: an option belongs to a metric that is not asked for, or weights are missing.
     """
     wanted = {"fvd": args.real, "clip": args.clip}
-    metrics = args.metrics or (*(name for name, given in wanted.items() if given), *PIXELS.metrics)
+    by_itself = *(name for name, given in wanted.items() if given), *pixels(sets).metrics
+    metrics = args.metrics or by_itself
     of_fvd = {
         "--protocol": args.protocol,
         "--clip-frames": args.clip_frames,

@@ -221,7 +221,10 @@ def test_an_evaluation_goes_on_only_with_the_same_settings(
         (["--reference", "shapes", "--videos", "2"], "at least 3 prompts or images, there are 2"),
         (["--reference", "shapes", "--condition", "a.png@0"], "follows no --condition"),
         (
-            ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
+            [
+                *("--reference", "{tiny}", "--candidate", "shapes"),
+                *("--prompts-file", "{tmp}/two.txt", "--height", "8"),
+            ],
             "ssim needs 11x11 pixels, ",
         ),
         (

@@ -117,7 +117,12 @@ class Measures:
 
 
 PIXELS = Measures()
-"""What needs no network."""
+"""What needs no network, of several sets."""
+
+
+def pixels(sets: int) -> Measures:
+    """What needs no network and can be measured of so many sets."""
+    return PIXELS if sets > 1 else dataclasses.replace(PIXELS, metrics=ALONE)
 
 
 def _load_lpips(name: str) -> Network:
@@ -294,6 +299,11 @@ def check(
         raise InputError(f"{', '.join(beside)} are for the metric fvd, which is not asked for")
     compared = [name for name in measures.metrics if name in PAIRED]
     if compared:
+        if not others:
+            raise InputError(
+                f"{', '.join(compared)} compare videos with those of {reference.name}: name others "
+                f"beside them, or other metrics"
+            )
         for videos in others:
             _check_pairs(reference, videos, compared)
     least = {

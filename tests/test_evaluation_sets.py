@@ -133,14 +133,17 @@ def test_features_are_kept_by_content_and_an_interrupted_run_goes_on(tmp_path, m
     np.testing.assert_array_equal(again.values, found.values[::-1])
     plain = features.video_features(I3D, shown, protocol)
     np.testing.assert_allclose(found.values, plain.values, rtol=1e-5)
-    # Other weights, another way of resizing: nothing is taken from what is kept.
+    # Other weights, another way of resizing, other code: nothing is taken from what is kept.
+    unread = dataclasses.replace(turned, read=lambda number: 1 / 0)
+    resized = dataclasses.replace(protocol, resize="crop")
+    for network, how in ((dataclasses.replace(I3D, digest="1"), protocol), (I3D, resized)):
+        with pytest.raises(ZeroDivisionError):
+            features.video_features(network, unread, how, tmp_path)
+    code = {features.code_digest(*features._CODE), features.code_digest(*features._CODE[:-1])}
+    assert len(code) == 2
+    monkeypatch.setattr(features, "code_digest", lambda *_: "of other code")
     with pytest.raises(ZeroDivisionError):
-        features.video_features(
-            dataclasses.replace(I3D, digest="1"),
-            dataclasses.replace(turned, read=lambda number: 1 / 0),
-            protocol,
-            tmp_path,
-        )
+        features.video_features(I3D, unread, protocol, tmp_path)
 
 
 DEVICES = 3

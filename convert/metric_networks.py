@@ -140,12 +140,7 @@ def _open_i3d(
         "bias": _read(tensors, f"{logits}.conv3d.bias", source),
     }
     _refuse_others(tensors, source)
-    return MetricNetwork(
-        networks.I3D,
-        i3d.I3DConfig(len(params["logits"]["bias"])),
-        params,
-        f"I3D of {source.name}",
-    )
+    return MetricNetwork(networks.I3D, i3d.I3DConfig(), params, f"I3D of {source.name}")
 
 
 _ONE = LazyTensor((), lambda: np.ones((), np.float32))

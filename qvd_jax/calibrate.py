@@ -25,7 +25,7 @@ from qvd_jax.cli.videos import (
 )
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation.page import PAGE
-from qvd_jax.files import check_folder, write_folder
+from qvd_jax.files import check_apart, check_folder, check_spared, write_folder
 from qvd_jax.hosts import Hosts
 from qvd_jax.pipelines.loading import load, read_configs, save
 from qvd_jax.pipelines.observation import CalibrationConfig, collect
@@ -70,13 +70,13 @@ def check_outputs(args: argparse.Namespace) -> None:
       InputError: something is there already, or a place is not writable.
     """
     checkpoint.check_replaceable(args.out, overwrite=args.overwrite)
+    outputs = {"--out": args.out}
     if args.report:
         check_folder(args.report, PAGE, overwrite=args.overwrite)
-        out, page = args.out.resolve(), args.report.resolve()
-        if out == page or out in page.parents or page in out.parents:
-            raise InputError(f"--report {args.report} and --out {args.out}: name folders apart")
-    if args.out.resolve() == checkpoint.find(args.checkpoint).resolve():
-        raise InputError(f"--out {args.out} is the checkpoint itself; name another folder")
+        outputs["--report"] = args.report
+    check_apart(outputs)
+    for name, folder in outputs.items():
+        check_spared(name, folder, [checkpoint.find(args.checkpoint)])
 
 
 def calibrate(

@@ -51,7 +51,7 @@ from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.generated import compare_generated
 from qvd_jax.evaluation.page import PAGE, file_name
 from qvd_jax.evaluation.pairs import check_measures
-from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures
+from qvd_jax.evaluation.sets import METRICS, PIXELS, Measures, pixels
 from qvd_jax.evaluation.vbench import PROMPTS, file_names, write_videos
 from qvd_jax.hosts import Hosts
 from qvd_jax.meshes import replicated
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("one of --reference and --generated is required")
     line = command_line("qvd_jax.evaluate", argv)
     if args.generated:
-        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+        check_outputs(args)
         comparison = _measure_generated(parser, args)
         print(write_comparison(comparison, args.out, overwrite=args.overwrite, command=line))
         return
@@ -89,6 +89,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Once all hosts are done: they may share the folder.
     if (folder := kept_by(args).folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Makes sure that what is found can be written, and replaces nothing that is read or written.
+
+    Raises:
+      InputError: something is there already, or a place is not writable or not apart from others.
+    """
+    replaced = {"--out": args.out}
+    files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+    if args.vbench:
+        files.check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
+        replaced["--vbench"] = args.vbench
+    filled = {"--features": args.features, "--resume, which keeps": kept_by(args).folder}
+    files.check_apart(replaced | {name: folder for name, folder in filled.items() if folder})
+    models = [checkpoint.find(name) for name in (args.reference, *args.candidate) if name]
+    networks = [folder for folder in (args.i3d, args.clip) if folder]
+    for name, folder in replaced.items():
+        files.check_spared(name, folder, [*models, *networks, *args.generated, *args.real])
 
 
 def kept_by(args: argparse.Namespace) -> Batches:
@@ -108,19 +127,17 @@ def sample(
     """
     names = list(dict.fromkeys([args.reference, *args.candidate]))
     if hosts.first:
-        files.check_folder(args.out, PAGE, overwrite=args.overwrite)
+        check_outputs(args)
     check_same_inputs(names)
     solver = args.scheduler or read_configs(args.reference).scheduler.solver
     asked = asked_scheduler(args) | {"solver": solver}
     want = check_videos(names, args, args.reference, **asked)
     mesh = asked_mesh(args, names, want)
     cases = read_cases(args, want)
-    measures = _measures(args)
+    measures = _measures(args, len(names))
     real = check_measures(names, cases, want, args.seeds, measures, args.real or None)
     if args.vbench:
         file_names(cases.titles, args.seeds)
-        if hosts.first:
-            files.check_folder(args.vbench, PROMPTS, overwrite=args.overwrite)
     layers = {name: load_layer_reports(name) for name in names}
     inputs = Inputs([*cases.inputs], cases.titles)
     kept = kept_by(args)
@@ -174,8 +191,13 @@ def go_on(
       InputError: the folder is of another run; what differs is named.
     """
     scheduler = switch(read_configs(names[0]).scheduler, **asked_scheduler(args))
+    roles = ["the reference", *(f"candidate {number}" for number in range(1, len(names)))]
     record = {
-        "checkpoints": checkpoint_digests(names),
+        # A batch holds what became of it model by model, in this order.
+        "checkpoints": {
+            role: [*known]
+            for role, known in zip(roles, checkpoint_digests(names).items(), strict=True)
+        },
         "inputs": {
             f"input {i + 1}": [name, *given(inputs, i)] for i, name in enumerate(inputs.names)
         },
@@ -201,27 +223,33 @@ def _measure_generated(parser: argparse.ArgumentParser, args: argparse.Namespace
     if given := given_options(parser, args, *_OF_GENERATED):
         raise InputError(f"--generated measures videos as they are, without {', '.join(given)}")
     sources = {str(folder): folder for folder in dict.fromkeys(args.generated)}
-    measures = _measures(args)
+    measures = _measures(args, len(sources))
     if args.prompts_file and measures.clip is None:
         raise InputError("--prompts-file is for the metric clip here; pass --clip DIR")
     prompts = read_prompts(args.prompts_file) if args.prompts_file else []
     return compare_generated(sources, measures, args.real or None, prompts)
 
 
-def _measures(args: argparse.Namespace) -> Measures:
+def _measures(args: argparse.Namespace, sets: int) -> Measures:
     """What is asked for; without --metrics what needs no network, FVD with --real, CLIP's with it.
+
+    Args:
+      args: the command line.
+      sets: of videos, which without --metrics tells what can be measured.
 
     Raises:
       InputError: an option belongs to a metric that is not asked for, or weights are missing.
     """
     wanted = {"fvd": args.real, "clip": args.clip}
-    metrics = args.metrics or (*(name for name, given in wanted.items() if given), *PIXELS.metrics)
+    by_itself = *(name for name, given in wanted.items() if given), *pixels(sets).metrics
+    metrics = args.metrics or by_itself
     of_fvd = {
         "--protocol": args.protocol,
         "--clip-frames": args.clip_frames,
         "--i3d": args.i3d,
         "--real": args.real,
         "--floor": args.floor,
+        "--features": args.features,
     }
     of_others = {"lpips": {"--lpips": args.lpips}, "clip": {"--clip": args.clip}}
     for metric, options in {"fvd": of_fvd, **of_others}.items():

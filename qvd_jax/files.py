@@ -2,11 +2,12 @@
 
 import contextlib
 import io
+import itertools
 import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,43 @@ def check_folder(path: Path, mark: str, *, overwrite: bool) -> None:
         raise InputError(f"{path} holds other files and no {mark}; name another folder")
     if not overwrite:
         raise InputError(f"{path} exists already; pass --overwrite (overwrite=True) to replace it")
+
+
+def check_apart(outputs: Mapping[str, Path]) -> None:
+    """Raises `InputError` if one folder would lie in another, which replaces it or mixes with it.
+
+    Args:
+      outputs: folders to write, by the options that name them.
+    """
+    for (first, one), (second, other) in itertools.combinations(outputs.items(), 2):
+        if _holds(one, other) or _holds(other, one):
+            raise InputError(f"{first} {one} and {second} {other}: name folders apart")
+
+
+def check_spared(output: str, folder: Path, inputs: Iterable[Path]) -> None:
+    """Raises `InputError` if a folder that is replaced holds what is read.
+
+    Args:
+      output: the option that names the folder.
+      folder: to write.
+      inputs: files and folders to read.
+    """
+    for place in inputs:
+        if _holds(folder, place):
+            raise InputError(f"{output} {folder} would replace {place}; name another folder")
+
+
+def _holds(folder: Path, place: Path) -> bool:
+    return place.resolve().is_relative_to(folder.resolve())
+
+
+def check_keepable(folder: Path) -> None:
+    """Raises `InputError` if nothing can be kept in a folder, there or to be made."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    if not there.is_dir():
+        raise InputError(f"{folder} cannot be made: {there} is a file; name another folder")
+    if not os.access(there, os.W_OK):
+        raise InputError(f"{folder}: no permission to write in {there}")
 
 
 @contextlib.contextmanager

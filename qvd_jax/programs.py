@@ -125,7 +125,7 @@ class Program:
             *map(_shape, leaves),
             f"{device.platform} {device.device_kind} {jax.device_count()} {_cpu_features()}",
             *_settings(),
-            _code_digest(),
+            code_digest(),
         ]
         return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
 
@@ -187,15 +187,19 @@ def _cpu_features() -> str:
 
 
 @functools.cache
-def _code_digest() -> str:
-    """Of the versions and this package's code."""
+def code_digest(*files: str) -> str:
+    """Of the versions and this package's code.
+
+    Args:
+      files: those of the package that matter; none takes all.
+    """
     versions = [f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES]
     for name in _PLUGINS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions.append(f"{name} {importlib.metadata.version(name)}")
     digest = hashlib.sha256("\n".join(versions).encode())
     root = Path(__file__).parent
-    for file in sorted(root.rglob("*.py")):
+    for file in sorted(map(root.joinpath, files) if files else root.rglob("*.py")):
         digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return digest.hexdigest()
 

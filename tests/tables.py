@@ -15,7 +15,8 @@ replaced; `test_documents.py` holds the documents to it. Without names it is don
         and s; a name without one is shown as it is.
     <!-- scaling: ONE.json; SEVERAL.json; ... -->
         What the benchmark's `compiled` models of the same parts for one chip and for several, a row
-        for each part, layers and file that has both: its time beside one chip's, each for a video.
+        for each part, layers and file that has both: its time beside one chip's, each for a video,
+        and the memory of its activations.
 """
 
 import json
@@ -96,16 +97,21 @@ def figures(record: Any, place: str, columns: str) -> str:
 def scaling(one: Any, several: Sequence[Any]) -> str:
     """A table of the parts of several chips, beside what one has of them."""
     head = ("part", "layers", "chips", "mesh", "ms", "of one chip's", "chip ms", "of one chip's")
-    lines = [_line((*head, "sent MB", "peak GB")), _line(["---:"] * 10)]
+    head += ("sent MB", "peak GB", "activations GB", "of one chip's")
+    lines = [_line(head), _line(["---:"] * len(head))]
     # A video has two halves.
     videos = one["case"]["batch"] / 2
-    alone = {_identity(result): result["modelled_ms"] / videos for result in one["results"]}
+    alone = {
+        _identity(result): (result["modelled_ms"] / videos, result["activations_bytes"])
+        for result in one["results"]
+    }
     for record in several:
         videos = record["case"]["batch"] / 2
         for result in record["results"]:
             if (key := _identity(result)) not in alone:
                 continue
-            spent = result["modelled_ms"] / videos
+            spent, held = result["modelled_ms"] / videos, result["activations_bytes"]
+            spent_alone, held_alone = alone[key]
             sent = sum(found["bytes"] for found in result["collectives"].values())
             cells = (
                 result["part"],
@@ -113,11 +119,13 @@ def scaling(one: Any, several: Sequence[Any]) -> str:
                 str(result["chips"]),
                 result["mesh"],
                 f"{spent:.2f}",
-                f"{spent / alone[key]:.3f}",
+                f"{spent / spent_alone:.3f}",
                 f"{result['chips'] * spent:.2f}",
-                f"{result['chips'] * spent / alone[key]:.2f}",
+                f"{result['chips'] * spent / spent_alone:.2f}",
                 f"{sent / 1e6:.1f}",
                 f"{result['peak_memory_bytes'] / 1e9:.2f}",
+                f"{held / 1e9:.3f}",
+                f"{held / held_alone:.2f}",
             )
             lines.append(_line(cells))
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """`python -m qvd_jax.evaluate`: models side by side, from checkpoints to results."""
 
 import json
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -188,12 +189,20 @@ def test_an_evaluation_goes_on_only_with_the_same_settings(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "load", interrupt)
-    arguments = ["--reference", str(tiny_checkpoint), *SIZE, "--prompt", "a", "b", "--resume"]
-    arguments += ["--out", str(tmp_path / "out")]
+    folder = tmp_path / "made"
+    folder.mkdir()
+    tiny, *others = str(tiny_checkpoint), str(tmp_path / "w8"), str(tmp_path / "w4")
+    for other in others:
+        shutil.copytree(tiny_checkpoint, other)
+    arguments = ["--reference", tiny, "--candidate", *others, *SIZE]
+    arguments += ["--prompt", "a", "b", "--resume", "--out", str(folder / "out")]
     assert evaluate.main(arguments) == 130
     assert evaluate.main(arguments) == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["out.sampled"]
+    assert [path.name for path in folder.iterdir()] == ["out.sampled"]
     for changed, message in {
+        ("--candidate", *reversed(others)): f'candidate 1 was ["{others[0]}", "',
+        ("--reference", others[0], "--candidate", tiny, others[1]): f'the reference was ["{tiny}"',
+        ("--candidate", others[0]): f'candidate 2 was ["{others[1]}", "',
         ("--steps", "3"): "out.sampled: this run is not the one that --resume is to go on with: "
         "steps was 2, is 3; remove the folder, or name another --out",
         ("--prompt", "a", "c"): 'input 2 was ["b"], is ["c"]',
@@ -212,13 +221,37 @@ def test_an_evaluation_goes_on_only_with_the_same_settings(
         (["--reference", "shapes", "--videos", "2"], "at least 3 prompts or images, there are 2"),
         (["--reference", "shapes", "--condition", "a.png@0"], "follows no --condition"),
         (
-            ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--height", "8"],
+            [
+                *("--reference", "{tiny}", "--candidate", "shapes"),
+                *("--prompts-file", "{tmp}/two.txt", "--height", "8"),
+            ],
             "ssim needs 11x11 pixels, ",
         ),
         (
             ["--reference", "{tiny}", "--prompts-file", "{tmp}/two.txt", "--frames", "2"],
             "flicker needs 3 frames, 2 of 2 videos have fewer",
         ),
+        (
+            ["--reference", "shapes", "--out", "{old}", "--vbench", "{old}/vb", "--overwrite"],
+            "--out {old} and --vbench {old}/vb: name folders apart",
+        ),
+        (
+            ["--reference", "shapes", "--out", "{tmp}/out", "--vbench", "{tmp}/out"],
+            "--out {tmp}/out and --vbench {tmp}/out: name folders apart",
+        ),
+        (
+            ["--reference", "shapes", "--out", "{old}", "--features", "{old}/kept", "--overwrite"],
+            "--out {old} and --features {old}/kept: name folders apart",
+        ),
+        (
+            ["--generated", "{old}/vb/a", "--out", "{old}", "--overwrite"],
+            "--out {old} would replace {old}/vb/a; name another folder",
+        ),
+        (
+            [*("--reference", "shapes", "--metrics", "fvd"), "--features", "{tmp}/one.txt"],
+            "one.txt cannot be made: {tmp}/one.txt is a file; name another folder",
+        ),
+        (["--reference", "shapes", "--features", "{tmp}/kept"], "--features are of the metric fvd"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -227,9 +260,16 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     monkeypatch.delattr(evaluate, "load")
     (tmp_path / "one.txt").write_text("a\n")
     (tmp_path / "two.txt").write_text("a\nb\n")
-    given = [a.format(tmp=tmp_path, tiny=tiny_checkpoint) for a in arguments]
-    assert evaluate.main([*given, "--out", str(tmp_path / "out")]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    # Of an earlier run, with videos in it.
+    old = tmp_path / "old"
+    (old / "vb" / "a").mkdir(parents=True)
+    for name in ("report.html", "vb/prompts.json"):
+        (old / name).write_text("")
+    places = {"tmp": tmp_path, "tiny": tiny_checkpoint, "old": old}
+    given = [argument.format(**places) for argument in arguments]
+    assert evaluate.main(["--out", str(tmp_path / "out"), *given]) == 2
+    assert message.format(**places) in capsys.readouterr().err.splitlines()[-1]
+    assert (old / "report.html").exists()
     assert not (tmp_path / "out").exists()
 
 

@@ -133,14 +133,17 @@ def test_features_are_kept_by_content_and_an_interrupted_run_goes_on(tmp_path, m
     np.testing.assert_array_equal(again.values, found.values[::-1])
     plain = features.video_features(I3D, shown, protocol)
     np.testing.assert_allclose(found.values, plain.values, rtol=1e-5)
-    # Other weights, another way of resizing: nothing is taken from what is kept.
+    # Other weights, another way of resizing, other code: nothing is taken from what is kept.
+    unread = dataclasses.replace(turned, read=lambda number: 1 / 0)
+    resized = dataclasses.replace(protocol, resize="crop")
+    for network, how in ((dataclasses.replace(I3D, digest="1"), protocol), (I3D, resized)):
+        with pytest.raises(ZeroDivisionError):
+            features.video_features(network, unread, how, tmp_path)
+    code = {features.code_digest(*features._CODE), features.code_digest(*features._CODE[:-1])}
+    assert len(code) == 2
+    monkeypatch.setattr(features, "code_digest", lambda *_: "of other code")
     with pytest.raises(ZeroDivisionError):
-        features.video_features(
-            dataclasses.replace(I3D, digest="1"),
-            dataclasses.replace(turned, read=lambda number: 1 / 0),
-            protocol,
-            tmp_path,
-        )
+        features.video_features(I3D, unread, protocol, tmp_path)
 
 
 DEVICES = 3
@@ -206,8 +209,26 @@ def test_the_interval_of_fvd_covers_the_truth(seeds):
         ({"a": noise(0)}, short("common-metrics"), noise(1, frames=12), "a 10, real videos 12"),
         ({"a": noise(0), "b": noise(0, count=5)}, sets.PIXELS, None, "1 of a and b have no other"),
         ({"a": noise(0), "b": noise(0, height=18)}, sets.PIXELS, None, r"\(10, 18, 20\) in b"),
-        ({"a": noise(0, height=8)}, sets.PIXELS, None, "ssim needs 11x11 pixels, a has 8 on a"),
-        ({"a": noise(0, frames=2)}, sets.PIXELS, None, "flicker needs 3 frames, 6 of 6 videos"),
+        (
+            {"a": noise(0, height=8), "b": noise(1, height=8)},
+            sets.PIXELS,
+            None,
+            "ssim needs 11x11 pixels, a has 8 on a",
+        ),
+        (
+            {"a": noise(0)},
+            sets.PIXELS,
+            None,
+            "^psnr, ssim compare videos with those of a: name others beside them, or other metrics",
+        ),
+        (
+            {"a": noise(0, count=0)},
+            sets.pixels(1),
+            None,
+            r"^a: an array \[0, 10, 16, 20, 3\] holds",
+        ),
+        ({"a": noise(0), "b": noise(0, frames=0)}, sets.PIXELS, None, r"^b: an array \[6, 0, 16"),
+        ({"a": noise(0, frames=2)}, sets.pixels(1), None, "flicker needs 3 frames, 6 of 6 videos"),
         (
             {"a": noise(0).astype(float)},
             FVD,
@@ -271,6 +292,9 @@ def test_videos_made_elsewhere_are_measured_by_the_command(tmp_path, capsys):
     (tmp_path / "float" / "list.txt").write_text("x")
     out = tmp_path / "out"
     folders = [str(tmp_path / name) for name in ("float", "int8")]
+    alone = ["--generated", folders[0], "--out", str(out)]
+    assert evaluate.main([*alone, "--metrics", "psnr", "motion"]) == 2
+    assert "error: psnr compare videos with those of " in capsys.readouterr().err
     assert evaluate.main(["--generated", *folders, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "files that are no videos are left out: 1 .txt" in printed
@@ -282,6 +306,9 @@ def test_videos_made_elsewhere_are_measured_by_the_command(tmp_path, capsys):
     assert other["motion"]["interval"][0] < other["motion"]["value"]
     assert "3 videos made elsewhere" in (out / "results.md").read_text()
     assert (out / "report.html").read_text().count("<figure>") == 3
+    assert evaluate.main([*alone, "--overwrite"]) == 0
+    (only,) = json.loads((out / "results.json").read_text())["models"]
+    assert only == exact
 
 
 @pytest.mark.parametrize(
@@ -324,4 +351,6 @@ def test_lpips_is_the_mean_over_frames_of_pixels_from_minus_one():
     expected = np.abs(a.astype(float) - b).mean() / 127.5
     assert found.models[1].lpips.value == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match="lpips needs 31x31 pixels, a has 16 on a side"):
-        sets.compare_videos({"a": noise(0)}, sets.Measures(("lpips",), lpips=network))
+        sets.compare_videos(
+            {"a": noise(0), "b": noise(1)}, sets.Measures(("lpips",), lpips=network)
+        )

@@ -89,6 +89,33 @@ def test_folders_of_another_kind_are_not_replaced(tmp_path, name, overwrite, mes
         write(tmp_path / name, overwrite=overwrite)
 
 
+def test_folders_that_lie_in_each_other_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    a, link = Path("a"), Path("link")
+    a.mkdir()
+    link.symlink_to(a)
+    files.check_apart({"--out": a, "--vbench": Path("ab"), "--report": Path("b/a")})
+    for one, other in ((a, a), (Path("b"), Path("b/c/d")), (Path("a/b"), tmp_path), (link, a)):
+        with pytest.raises(InputError, match=f"^--out {one} and --vbench {other}: name folders"):
+            files.check_apart({"--out": one, "--vbench": other})
+    files.check_spared("--out", Path("a/b"), [a])
+    with pytest.raises(InputError, match=r"^--out a would replace link/b; name another folder$"):
+        files.check_spared("--out", a, [Path("b"), link / "b"])
+
+
+def test_a_folder_in_which_nothing_can_be_kept_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    files.check_keepable(tmp_path)
+    files.check_keepable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(InputError, match=r"file/a/b cannot be made: .*file is a file"):
+        files.check_keepable(tmp_path / "file" / "a" / "b")
+    # Of root, whom nothing is forbidden.
+    monkeypatch.setattr(files.os, "access", lambda place, _: place != tmp_path)
+    with pytest.raises(InputError, match=f"a/b: no permission to write in {tmp_path}$"):
+        files.check_keepable(tmp_path / "a" / "b")
+
+
 @pytest.mark.parametrize("data", [b"", b"PK", b"\x93NUMPY", None])
 def test_damaged_arrays_are_named(tmp_path, data):
     file = tmp_path / "a.npz"

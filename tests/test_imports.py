@@ -51,7 +51,8 @@ ALLOWED = {
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "items", "memory"},
     "evaluation": GROUND
-    | {"checkpoint", "data", "items", "memory", "metrics", "models", "pipelines", "quant"},
+    | {"checkpoint", "data", "items", "memory", "metrics", "models", "pipelines", "programs"}
+    | {"quant"},
     # The small models' worlds may use all of these; none of them knows them.
     "shapes": GROUND
     | {"checkpoint", "data", "diffusion", "evaluation", "metrics", "models", "pipelines"}

@@ -16,6 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from convert.__main__ import main as convert
 from convert.metric_networks import open_metric_network
+from qvd_jax import checkpoint
 from qvd_jax.data.video_io import read_video
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import networks
@@ -217,6 +218,11 @@ def test_other_networks_are_refused(tmp_path, capsys):
     flow = Port().state_dict()
     flow["Conv3d_1a_7x7.conv3d.weight"] = torch.zeros(64, 2, 7, 7, 7)
     assert "(7, 7, 7, 2, 64), expected (7, 7, 7, 3, 64)" in refused(flow)
+    # Of Charades, which has 157 classes.
+    charades = Port().state_dict()
+    charades["logits.conv3d.weight"] = torch.zeros(157, 1024, 1, 1, 1)
+    charades["logits.conv3d.bias"] = torch.zeros(157)
+    assert "(1024, 157), expected (1024, 400)" in refused(charades)
     port = Port().state_dict() | {"Mixed_6a.b0.conv3d.weight": torch.zeros(1)}
     assert "is no I3D: it has Mixed_6a.b0.conv3d.weight too" in refused(port)
     assert "is converted without --motion" in refused(Port().state_dict(), "--motion", "a")
@@ -225,6 +231,15 @@ def test_other_networks_are_refused(tmp_path, capsys):
     assert "LPIPS takes torchvision's AlexNet or VGG16" in refused(
         vgg, "--lpips-heads", str(tmp_path / "file.pt")
     )
+
+
+def test_a_folder_of_other_classes_is_refused(tmp_path):
+    config = i3d.I3DConfig(157)
+    shapes = networks.param_shapes(networks.I3D, config)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    checkpoint.save_component(tmp_path / "i3d", networks.I3D, config, params, "I3D of Charades")
+    with pytest.raises(InputError, match=r"i3d holds I3D of 157 classes; FVD compares the 400"):
+        networks.load_i3d(tmp_path / "i3d")
 
 
 def test_code_in_a_torchscript_program_is_not_run(tmp_path):

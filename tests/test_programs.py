@@ -88,7 +88,7 @@ def test_other_code_and_other_settings_are_traced_anew(run, monkeypatch):
     with jax.default_matmul_precision("highest"):
         run()
     assert len(traces) == 2
-    monkeypatch.setattr(programs, "_code_digest", lambda: "of other code")
+    monkeypatch.setattr(programs, "code_digest", lambda: "of other code")
     run()
     assert len(traces) == 3
 

@@ -447,7 +447,7 @@ def test_calibrate_command(tiny_checkpoint, tmp_path, capsys, monkeypatch):
         (["--report", "{tmp}/one.txt", "--overwrite"], "one.txt is a file; name a folder"),
         (["--budget", "0.02"], "of float32's bytes, by 2 bits of weights in every layer"),
         (["--budget", "0.2", "--keep", "20"], "budget and keep: one of them is needed"),
-        (["--out", "{tiny}", "--overwrite"], "is the checkpoint itself; name another folder"),
+        (["--out", "{tiny}", "--overwrite"], "tiny would replace "),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

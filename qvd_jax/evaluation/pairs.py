@@ -19,7 +19,7 @@ from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
 from qvd_jax.evaluation.cases import Cases, Figures
 from qvd_jax.evaluation.intervals import jackknife
-from qvd_jax.evaluation.sets import PIXELS, REAL, Measures, check, compare_videos
+from qvd_jax.evaluation.sets import REAL, Measures, check, compare_videos, pixels
 from qvd_jax.evaluation.videos import Source, VideoSet, open_videos, planned
 from qvd_jax.hosts import ALONE, Hosts
 from qvd_jax.meshes import MeshConfig
@@ -73,7 +73,7 @@ def compare(
     seed: int = 0,
     seeds: int = 1,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
-    measures: Measures = PIXELS,
+    measures: Measures | None = None,
     real: Source | None = None,
     has_floor: bool = False,
     hosts: Hosts = ALONE,
@@ -89,7 +89,7 @@ def compare(
       seed: the first.
       seeds: videos of each case.
       layers: of each model, from `load_layer_reports`.
-      measures: what is measured of the videos.
+      measures: what is measured of the videos; None takes what needs no network.
       real: the videos that FVD is taken to; None takes the judge's, if there is one.
       has_floor: whether the reference samples other seeds too, for the floor of FVD against it.
       hosts: among which the cases are shared out; elsewhere than at the first there are no
@@ -106,6 +106,7 @@ def compare(
         name: pipe.with_scheduler(reference.scheduler.solver) for name, pipe in models.items()
     }
     layers = layers or {name: [] for name in models}
+    measures = measures or pixels(len(models))
     real = check_measures([*models], cases, want, seeds, measures, real)
     check_comparable(models, cases, want)
     sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept, mesh=mesh)
@@ -335,7 +336,7 @@ def measure(
     cases: Cases,
     seed: int = 0,
     layers: Mapping[str, Sequence[LayerReport]] | None = None,
-    measures: Measures = PIXELS,
+    measures: Measures | None = None,
     real: Source | None = None,
     other_seeds: Source | None = None,
 ) -> list[Figures]:
@@ -347,11 +348,11 @@ def measure(
       cases: what was sampled.
       seed: of what the judge draws.
       layers: of each model, what calibration wrote.
-      measures: what is measured of the videos.
+      measures: what is measured of the videos; None takes what needs no network.
       real: the videos that FVD is taken to; None takes the judge's, if there is one.
       other_seeds: videos of the reference from other seeds.
     """
-    reference = next(iter(sampled.values()))
+    reference, measures = next(iter(sampled.values())), measures or pixels(len(sampled))
     videos = {name: found.videos for name, found in sampled.items()}
     count = len(reference.videos)
     if real is None and cases.judge is not None and "fvd" in measures.metrics:

@@ -22,7 +22,7 @@ from qvd_jax.evaluation.distances import Distance, Estimate, distance, estimate
 from qvd_jax.evaluation.features import Features, check_videos, video_features
 from qvd_jax.evaluation.networks import Network
 from qvd_jax.evaluation.videos import Source, VideoSet, open_videos
-from qvd_jax.files import cache_folder
+from qvd_jax.files import cache_folder, check_keepable
 from qvd_jax.metrics import paired, similarity, temporal
 from qvd_jax.metrics.fvd import PROTOCOLS, Protocol
 from qvd_jax.metrics.lpips import LEAST_SIZE, Net
@@ -91,7 +91,8 @@ class Measures:
           cache: where features are kept; None is in the user's cache folder.
 
         Raises:
-          InputError: weights are missing or those of another network, or there is no such protocol.
+          InputError: weights are missing or those of another network, there is no such protocol,
+            or features cannot be kept.
         """
         if "clip" in metrics and clip is None:
             raise InputError(
@@ -102,18 +103,26 @@ class Measures:
         chosen = PROTOCOLS[protocol]
         if frames is not None:
             chosen = dataclasses.replace(chosen, frames=frames)
+        cache = cache or cache_folder() / "features"
+        if "fvd" in metrics:
+            check_keepable(cache)
         return cls(
             tuple(metrics),
             chosen,
             networks.load_i3d(i3d) if "fvd" in metrics else None,
             _load_lpips(lpips) if "lpips" in metrics else None,
             load_clip(clip) if "clip" in metrics and clip is not None else None,
-            cache or cache_folder() / "features",
+            cache,
         )
 
 
 PIXELS = Measures()
-"""What needs no network."""
+"""What needs no network, of several sets."""
+
+
+def pixels(sets: int) -> Measures:
+    """What needs no network and can be measured of so many sets."""
+    return PIXELS if sets > 1 else dataclasses.replace(PIXELS, metrics=ALONE)
 
 
 def _load_lpips(name: str) -> Network:
@@ -290,6 +299,11 @@ def check(
         raise InputError(f"{', '.join(beside)} are for the metric fvd, which is not asked for")
     compared = [name for name in measures.metrics if name in PAIRED]
     if compared:
+        if not others:
+            raise InputError(
+                f"{', '.join(compared)} compare videos with those of {reference.name}: name others "
+                f"beside them, or other metrics"
+            )
         for videos in others:
             _check_pairs(reference, videos, compared)
     least = {

@@ -121,6 +121,8 @@ def _of_array(videos: np.ndarray, name: str) -> VideoSet:
         raise InputError(
             f"{name}: videos are uint8 [N, F, H, W, 3], not {videos.dtype} {list(videos.shape)}"
         )
+    if 0 in videos.shape:
+        raise InputError(f"{name}: an array {list(videos.shape)} holds no videos")
     count, *shape, _ = videos.shape
     frames, height, width = shape
     return VideoSet(

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import math
+import operator
 import sys
 import types
 import typing
@@ -57,6 +59,55 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Raises `InputError` if an argument is none of its choices."""
     if value not in choices:
         raise InputError(f"{name} = {value!r}: it must be one of {', '.join(choices)}")
+
+
+def check_integer(name: str, value: Any, low: int | None = None) -> int:
+    """An argument as Python's integer.
+
+    Args:
+      name: of the argument.
+      value: of any kind.
+      low: the least it may be; None is no limit.
+
+    Raises:
+      InputError: it is no integer, or less.
+    """
+    # bool is a subclass of int, but `True` is no number here.
+    number: Any = None if isinstance(value, bool) else value
+    try:
+        found = operator.index(number)
+    except TypeError as error:
+        raise InputError(f"{name} = {value!r}: an integer is needed") from error
+    if low is not None and found < low:
+        raise InputError(f"{name} = {found}: at least {low} is needed")
+    return found
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Raises `InputError` if an argument is no finite number."""
+    try:
+        finite = math.isfinite(value)
+    except TypeError as error:
+        raise InputError(f"{name} = {value!r}: a number is needed") from error
+    if not finite:
+        raise InputError(f"{name} = {value}: it must be finite")
+
+
+def check_seed(seed: Any, count: int = 1, each: int = 1) -> int:
+    """A seed as Python's integer; beyond 32 bits `jax.random.key` gives the key of another.
+
+    Args:
+      seed: the first.
+      count: how many there are, one after the other.
+      each: how many of 32 bits each of them is divided into.
+
+    Raises:
+      InputError: it, or one behind it, is none of 32 bits.
+    """
+    seed, last = check_integer("seed", seed), 2**32 // each - count
+    if not 0 <= seed <= last:
+        raise InputError(f"seed = {seed}: 0 to {last} is needed")
+    return seed
 
 
 def read_yaml(path: Path) -> Any:

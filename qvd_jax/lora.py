@@ -6,8 +6,9 @@ straight through their rounding.
 """
 
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,10 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import did_you_mean, from_dict
-from qvd_jax.errors import InputError
+from qvd_jax.config import check_finite, check_integer, check_seed, did_you_mean, from_dict
+from qvd_jax.errors import InputError, naming
 from qvd_jax.files import read_arrays, replace_when_whole
 from qvd_jax.kernels import floating
 from qvd_jax.models.geometry import geometry, kernel_size
@@ -54,8 +56,9 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("*",)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank = {self.rank}: at least 1 is needed")
+        check_integer("rank", self.rank, 1)
+        if self.alpha is not None:
+            check_finite("alpha", self.alpha)
 
     @property
     def scale(self) -> float:
@@ -70,12 +73,15 @@ class Adapter:
     Attributes:
       config: of what kind.
       base: tells the model they are for, float or quantized, from others.
+      kernels: tells its float kernels that they are added to from others; None where they were
+        made for an int8 base, whose codes do not tell them.
       params: A `[*taps, C, rank]` and B `[rank, O]` of each layer, at its place in the tree of the
         base's parameters.
     """
 
     config: LoRAConfig
     base: int
+    kernels: int | None
     params: Params
 
 
@@ -173,10 +179,8 @@ def attach(pipe: Pipeline, adapter: Adapter) -> Pipeline:
     """The pipeline with additions to its UNet, float or int8; sampled as any other.
 
     Raises:
-      InputError: the adapter is for another base, or the pipeline has one.
+      InputError: the adapter is for another base, or for none, or the pipeline has one.
     """
-    if isinstance(pipe.unet, LoRAModule):
-        raise InputError("the pipeline has an adapter already; attach one to the base alone")
     params = _with(pipe.params["unet"], adapter)
     unet: Any = LoRAModule(pipe.unet, adapter.config.scale)
     return replace(pipe, unet=unet, params={**pipe.params, "unet": params})
@@ -188,7 +192,7 @@ def attach_to_module(
     """A module with additions to its layers, float or int8, and its variables.
 
     Raises:
-      InputError: the adapter is for another base.
+      InputError: the adapter is for another base, or for none, or the module has one.
     """
     attached = LoRAModule(module, adapter.config.scale)
     return attached, {**variables, "params": _with(variables["params"], adapter)}
@@ -213,13 +217,22 @@ def join(base: Params, added: Params) -> Params:
 def merge(pipe: Pipeline, adapter: Adapter) -> Pipeline:
     """The float pipeline with the additions in its weights: W + s A B.
 
+    Of a pipeline that has an adapter attached it is the base into which they are merged.
+
     Raises:
-      InputError: the adapter is for another base, or the base is int8. Codes cannot take them:
+      InputError: the adapter is for another base or for none, another one is attached that adds
+        something, or the base is int8. Codes cannot take them:
         they are one step apart, more than most additions. An adapter trained on an int8 base is
         for the float one, too: merged there, that is calibrated anew.
     """
-    params = merge_params(pipe.params["unet"], adapter)
-    return replace(pipe, params={**pipe.params, "unet": params})
+    unet: Any = pipe.unet
+    params = pipe.params["unet"]
+    if isinstance(unet, LoRAModule):
+        params, attached = split(params)
+        _check_attached(unet.scale, attached, adapter)
+        unet = unet.module
+    merged = merge_params(params, adapter)
+    return replace(pipe, unet=unet, params={**pipe.params, "unet": merged})
 
 
 def merge_params(params: Params, adapter: Adapter) -> Params:
@@ -232,7 +245,7 @@ def merge_params(params: Params, adapter: Adapter) -> Params:
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(params))
     for layer, down, up in _additions(adapter):
         kernel = flat[*layer, "kernel"]
-        if jnp.issubdtype(kernel.dtype, jnp.integer):
+        if _is_codes(kernel):
             raise InputError(
                 f"{'/'.join(layer)}: its weights are codes, which cannot take the additions; merge "
                 f"into the float checkpoint it was quantized from, and calibrate that"
@@ -249,7 +262,9 @@ def save(adapter: Adapter, file: str | Path) -> None:
       InputError: it cannot be written.
     """
     file = _npz(file)
-    description = json.dumps({"config": asdict(adapter.config), "base": adapter.base})
+    description = json.dumps(
+        {"config": asdict(adapter.config), "base": adapter.base, "kernels": adapter.kernels}
+    )
     flat = flax.traverse_util.flatten_dict(adapter.params, sep="/")
     arrays = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
     arrays[_DESCRIPTION] = np.asarray(description)
@@ -267,12 +282,17 @@ def load(file: str | Path) -> Adapter:
     try:
         description = json.loads(str(arrays.pop(_DESCRIPTION)))
         config, base = description["config"], int(description["base"])
+        kernels = description["kernels"]
+        kernels = None if kernels is None else int(kernels)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is no adapter of qvd_jax.lora") from error
     params = flax.traverse_util.unflatten_dict(
         {name: jnp.asarray(array) for name, array in arrays.items()}, sep="/"
     )
-    return Adapter(from_dict(LoRAConfig, config, str(file)), base, params)
+    adapter = Adapter(from_dict(LoRAConfig, config, str(file)), base, kernels, params)
+    with naming(str(file)):
+        _additions(adapter)
+    return adapter
 
 
 def _npz(file: str | Path) -> Path:
@@ -312,7 +332,7 @@ def _create(layers: Traced, params: Params, config: LoRAConfig, seed: int) -> Ad
         for path, layer in layers.items()
         if any(fnmatchcase(path, pattern) for pattern in config.targets)
     ]
-    keys = jax.random.split(jax.random.key(seed), len(chosen))
+    keys = jax.random.split(jax.random.key(check_seed(seed)), len(chosen))
     added = {}
     for key, layer in zip(keys, chosen, strict=True):
         *taps, channels, outputs = layer.kernel
@@ -320,14 +340,33 @@ def _create(layers: Traced, params: Params, config: LoRAConfig, seed: int) -> Ad
         shape = (*taps, channels, config.rank)
         added[*place, _DOWN] = nn.initializers.lecun_normal()(key, shape)
         added[*place, _UP] = jnp.zeros((config.rank, outputs))
-    return Adapter(config, _fingerprint(params), flax.traverse_util.unflatten_dict(added))
+    places = [place[:-1] for place in added if place[-1] == _DOWN]
+    additions = flax.traverse_util.unflatten_dict(added)
+    return Adapter(config, _fingerprint(params), _of_kernels(params, places), additions)
 
 
 def _additions(adapter: Adapter) -> list[tuple[tuple[str, ...], Array, Array]]:
-    """Place, A and B of each layer."""
+    """Place, A and B of each layer.
+
+    Raises:
+      InputError: there are none, one of the two is missing, or they are not of the config's rank.
+    """
     flat = flax.traverse_util.flatten_dict(adapter.params)
-    layers = [place[:-1] for place in flat if place[-1] == _DOWN]
-    return [(layer, flat[*layer, _DOWN], flat[*layer, _UP]) for layer in layers]
+    rank, found = adapter.config.rank, []
+    for layer in dict.fromkeys(place[:-1] for place in flat):
+        down, up = (flat.get((*layer, name)) for name in (_DOWN, _UP))
+        if down is None or up is None:
+            missing = _DOWN if down is None else _UP
+            raise InputError(f"the adapter is damaged: {'/'.join(layer)} has no {missing}")
+        if down.ndim < 2 or up.ndim != 2 or down.shape[-1] != rank or len(up) != rank:
+            raise InputError(
+                f"the adapter is damaged: {'/'.join(layer)} has {_DOWN} {down.shape} and {_UP} "
+                f"{up.shape}; (..., {rank}) and ({rank}, outputs) are of its rank"
+            )
+        found.append((layer, down, up))
+    if not found:
+        raise InputError("the adapter is damaged: it adds to no layer")
+    return found
 
 
 def _with(params: Params, adapter: Adapter) -> Params:
@@ -336,9 +375,15 @@ def _with(params: Params, adapter: Adapter) -> Params:
 
 
 def _check_base(params: Params, adapter: Adapter) -> None:
-    """Raises `InputError` if an adapter is for another model."""
+    """Raises `InputError` if an adapter is for another model, or parameters have one already."""
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(params))
-    missing = [place for place, *_ in _additions(adapter) if (*place, "kernel") not in flat]
+    if attached := [place for place in flat if place[-1] in (_DOWN, _UP)]:
+        raise InputError(
+            f"there is an adapter already ({'/'.join(attached[0])}); take the base alone, whose "
+            f"parameters are the first of lora.split's"
+        )
+    additions = _additions(adapter)
+    missing = [place for place, *_ in additions if (*place, "kernel") not in flat]
     if missing:
         raise InputError(
             f"the adapter is for another base: this one has no {'/'.join(missing[0])}, and "
@@ -348,19 +393,62 @@ def _check_base(params: Params, adapter: Adapter) -> None:
         raise InputError(
             "the adapter is for another base: the layers have the same names, but other weights"
         )
+    kernels = _of_kernels(params, [place for place, *_ in additions])
+    if None not in (kernels, adapter.kernels) and kernels != adapter.kernels:
+        raise InputError(
+            "the adapter is for another base: the kernels that it adds to are others; it may be "
+            "merged into them already"
+        )
+    for place, down, up in additions:
+        shape = meta.unbox(flat[*place, "kernel"]).shape
+        if math.prod(down.shape[:-1]) * up.shape[-1] != math.prod(shape):
+            raise InputError(
+                f"the adapter is damaged: {'/'.join(place)} has {_DOWN} {down.shape} and {_UP} "
+                f"{up.shape}, which are none of a kernel {shape}"
+            )
+
+
+def _check_attached(scale: float, attached: Params, adapter: Adapter) -> None:
+    """Raises `InputError` if merging an adapter would lose what another, attached one adds."""
+    own, given = (flax.traverse_util.flatten_dict(p) for p in (attached, adapter.params))
+    adds = any(bool(jnp.any(leaf)) for place, leaf in own.items() if place[-1] == _UP)
+    same = scale == adapter.config.scale and own.keys() == given.keys()
+    if adds and not (same and all(np.array_equal(own[place], given[place]) for place in own)):
+        raise InputError(
+            "the pipeline has another adapter attached, whose additions would be lost; merge into "
+            "the base, to which it was attached"
+        )
+
+
+def _is_codes(kernel: Array) -> bool:
+    return bool(jnp.issubdtype(kernel.dtype, jnp.integer))
+
+
+def _of_kernels(params: Params, layers: Sequence[tuple[str, ...]]) -> int | None:
+    """A number that tells the float kernels of some layers from others; None where one is int8."""
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(params))
+    kernels = {layer: meta.unbox(flat[*layer, "kernel"]) for layer in layers}
+    if any(map(_is_codes, kernels.values())):
+        return None
+    return _checksum(kernels)
 
 
 def _fingerprint(params: Params) -> int:
     """A number that a model and what is quantized of it share: of what quantization leaves.
 
-    These are norms and embeddings, rounded as the smallest dtype rounds them. A model of nothing
-    but layers has none of them, and is known by all its parameters.
+    These are norms and embeddings. A model of nothing but layers has none of them, and is known
+    by all its parameters.
     """
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(split(params)[0]))
     layers = {place[:-1] for place in flat if place[-1] == "kernel"}
     kept = {place: leaf for place, leaf in flat.items() if place[:-1] not in layers}
+    return _checksum(kept or flat)
+
+
+def _checksum(leaves: Mapping[tuple[str, ...], Any]) -> int:
+    """Of arrays by place, rounded as the smallest dtype of parameters rounds them."""
     value = 0
-    for place, leaf in sorted((kept or flat).items()):
-        rounded = np.asarray(jnp.asarray(flax.core.meta.unbox(leaf)).astype(jnp.bfloat16))
+    for place, leaf in sorted(leaves.items(), key=lambda item: item[0]):
+        rounded = np.asarray(jnp.asarray(meta.unbox(leaf)).astype(jnp.bfloat16))
         value = zlib.crc32("/".join(place).encode() + rounded.tobytes(), value)
     return value

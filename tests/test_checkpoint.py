@@ -86,6 +86,8 @@ def test_loading_casts_to_the_asked_dtype_and_no_other(reference, tiny_checkpoin
     )
     with pytest.raises(InputError, match="dtype = 'float16': it must be one of float32, bfloat16"):
         qvd_jax.load(tiny_checkpoint, dtype="float16")
+    with pytest.raises(InputError, match="dtype = 'bf16': it must be one of float32, bfloat16"):
+        qvd_jax.load(tiny_checkpoint, dtype="bf16")
 
 
 def test_four_bits_take_little_more_than_half_a_byte_on_disk(tmp_path):

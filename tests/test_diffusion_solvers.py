@@ -218,6 +218,13 @@ def test_solvers_that_walk_timesteps_are_refused_in_continuous_time(solver):
     [
         ("ddim", {"karras": True}, r"^ddim has no Karras noise levels; euler, dpmsolver\+\+, "),
         ("euler_a", {"karras": True}, "^euler_a has no Karras noise levels"),
+        ("eulr", {}, "^solver = 'eulr': it must be one of ddim, euler"),
+        ("", {}, "^solver = '': it must be one of ddim, euler"),
+        (
+            "euler",
+            {"timestep_spacing": "even"},
+            "^timestep_spacing = 'even': it must be one of lea",
+        ),
         ("lcm", {"timestep_spacing": "trailing"}, "^lcm visits the timesteps of its distillation"),
     ],
 )

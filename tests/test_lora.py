@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_families
 from parity import relative_error
 
 import qvd_jax
@@ -113,7 +114,7 @@ def test_an_adapter_trains_on_an_int8_base_and_is_for_its_float_model(tmp_path):
     file = tmp_path / "adapter.npz"
     lora.save(dataclasses.replace(adapter, params=added), file)
     read = lora.load(file)
-    assert (read.config, read.base) == (adapter.config, adapter.base)
+    assert (read.config, read.base, read.kernels) == (adapter.config, adapter.base, None)
     jax.tree.map(np.testing.assert_array_equal, read.params, added)
     merged = {"params": lora.merge_params(variables["params"], read)}
     before, after = (
@@ -136,13 +137,91 @@ def test_an_adapter_of_the_packages_model_fits_its_int8_one(tmp_path):
 
     layers = len(jax.tree.leaves(adapter.params)) // 2
     assert operations(tuned) >= operations(int8) + 3 * layers
-    with pytest.raises(InputError, match="has an adapter already"):
+    with pytest.raises(InputError, match=r"there is an adapter already .*the base alone"):
         lora.attach(tuned, adapter)
     with pytest.raises(InputError, match="adapter attached; merge it"):
         make_plan(lora.attach(pipe, adapter), named_policy("qvd-w8a8"))
     with pytest.raises(InputError, match=r"the pipeline does not fit \(\d+ names.*\n  \+ .*lora_a"):
         qvd_jax.save(tuned, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def one_level():
+    """A pipeline of the smallest UNet with every place that is called apart from the others."""
+    unet = dataclasses.replace(
+        tiny_families.ANIMATEDIFF,
+        block_channels=(32,),
+        attention_levels=(True,),
+        num_heads=(4,),
+        down_eps=(1e-5,),
+        up_eps=(1e-5,),
+        temporal_heads=(4,),
+        temporal_mid_block=False,
+    )
+    return tiny_families.make(tiny_families.Family(unet, ()))
+
+
+def test_a_pipeline_samples_the_same_attached_and_merged():
+    pipe = one_level()
+    config = lora.LoRAConfig(rank=2, alpha=3)
+    adapter = filled(lora.create(pipe, config), 0.1)
+    attached, merged = lora.attach(pipe, adapter), lora.merge(pipe, adapter)
+    options = {"output_type": "latents", "steps": 2, "frames": 2, "guidance_scale": 1.0}
+    exact, found, base = (p(["a red circle"], **options) for p in (merged, attached, pipe))
+    assert relative_error(found, exact) < 1e-4
+    assert relative_error(base, exact) > 0.1
+
+
+def test_an_adapter_is_added_once():
+    pipe = one_level()
+    fresh = lora.create(pipe, lora.LoRAConfig(rank=2))
+    trained = filled(fresh)
+    merged = lora.merge(pipe, trained)
+    for attached in (lora.attach(pipe, fresh), lora.attach(pipe, trained)):
+        again = lora.merge(attached, trained)
+        assert again.unet == pipe.unet
+        jax.tree.map(np.testing.assert_array_equal, again.params, merged.params)
+    with pytest.raises(InputError, match="another adapter attached, whose additions would be lost"):
+        lora.merge(lora.attach(pipe, trained), fresh)
+    for twice in (lora.attach, lora.merge):
+        with pytest.raises(InputError, match="kernels that it adds to are others; it may be merg"):
+            twice(merged, trained)
+    module, x = Net(), noise(4, 6, 6, 8)
+    variables = module.init(KEY, x)
+    adapter = lora.create_for_module(module, variables, x)
+    attached, tuned = lora.attach_to_module(module, variables, adapter)
+    with pytest.raises(InputError, match=r"already \(.*lora_a\); take the base alone"):
+        lora.attach_to_module(attached, tuned, adapter)
+    with pytest.raises(InputError, match=r"already \(.*lora_a\); take the base alone"):
+        lora.merge_params(tuned["params"], adapter)
+
+
+def test_damaged_adapters_are_refused(tmp_path):
+    module, x = Net(), noise(4, 6, 6, 8)
+    variables = module.init(KEY, x)
+    config = lora.LoRAConfig(rank=2, targets=("Dense_1",))
+    adapter = lora.create_for_module(module, variables, x, config=config)
+    ((name, pair),) = adapter.params.items()
+    down, up = pair["lora_a"], pair["lora_b"]
+    damaged = {
+        f"adapter.npz: .* damaged: {name} has no lora_b": {name: {"lora_a": down}},
+        f"adapter.npz: .* damaged: {name} has no lora_a": {name: {"lora_b": up}},
+        r"lora_a \(16, 3\) and lora_b \(2, 8\); \(\.\.\., 2\) and \(2, outputs\) are of its": {
+            name: {"lora_a": jnp.ones((16, 3)), "lora_b": up}
+        },
+        "adapter.npz: .* adds to no layer": {},
+    }
+    for message, params in damaged.items():
+        lora.save(dataclasses.replace(adapter, params=params), tmp_path / "adapter.npz")
+        with pytest.raises(InputError, match=message):
+            lora.load(tmp_path / "adapter.npz")
+    longer = {name: {"lora_a": jnp.ones((17, 2)), "lora_b": up}}
+    with pytest.raises(InputError, match=r"lora_a \(17, 2\) .* none of a kernel \(8, 8\)"):
+        lora.attach_to_module(module, variables, dataclasses.replace(adapter, params=longer))
+    with pytest.raises(InputError, match="alpha = nan: it must be finite"):
+        lora.LoRAConfig(alpha=float("nan"))
+    with pytest.raises(InputError, match=r"seed = -1: 0 to 4294967295 is needed"):
+        lora.create_for_module(module, variables, x, seed=-1)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
@@ -170,6 +249,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 @pytest.mark.slow
 def test_the_page_runs_as_written(tmp_path):
     page = (ROOT / "docs/how-to/lora.md").read_text(encoding="utf-8")
+    shown = ""
     for code in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S):
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -180,3 +260,7 @@ def test_the_page_runs_as_written(tmp_path):
             timeout=3600,
         )
         assert done.returncode == 0, done.stderr[-2000:]
+        shown += done.stdout
+    before, after = (int(count) for count in re.findall(r"^int8.*: (\d) of 8 move", shown, re.M))
+    assert before <= 3
+    assert after >= before + 3

@@ -152,6 +152,13 @@ def replace_config(pipe, **changes):
         ({"negative_prompts": ["a", "b", "c"]}, "3 negative prompts for 2 prompts"),
         ({"latents": np.zeros((2, 3, 4, 5, 4))}, r"latents of shape .*\(2, 3, 4, 6, 4\) is needed"),
         ({"guidance_scale": float("nan")}, "guidance_scale = nan: it must be finite"),
+        ({"frames": 2.5}, "frames = 2.5: an integer is needed"),
+        ({"steps": True}, "steps = True: an integer is needed"),
+        ({"guidance_scale": "7"}, "guidance_scale = '7': a number is needed"),
+        ({"seed": -1}, "seed = -1: 0 to 4294967295 is needed"),
+        ({"seed": 2**32}, "seed = 4294967296: 0 to 4294967295 is needed"),
+        ({"seed": 2**64}, "seed = 18446744073709551616: 0 to"),
+        ({"seed": 0.5}, "seed = 0.5: an integer is needed"),
         ({"output_type": "pil"}, "output_type = 'pil': it must be one of video, latents"),
     ],
 )

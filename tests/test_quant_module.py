@@ -316,6 +316,11 @@ def test_what_does_not_fit_is_one_message():
         ((module, variables["params"], [x]), '"params" among them'),
         ((module, variables, []), "no batches to calibrate with"),
         ((module, variables, x), "a list is needed"),
+        ((module, variables, iter([x])), "a list is needed, not a list_iterator; list"),
+        (
+            (module, variables, [x, x[:0]]),
+            r"batch 2: first: its input is empty, of shape \(0, 12\)",
+        ),
         ((module, variables, [x, x[:, :5]]), r"batch 2: the module cannot be called with it \(Sco"),
         ((module, variables, [x, x * jnp.nan]), "first: its input is not finite in batch 2"),
         ((module, variables, [x * 1e20]), "first: its input reaches .*e.20 .* squares .* finite"),
@@ -330,6 +335,13 @@ def test_what_does_not_fit_is_one_message():
     for arguments, message in calls:
         with pytest.raises(InputError, match=message):
             quantize_module(*arguments)
+    for option, message in (
+        ({"rows": 0}, "rows = 0: at least 1 is needed"),
+        ({"rows": 1.5}, "rows = 1.5: an integer is needed"),
+        ({"seed": 2**32}, "seed = 4294967296: 0 to 4294967295 is needed"),
+    ):
+        with pytest.raises(InputError, match=message):
+            quantize_module(module, variables, [x], **option)
     quantized = quantize_module(module, variables, [x], "minmax-w8a8").variables
     with pytest.raises(InputError, match="first/kernel: it is quantized already"):
         quantize_module(module, quantized, [x])

@@ -80,6 +80,38 @@ def test_what_a_call_changes_is_given_back():
     assert float(jnp.abs(mean).max()) > 0
 
 
+class Stacked(nnx.Module):
+    """Two blocks with one axis more in all their parameters, run one behind the other."""
+
+    def __init__(self):
+        @nnx.vmap
+        def blocks(rngs):
+            return nnx.Sequential(
+                nnx.Conv(8, 8, (3,), rngs=rngs),
+                nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
+                nnx.Linear(8, 8, rngs=rngs),
+            )
+
+        rngs = nnx.Rngs(0)
+        self.blocks = blocks(rngs.split(2))
+        self.head = nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def run(block, x):
+            return block(x)
+
+        return self.head(run(self.blocks, x))
+
+
+def test_stacks_stay_nnxs():
+    model = Stacked()
+    module, variables = from_nnx(model)
+    np.testing.assert_array_equal(module.apply(variables, noise(0)), model(noise(0)))
+    _, _, report = quantize_module(module, variables, [noise(0)], "minmax-w8a8")
+    assert [layer.path for layer in report.layers] == ["head"]
+
+
 def test_what_is_no_nnx_module_is_refused():
     with pytest.raises(InputError, match=r"a flax\.nnx module is needed, not a dict"):
         from_nnx({})

@@ -168,7 +168,7 @@ def test_a_checkpoint_of_diffusers_is_told_to_be_converted(tiny, tmp_path, capsy
 def test_seeds_have_32_bits(tiny_checkpoint, capsys, seed):
     with pytest.raises(SystemExit):
         run(tiny_checkpoint, "--seed", seed)
-    assert f"{seed} is no seed; 0 to 4294967295 are" in capsys.readouterr().err
+    assert f"seed = {seed}: 0 to 4294967295 is needed" in capsys.readouterr().err
 
 
 def test_an_unknown_scheduler_names_the_known(tiny_checkpoint, capsys):

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import qvd_jax
 from qvd_jax import memory
+from qvd_jax.config import check_seed
 from qvd_jax.errors import InputError
 from qvd_jax.quiet import libraries_quiet
 
@@ -154,9 +155,10 @@ def passed(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 def seed_int(text: str) -> int:
     """An argparse type: a seed, of 32 bits."""
     value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"{value} is no seed; 0 to {2**32 - 1} are")
-    return value
+    try:
+        return check_seed(value)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def positive_int(text: str) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from scipy.special import betaincinv
 
+from qvd_jax.config import check_choice
 from qvd_jax.errors import InputError
 
 Solver = Literal["ddim", "euler", "euler_a", "dpmsolver++", "dpmsolver++-sde", "unipc", "lcm"]
@@ -231,9 +232,12 @@ def switch(
       timestep_spacing: None keeps it.
 
     Raises:
-      InputError: the solver has no such option.
+      InputError: there is no such solver or spacing, or the solver has no such option.
     """
-    solver = solver or config.solver
+    solver = config.solver if solver is None else solver
+    check_choice("solver", solver, SOLVERS)
+    if timestep_spacing is not None:
+        check_choice("timestep_spacing", timestep_spacing, SPACINGS)
     if karras and solver not in _OF_LEVELS:
         raise InputError(f"{solver} has no Karras noise levels; {', '.join(_OF_LEVELS)} have")
     if timestep_spacing is not None and "timestep_spacing" not in READS[solver]:

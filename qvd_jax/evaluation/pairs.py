@@ -14,6 +14,7 @@ import numpy as np
 
 from qvd_jax import memory
 from qvd_jax.axes import Array
+from qvd_jax.config import check_seed
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
@@ -109,6 +110,7 @@ def compare(
     measures = measures or pixels(len(models))
     real = check_measures([*models], cases, want, seeds, measures, real)
     check_comparable(models, cases, want)
+    check_seed(seed, seeds * (2 if has_floor else 1), len(cases.inputs))
     sampled = sample(models, cases, want, range(seed, seed + seeds), hosts, kept, mesh=mesh)
     others = None
     if has_floor:

@@ -56,6 +56,7 @@ def load(
     Raises:
       InputError: the folder is no checkpoint, damaged, or does not fit its own configs.
     """
+    asked = None if dtype is None else _known_dtype(dtype)
     enable_compilation_cache()
     path = checkpoint.find(path)
     manifest = checkpoint.read_manifest(path)
@@ -66,8 +67,7 @@ def load(
         check_vocabulary(tokenizer["tokenizer"], configs.text_encoder, str(path))
     stored = {name: items.StoredItem(path, name) for name in configs.items(quantization)}
     # The VAE is float in every checkpoint.
-    dtype = jnp.dtype(dtype or jax.tree.leaves(stored["vae"].shapes)[0].dtype)
-    check_choice("dtype", dtype.name, tuple(DTYPES))
+    dtype = asked or _known_dtype(jax.tree.leaves(stored["vae"].shapes)[0].dtype)
     accelerators.check_used()
     shapes = {name: item.shapes for name, item in stored.items()}
     if manifest.checked == checkpoint.shapes_digest(manifest, shapes):
@@ -90,6 +90,20 @@ def load(
         description=manifest.description,
         quantization=quantization,
     )
+
+
+def _known_dtype(dtype: DTypeLike) -> np.dtype:
+    """One of `DTYPES`, however it is written.
+
+    Raises:
+      InputError: it is another, or none at all.
+    """
+    try:
+        name: Any = jnp.dtype(dtype).name
+    except TypeError:
+        name = dtype
+    check_choice("dtype", name, tuple(DTYPES))
+    return jnp.dtype(name)
 
 
 class CheckpointConfigs(NamedTuple):

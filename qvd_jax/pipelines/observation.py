@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qvd_jax.axes import Array, Params
+from qvd_jax.config import check_integer, check_seed
 from qvd_jax.diffusion import sampler
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.hosts import ALONE, Hosts
@@ -43,6 +44,12 @@ class CalibrationConfig:
     rows: int = 1024
     seed: int = 0
     step_aware: bool = False
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            check_integer("steps", self.steps, 1)
+        check_integer("rows", self.rows, 1)
+        check_seed(self.seed)
 
 
 class Observed(NamedTuple):
@@ -258,4 +265,4 @@ def split_options(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any,
     known = {field.name for field in fields(pipe.defaults)}
     video = {name: value for name, value in options.items() if name in known}
     more = {name: value for name, value in options.items() if name not in known}
-    return replace(pipe.defaults, **video), more
+    return pipe.wanted(**video), more

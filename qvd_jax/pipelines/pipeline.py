@@ -2,10 +2,9 @@
 
 import abc
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import meshes
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import check_choice
+from qvd_jax.config import check_choice, check_finite, check_integer, check_seed
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions, SamplerConfig, Videos
 from qvd_jax.diffusion.schedules import SchedulerConfig, Solver, TimestepSpacing, switch
@@ -209,13 +208,16 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """What a video is to be like: the defaults with what was asked for.
 
         Raises:
-          InputError: a number is not finite.
+          InputError: a number is not finite, or no integer where one is needed.
         """
-        want = replace(self.defaults, **{k: v for k, v in asked.items() if v is not None})
-        for name in asked:
-            if not math.isfinite(getattr(want, name)):
-                raise InputError(f"{name} = {getattr(want, name)}: it must be finite")
-        return want
+        hints = get_type_hints(type(self.defaults))
+        given = {name: value for name, value in asked.items() if value is not None}
+        for name, value in given.items():
+            if hints[name] is int:
+                given[name] = check_integer(name, value)
+            elif hints[name] is float:
+                check_finite(name, value)
+        return replace(self.defaults, **given)
 
     def _generate(
         self,
@@ -231,6 +233,7 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
     ) -> np.ndarray:
         """Checks what every pipeline takes, computes the conditions, samples and decodes."""
         count = len(inputs)
+        seed = check_seed(seed)
         shape = self.latents_shape(want.frames, want.height, want.width)
         schedule = self.schedule(want.steps)
         check_choice("output_type", output_type, ("video", "latents"))

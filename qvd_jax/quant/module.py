@@ -1,7 +1,7 @@
 """Quantizes a linen module that nobody here wrote: finds its layers, observes them, solves each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from flax.core import FrozenDict, meta
 from jax.extend.core import get_opaque_trace_state
 
 from qvd_jax.axes import Array, Params
+from qvd_jax.config import check_integer, check_seed
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.quant.interception import Int8Layers, Int8Module, Int8Spec
 from qvd_jax.quant.linen import is_linens_own, why_float
@@ -93,6 +94,7 @@ def quantize_module(
         fit its layers, or a layer's input is not finite.
     """
     params = _check(module, variables, batches)
+    rows, seed = check_integer("rows", rows, 1), check_seed(seed)
     calls = [_call_of(batch) for batch in batches]
     run = _Run(module, variables, dict(options or {}))
     layers: Traced = {}
@@ -186,6 +188,11 @@ def _check(module: nn.Module, variables: Any, batches: Any) -> Params:
         raise InputError('variables: a dict of collections is needed, with "params" among them')
     if isinstance(batches, jax.Array | np.ndarray | Mapping | str):
         raise InputError("batches: a list is needed; a single batch is a list of one")
+    if not isinstance(batches, Sized):
+        raise InputError(
+            f"batches: a list is needed, not a {type(batches).__name__}; list(...) makes one of "
+            f"what can be iterated over"
+        )
     if not len(batches):
         raise InputError("there are no batches to calibrate with; one at least is needed")
     params = meta.unbox(flax.core.unfreeze(variables["params"]))
@@ -215,6 +222,8 @@ def _survey(run: _Run, call: _Call, number: int) -> tuple[Traced, dict[str, str]
                 return False
             if path not in refused and (reason := _why_float(layer, x, weights, level)):
                 refused[path] = reason
+            if path not in refused and not math.prod(jnp.shape(x)):
+                raise InputError(f"{path}: its input is empty, of shape {jnp.shape(x)}")
             return path not in refused
 
         arguments, keywords = call.arguments(arrays)
@@ -227,6 +236,8 @@ def _survey(run: _Run, call: _Call, number: int) -> tuple[Traced, dict[str, str]
     found: list[Traced] = []
     try:
         jax.eval_shape(lambda *given: found.append(trace(*given)), run.variables, call.arrays)
+    except InputError as error:
+        raise InputError(f"batch {number + 1}: {error}") from error
     except Exception as error:  # What a module raises that nobody here wrote.
         raise InputError(
             f"batch {number + 1}: the module cannot be called with it "

@@ -138,6 +138,9 @@ def _linen_layer(node: Any) -> nn.Module | None:
         return None
     if node.preferred_element_type is not None or node.promote_dtype is not promote_dtype:
         return None
+    # One of a stack, made by `nnx.vmap`, has an axis more.
+    if node.kernel[...].ndim != _kernel_rank(node):
+        return None
     common: dict[str, Any] = {
         "use_bias": node.bias is not None,
         "dtype": node.dtype,
@@ -162,8 +165,16 @@ def _linen_layer(node: Any) -> nn.Module | None:
     dot_general = node.dot_general
     common["dot_general"] = None if dot_general is lax.dot_general else dot_general
     if isinstance(node, nnx.Linear):
-        # One of a stack has a kernel of three axes.
-        return nn.Dense(node.out_features, **common) if node.kernel[...].ndim == 2 else None
+        return nn.Dense(node.out_features, **common)
     if node.batch_axis:
         return None
     return nn.DenseGeneral(node.out_features, axis=node.axis, **common)
+
+
+def _kernel_rank(node: nnx.Linear | nnx.LinearGeneral | nnx.Conv) -> int:
+    """How many axes the kernel of one layer has."""
+    if isinstance(node, nnx.Conv):
+        return len(node.kernel_shape)
+    if isinstance(node, nnx.Linear):
+        return 2
+    return len(node.batch_axis) + len(node.axis) + len(node.out_features)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from qvd_jax import accelerators, checkpoint
 from qvd_jax.axes import Array, Params
-from qvd_jax.config import to_dict
+from qvd_jax.config import check_seed, to_dict
 from qvd_jax.data import video_io
 from qvd_jax.errors import InputError, first_line
 from qvd_jax.memory import tree_bytes
@@ -66,8 +66,7 @@ class LoopConfig:
         for name in ("steps", "batch_size", "checkpoint_every", "sheet_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: at least 1 is needed")
-        if self.seed < 0:
-            raise ValueError(f"seed = {self.seed}: it cannot be negative")
+        check_seed(self.seed)
         if not 0 <= self.warmup_steps < self.steps:
             raise ValueError(
                 f"warmup_steps = {self.warmup_steps}: fewer than the {self.steps} steps are needed"

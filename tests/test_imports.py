@@ -46,8 +46,8 @@ ALLOWED = {
     "metrics": {"axes"},
     "quant": GROUND | {"kernels", "models"},
     "pipelines": GROUND
-    | {"checkpoint", "data", "diffusion", "exported", "items", "memory", "models", "programs"}
-    | {"quant"},
+    | {"checkpoint", "data", "diffusion", "exported", "items", "kernels", "memory", "models"}
+    | {"programs", "quant"},
     "lora": GROUND | {"kernels", "models", "pipelines", "quant"},
     "training": GROUND | {"checkpoint", "data", "items", "memory"},
     "evaluation": GROUND

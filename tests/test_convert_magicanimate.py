@@ -320,7 +320,7 @@ def test_calibrate_and_sample_a_motion(converted, tmp_path, monkeypatch, capsys)
         ({}, "animates images; pass --motion-video FILE"),
         ({"--motion-video": "{tmp}/none.mp4"}, "none.mp4 does not exist; a video"),
         ({"--motion-video": "{tmp}/text.mp4"}, "text.mp4 cannot be read as a video"),
-        ({"--motion-video": "{tmp}/empty"}, "empty holds no images"),
+        ({"--motion-video": "{tmp}/empty"}, "empty holds no still images"),
         ({"--motion-video": "{tmp}/mixed"}, "1.png has [8, 24] pixels, 0.png beside it [16, 24]"),
         ({"--motion-video": "{tmp}/poses", "--frames": "4"}, "has 3 frames, 4 are asked for"),
         ({"--motion-video": "{tmp}/poses", "--height": "8"}, "dancer.png has 18x24 pixels"),

@@ -295,7 +295,7 @@ _CAT = ["--image", "{tmp}/cat.png", "--height", "8", "--width", "12"]
         ([], "there are no images"),
         (["--prompt", "a"], "makes videos from images; pass --image FILE, not prompts"),
         (["--image", "{tmp}/none.png"], "none.png does not exist; an image is expected"),
-        (["--image", "{tmp}/text.png"], "text.png cannot be read as an image"),
+        (["--image", "{tmp}/text.png"], "text.png is no image that Pillow knows"),
         (["--image", "{tmp}/deep.png"], "deep.png: 8 bits a channel are needed"),
         (["--image", "{tmp}/cat.png", "--height", "16"], "cat.png has 8x12 pixels"),
         ([*_CAT, "--motion-bucket-id", "-1"], "motion_bucket_id = -1: it must be 0 or more"),

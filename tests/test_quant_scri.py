@@ -83,8 +83,9 @@ def test_nearly_dead_channels_cost_the_others_nothing(seed, dead, exponent):
     constant = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8)[0], 8, 8))
     x[:, :, :dead] = np.float32(10**exponent) * np.linspace(-1, 1, len(x))[:, None, None]
     found = float(output_error(x, w, scri.search(*ranges(x), x, w, 8, 8)[0], 8, 8))
-    # Their steps make the grid coarser for all, which costs less than 1 dB.
-    assert found < 1.25 * constant
+    # They make the grid coarser for all, up to a factor of two from one R to the next: the nearest
+    # is off by the root of two at most, whose square is what the error can grow by.
+    assert found < 2 * constant
 
 
 def test_the_search_is_no_worse_than_any_of_its_candidates():

@@ -49,8 +49,6 @@ def from_dict(cls: type[T], data: Any, where: str) -> T:
     values = {key: _convert(value, hints[key], f"{where}.{key}") for key, value in data.items()}
     try:
         return cls(**values)
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
 

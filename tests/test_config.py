@@ -8,7 +8,9 @@ import pytest
 
 from qvd_jax.config import did_you_mean, from_dict, read_yaml, to_dict
 from qvd_jax.errors import InputError
+from qvd_jax.lora import LoRAConfig
 from qvd_jax.models.configs import UNet3DConfig, animatediff
+from qvd_jax.training.loop import LoopConfig
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,18 @@ def test_whole_numbers_are_floats_where_floats_are_needed():
 def test_what_does_not_fit_is_named_with_its_place(data, message):
     with pytest.raises(InputError, match=message):
         from_dict(Car, data, "file")
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "message"),
+    [
+        (LoopConfig, {"steps": 1, "batch_size": 1, "learning_rate": 1.0, "seed": -1}, "seed = -1"),
+        (LoRAConfig, {"rank": 0}, "rank = 0"),
+    ],
+)
+def test_what_shared_checks_refuse_is_named_with_its_place(cls, data, message):
+    with pytest.raises(InputError, match=f"^file.part: {message}: "):
+        from_dict(cls, data, "file.part")
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: {c: 1, d: 2, c: 3}\n", "rules: []\nc: 1\nc: 2\n"])

@@ -109,8 +109,7 @@ def check_keepable(folder: Path) -> None:
     there = next(place for place in (folder, *folder.parents) if place.exists())
     if not there.is_dir():
         raise InputError(f"{folder} cannot be made: {there} is a file; name another folder")
-    if not os.access(there, os.W_OK):
-        raise InputError(f"{folder}: no permission to write in {there}")
+    _check_permission(folder, there)
 
 
 @contextlib.contextmanager
@@ -249,5 +248,9 @@ def write_text(path: Path, text: str) -> None:
 def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: no permission to write in {path.parent}")
+    _check_permission(path, path.parent)
+
+
+def _check_permission(path: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: no permission to write in {folder}")

@@ -152,9 +152,8 @@ DEVICES = 3
 def of_several_devices(file):
     """Of a process that sees several, whose number the clips are no multiple of."""
     assert jax.local_device_count() == DEVICES
-    shown = videos.open_videos(
-        noise(2, count=14), "a"
-    )  # No mean is near zero, where rounding is all.
+    # Of these no mean is near zero, where rounding is all.
+    shown = videos.open_videos(noise(2, count=14), "a")
     np.save(file, features.video_features(I3D, shown, short(frames=10).protocol).values)
 
 

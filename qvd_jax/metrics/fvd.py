@@ -116,7 +116,7 @@ def prepare(clip: np.ndarray, resize: Resize) -> np.ndarray:
             else (math.ceil(height * scale), SIZE)
         )
     rows, columns = (
-        _middle(_weights(before, after, resize))
+        _band(_middle(_weights(before, after, resize)))
         for before, after in zip((height, width), size, strict=True)
     )
     resized = np.empty((len(clip), SIZE, SIZE, 3), np.float32)
@@ -141,14 +141,24 @@ def _weights(before: int, after: int, resize: Resize) -> np.ndarray:
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
-def _weighed(lines: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """`weights @ lines`, of which all but a band of the weights is zero: `[after, L, 3]`."""
+def _band(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What is not zero of weights `[after, before]`: which old pixels, and their shares of each.
+
+    Returns:
+      Both `[width, after]`.
+    """
     used = weights != 0
     first, last = used.argmax(1), weights.shape[1] - 1 - used[:, ::-1].argmax(1)
     width = int((last - first).max()) + 1
     places = np.minimum(first, weights.shape[1] - width)[:, None] + np.arange(width)
-    found = np.zeros((len(weights), *lines.shape[1:]), np.float32)
-    for place, share in zip(places.T, np.take_along_axis(weights, places, 1).T, strict=True):
+    return places.T, np.take_along_axis(weights, places, 1).T
+
+
+def _weighed(lines: np.ndarray, band: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Lines `[before, L, 3]` as `_band` of weights mixes them, float32 `[after, L, 3]`."""
+    places, shares = band
+    found = np.zeros((places.shape[1], *lines.shape[1:]), np.float32)
+    for place, share in zip(places, shares, strict=True):
         found += share[:, None, None] * lines[place]
     return found
 

@@ -6,8 +6,9 @@ makes `docs/results/low_bits.json` as `measure_policies.py` makes its own, whose
 a part is of one run of one code, that goes on where it was interrupted. Every method has the same
 rounding by GPTQ, clipping of weights and ranges of tokens; QVD without them stands beside, and so
 do bits chosen layer by layer. QVD has three seeds for each prompt at the widths that are compared
-with float, all others one. It takes hours, and writes its file once more after each part;
-`--parts` measures some anew and leaves the others, which say of which run they are.
+with float, and one beside the other methods, as they have. It takes hours, and writes its file once
+more after each part; `--parts` measures some anew and leaves the others, which say of which run
+they are.
 """
 
 import json
@@ -30,7 +31,9 @@ LOW_BITS = RESULTS.with_name("low_bits.json")
 COMMAND = "python tests/measure_low_bits.py --out runs/low_bits"
 WIDTHS = ("w8a8", "w6a6", "w4a8")
 PLUS = [f"qvd-plus-{width}" for width in WIDTHS]
+# QVD once more, so that every row of this part is of one run.
 METHODS = [
+    *PLUS,
     "qvd-w4a8",
     *(f"qdiffusion-plus-{width}" for width in WIDTHS),
     "smoothquant-plus-w4a8",

@@ -3,7 +3,8 @@
 python tests/measure_scaling.py [v5e v6e]
 
 The compiler takes minutes for a whole UNet and seconds for a block: those that differ are compiled
-once and count as often as they are run. Takes minutes for each row that is not in its file yet.
+once and count as often as they are run. Int8 alone: what eight chips make of float is the same
+share of one chip's time. Takes minutes for each row that is not in its file yet.
 """
 
 import itertools
@@ -20,14 +21,14 @@ from qvd_jax import markdown, meshes
 from qvd_jax.benchmarks import chips, compiled, parts
 from qvd_jax.benchmarks.compiled import Target
 from qvd_jax.benchmarks.rounds import Variant
-from qvd_jax.benchmarks.unet import FLOAT_MODE, OURS, Case
+from qvd_jax.benchmarks.unet import OURS, Case
 from qvd_jax.environment import environment
 from qvd_jax.files import write_text
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 GRIDS = {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 KINDS = ("resnet", "spatial", "spatio_temporal", "motion")
-MODES = (FLOAT_MODE, "qvd-w8a8")
+MODE = "qvd-w8a8"
 STEPS = 25
 
 
@@ -84,26 +85,22 @@ SWEEPS = (
 
 
 def main(*names: str) -> None:
-    for mode, name in itertools.product(MODES, names or ("v5e", "v6e")):
+    for sweep, name in itertools.product(SWEEPS, names or ("v5e", "v6e")):
         file, rows = RESULTS / f"scaling_{name}.json", []
         if file.exists():
-            record = json.loads(file.read_text("utf-8"))
-            rows = record["results"]
-            # Whole UNets may have been compiled since.
-            write_text(file, json.dumps(record | {"table": table(name, rows)}, indent=2) + "\n")
-        there = {(row["video"], row["mesh"], row["mode"]) for row in rows}
-        for sweep in SWEEPS:
-            for mesh in map(meshes.parse, sweep.meshes):
-                if (sweep.title, str(mesh), mode) not in there:
-                    rows.append(model(name, sweep, mesh, mode))
-                    write(file, name, rows)
+            rows = json.loads(file.read_text("utf-8"))["results"]
+        there = {(row["video"], row["mesh"]) for row in rows}
+        for mesh in map(meshes.parse, sweep.meshes):
+            if (sweep.title, str(mesh)) not in there:
+                rows.append(model(name, sweep, mesh))
+                write(file, name, rows)
 
 
-def model(name: str, sweep: Sweep, mesh: meshes.MeshConfig, mode: str) -> dict[str, Any]:
+def model(name: str, sweep: Sweep, mesh: meshes.MeshConfig) -> dict[str, Any]:
     """A step on a slice."""
     case = Case(sweep.size, 2 * mesh.data, sweep.frames, sweep.height, sweep.width)
     target = Target(chips.find(f"{name}:{GRIDS[mesh.size]}"), mesh)
-    variant, counts = Variant(OURS, mode, "bfloat16"), blocks(case)
+    variant, counts = Variant(OURS, MODE, "bfloat16"), blocks(case)
     kinds, sent = Counter[str](), 0
     found = compiled.compile_programs(case, target, list(counts), [variant])
     for one in found:
@@ -117,7 +114,7 @@ def model(name: str, sweep: Sweep, mesh: meshes.MeshConfig, mode: str) -> dict[s
         "mesh": str(mesh),
         "chips": mesh.size,
         "videos": mesh.data,
-        "mode": mode,
+        "mode": MODE,
         "dtype": variant.dtype,
         "modelled_ms": kinds.total(),
         "modelled_ms_by_kind": dict(kinds),
@@ -156,34 +153,31 @@ def table(name: str, rows: Sequence[dict[str, Any]]) -> str:
     texts = []
     for title in dict.fromkeys(row["video"] for row in rows):
         own = [row for row in rows if row["video"] == title]
-        alone = {row["mode"]: row["modelled_ms"] for row in own if row["chips"] == 1}
+        (alone,) = (row["modelled_ms"] for row in own if row["chips"] == 1)
         whole = wholes(name) if title == SWEEPS[0].title else {}
-        shown = [
-            _row(row, alone[row["mode"]], whole)
-            for row in sorted(own, key=lambda row: (row["mode"], row["chips"]))
-        ]
-        texts.append(f"{title}, {name}:\n\n{markdown.table(shown)}")
+        shown = [_row(row, alone, whole) for row in own]
+        layers = f"{own[0]['mode']} {own[0]['dtype']}"
+        texts.append(f"{title}, {name}, {layers}:\n\n{markdown.table(shown)}")
     return "\n\n".join(texts)
 
 
-def wholes(name: str) -> dict[tuple[str, str], float]:
-    """The milliseconds of whole UNets of AnimateDiff that were compiled, by mesh and mode."""
+def wholes(name: str) -> dict[str, float]:
+    """The milliseconds of whole UNets of AnimateDiff that were compiled, by mesh."""
     files = (RESULTS / f"compiled_{name}.json", RESULTS / f"compiled_{name}_2x4.json")
     records = (json.loads(file.read_text("utf-8")) for file in files if file.exists())
     return {
-        (result.get("mesh", str(meshes.MeshConfig())), result["mode"]): result["modelled_ms"]
+        result.get("mesh", str(meshes.MeshConfig())): result["modelled_ms"]
         for record in records
         for result in record["results"]
-        if result["part"] == parts.UNET
+        if result["part"] == parts.UNET and result["mode"] == MODE
     }
 
 
-def _row(row: dict[str, Any], alone: float, whole: dict[tuple[str, str], float]) -> dict[str, str]:
+def _row(row: dict[str, Any], alone: float, whole: dict[str, float]) -> dict[str, str]:
     spent, chips_ms = row["modelled_ms"], row["chips"] * row["modelled_ms"] / row["videos"]
-    known = whole.get((row["mesh"], row["mode"]))
+    known = whole.get(row["mesh"])
     compared = {"of a whole UNet's ms": f"{spent / known:.3f}" if known else ""} if whole else {}
     return {
-        "layers": f"{row['mode']} {row['dtype']}",
         "chips": str(row["chips"]),
         "mesh": row["mesh"],
         "ms": f"{spent:.1f}",

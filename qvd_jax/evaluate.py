@@ -41,10 +41,10 @@ from qvd_jax.cli.videos import (
     add_size_arguments,
     asked_scheduler,
     check_videos,
+    switched,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data.prompts import read_prompts
-from qvd_jax.diffusion.schedules import switch
 from qvd_jax.errors import InputError
 from qvd_jax.evaluation import Cases, Comparison, compare, write_comparison
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
@@ -129,8 +129,7 @@ def sample(
     if hosts.first:
         check_outputs(args)
     check_same_inputs(names)
-    solver = args.scheduler or read_configs(args.reference).scheduler.solver
-    asked = asked_scheduler(args) | {"solver": solver}
+    asked = asked_scheduler(args)
     want = check_videos(names, args, args.reference, **asked)
     mesh = asked_mesh(args, names, want)
     cases = read_cases(args, want)
@@ -147,7 +146,7 @@ def sample(
 
     with restoring:
         models = {name: load(name, sharding=replicated()) for name in names}
-    models = {name: pipe.with_scheduler(**asked) for name, pipe in models.items()}
+    models[args.reference] = models[args.reference].with_scheduler(**asked)
     note_unknown_words(models[names[0]], cases.titles)
     comparison = compare(
         models,
@@ -190,7 +189,7 @@ def go_on(
     Raises:
       InputError: the folder is of another run; what differs is named.
     """
-    scheduler = switch(read_configs(names[0]).scheduler, **asked_scheduler(args))
+    scheduler = switched(names[0], **asked_scheduler(args))
     roles = ["the reference", *(f"candidate {number}" for number in range(1, len(names)))]
     record = {
         # A batch holds what became of it model by model, in this order.

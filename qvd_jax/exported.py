@@ -32,6 +32,7 @@ FORMAT_VERSION = 3
 INDEX, WEIGHTS = "index.json", "weights.bin"
 CONSTANTS = "constants"
 DIGEST = "index_sha256"
+_GUIDANCE = ("guidance_scale", "min_guidance_scale")
 # All steps.
 _WHOLE = {"start": 0.0, "end": 1.0}
 
@@ -137,8 +138,8 @@ class ExportedSampler:
         """
         if output_type not in ("video", "latents"):
             raise ValueError(f"output_type = {output_type!r}: 'video' or 'latents' is needed")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed = {seed}: 0 to {2**32 - 1} is needed")
+        if not (hasattr(seed, "__index__") and 0 <= seed < 2**32):
+            raise ValueError(f"seed = {seed}: an integer from 0 to {2**32 - 1} is needed")
         told = self._options(options)
         given = self._inputs(
             {
@@ -183,12 +184,15 @@ class ExportedSampler:
             if not math.isfinite(value):
                 raise ValueError(f"{name} = {value}: it must be finite")
         told: dict[str, float] = known | given
-        scale, guided = told["guidance_scale"], self.index["guided"]
-        if (scale > 1) != guided:
+        scales = {name: told[name] for name in _GUIDANCE if name in told}
+        strongest, guided = max(scales, key=scales.__getitem__), self.index["guided"]
+        if (scales[strongest] > 1) != guided:
             raise ValueError(
-                f"guidance_scale = {scale:g}: the sampler was exported "
+                f"{strongest} = {scales[strongest]:g}: the sampler was exported "
                 f"{'with' if guided else 'without'} guidance"
             )
+        if told.get("fps", 1) < 1:
+            raise ValueError(f"fps = {told['fps']:g}: at least 1 is needed")
         for name in ("motion_bucket_id", "noise_aug_strength"):
             if told.get(name, 0) < 0:
                 raise ValueError(f"{name} = {told[name]:g}: it must be 0 or more")

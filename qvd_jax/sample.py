@@ -38,10 +38,11 @@ from qvd_jax.cli.videos import (
     add_size_arguments,
     asked_scheduler,
     check_videos,
+    switched,
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import switch
+from qvd_jax.diffusion.schedules import walked_as
 from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.hosts import Hosts
@@ -53,14 +54,14 @@ from qvd_jax.pipelines.pipeline import VideoPipeline
 from qvd_jax.programs import enable_compilation_cache
 from qvd_jax.progress import DECODER_COMPILATION, Part, Progress
 
+_GUIDANCE = ("guidance_scale", "min_guidance_scale")
 _OPTIONS = (
     "negative_prompts",
     "frames",
     "height",
     "width",
     "steps",
-    "guidance_scale",
-    "min_guidance_scale",
+    *_GUIDANCE,
     "fps",
     "motion_bucket_id",
     "noise_aug_strength",
@@ -121,13 +122,13 @@ def read_request(args: argparse.Namespace) -> Request:
     want = check_videos(names, args, args.checkpoint, **asked_scheduler(args))
     place = checkpoint.find(args.checkpoint)
     inputs, control = read_inputs(args, place), read_control(args, place)
-    guidance = passed(args, "guidance_scale")
+    options = {**call_options(args), **control}
+    guidance = {name: options[name] for name in _GUIDANCE if name in options}
     mesh = asked_mesh(args, names, replace(want, **guidance))
     outputs = plan_outputs(args.out, inputs.names, contact_sheet=args.contact_sheet)
     followed = None if args.fps else control_fps(args)
     if followed:
         print(f"note: the result has the condition's {followed:g} frames a second; see --fps")
-    options = {**call_options(args), **control}
     fps = args.fps or followed or read_configs(place).defaults.fps
     request = Request(names, inputs, options, fps, outputs, mesh, {})
     return request._replace(records=make_records(args, request)) if outputs.each else request
@@ -136,7 +137,7 @@ def read_request(args: argparse.Namespace) -> Request:
 def make_records(args: argparse.Namespace, request: Request) -> dict[Path, Record]:
     """The record of each video, by its file."""
     digests = checkpoint_digests(request.names)
-    scheduler = switch(read_configs(args.checkpoint).scheduler, **asked_scheduler(args))
+    scheduler = switched(args.checkpoint, **asked_scheduler(args))
     settings = {
         **described(request.options),
         "scheduler": to_dict(scheduler),
@@ -164,13 +165,19 @@ def check_outputs(args: argparse.Namespace, request: Request) -> frozenset[Path]
     Raises:
       InputError: a file exists, its place is not writable, or --resume has nothing to go on with.
     """
-    outputs, finished = request.outputs, frozenset[Path]()
+    outputs, finished, overwrite = request.outputs, frozenset[Path](), args.overwrite
     if args.resume:
         if not outputs.each:
             raise InputError("--resume goes on with a folder of videos; pass --out DIR")
         finished = find_finished(args.out, request.records)
-    # What has no record was not finished, in a folder of this run.
-    overwrite = args.overwrite or bool(finished)
+        # What has no record was not finished, in a folder of this run.
+        overwrite = any(Record.place(path).exists() for path in outputs.each)
+        strange = next((path for path in outputs.each if path.exists()), None)
+        if strange and not overwrite:
+            raise InputError(
+                f"{strange} exists, and {args.out} has no record of a run to go on with; pass "
+                f"--overwrite instead of --resume to replace it"
+            )
     files = [*outputs.each, *map(Record.place, outputs.each), *outputs.together]
     files += [outputs.sheet] if outputs.sheet else []
     if outputs.each:
@@ -183,10 +190,12 @@ def check_outputs(args: argparse.Namespace, request: Request) -> frozenset[Path]
 
 
 def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, float]:
-    """A pipeline with the scheduler asked for, and the seconds it took to load."""
+    """A pipeline that walks as --checkpoint is to, and the seconds it took to load."""
     started = time.perf_counter()
     pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=replicated())
-    return pipe.with_scheduler(**asked_scheduler(args)), time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    scheduler = switched(args.checkpoint, **asked_scheduler(args))
+    return replace(pipe, scheduler=walked_as(pipe.scheduler, scheduler)), seconds
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

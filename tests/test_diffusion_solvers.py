@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -312,6 +313,20 @@ def test_every_number_of_steps_gives_a_finite_table_or_a_message(options, limit)
     for steps in (-1, 0, limit + 1):
         with pytest.raises(InputError, match=f"^steps = {steps}: .* takes 1 to {limit} steps"):
             solvers.make_schedule(config, steps)
+
+
+def test_the_sde_ends_on_the_lowest_noise_level_and_on_none_above_it():
+    config = SchedulerConfig(
+        solver="dpmsolver++-sde",
+        beta_schedule="squaredcos_cap_v2",
+        use_karras_sigmas=True,
+        final_sigmas_type="sigma_min",
+    )
+    for steps in range(1, 51):
+        table = solvers.make_schedule(config, steps).table
+        assert all(np.isfinite(column).all() for column in table)
+    with pytest.raises(InputError, match="cannot end on more noise than it has: final_sigmas_type"):
+        solvers.make_schedule(replace(config, sigma_min=0.002), 25)
 
 
 @pytest.mark.parametrize(

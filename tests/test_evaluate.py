@@ -273,6 +273,23 @@ def test_bad_input_is_refused_before_a_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_all_models_walk_the_references_steps(tiny_checkpoint, monkeypatch):
+    pipe = qvd_jax.load(tiny_checkpoint)
+    other = pipe.with_scheduler("dpmsolver++", karras=True, timestep_spacing="trailing")
+    other = replace(other, scheduler=replace(other.scheduler, beta_end=0.02))
+    walked = []
+
+    def sampled(models, *_, **__):
+        walked.extend(model.scheduler for model in models.values())
+        raise InterruptedError
+
+    monkeypatch.setattr(pairs, "sample", sampled)
+    want = VideoDefaults(steps=3, frames=3, height=16, width=16)
+    with pytest.raises(InterruptedError):
+        pairs.compare({"a": pipe, "b": other}, Cases(["a", "b"]), want)
+    assert walked == [pipe.scheduler, replace(pipe.scheduler, beta_end=0.02)]
+
+
 def test_scales_of_other_steps_are_refused_before_sampling(tiny_checkpoint):
     pipe = qvd_jax.load(tiny_checkpoint)
     aware = replace(pipe, quantization=Quantization("own", {}, (901.0, 401.0)))

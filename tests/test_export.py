@@ -177,8 +177,9 @@ def test_what_was_not_exported_is_refused_with_what_was(pipe, artifact):
         sample(ids, ids, guidance_scale=1.0)
     with pytest.raises(ValueError, match="output_type = 'gif'"):
         sample(ids, ids, output_type="gif")
-    with pytest.raises(ValueError, match="seed = -1: 0 to 4294967295 is needed"):
-        sample(ids, ids, seed=-1)
+    for seed in (-1, 1.9, 2**32):
+        with pytest.raises(ValueError, match=f"seed = {seed}: an integer from 0 to 4294967295"):
+            sample(ids, ids, seed=seed)
     embeds = np.full((2, 16, 24), np.inf)
     with pytest.raises(ValueError, match="context: what the model is told is not finite"):
         sample(embeds=embeds, negative_embeds=embeds)

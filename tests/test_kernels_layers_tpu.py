@@ -189,6 +189,24 @@ def test_conv_takes_images_that_fit_the_chip_in_rows_that_fill_blocks(size, chan
 
 
 @pytest.mark.parametrize(
+    ("shape", "outputs", "parts", "fits"),
+    [
+        # The widest of Stable Diffusion's: the feed-forward of level 2, into it and out of it.
+        ((32, 256, 1280), 5120, 2, True),
+        ((32, 256, 5120), 1280, 1, True),
+        ((32, 4096, 320), 1280, 2, True),
+        ((32, 64, 2560), 0, 1, True),
+        ((1, 512, 1280), 1280, 1, False),
+        # A vocabulary is not divided into blocks.
+        ((1, 2048, 768), 50257, 1, False),
+        ((1, 2048, 50304), 768, 1, False),
+    ],
+)
+def test_dense_takes_what_is_worth_its_call_and_fits_the_chip(shape, outputs, parts, fits):
+    assert layers_tpu.can_use(shape, outputs, parts) == fits
+
+
+@pytest.mark.parametrize(
     ("size", "count", "outputs"),
     [
         pytest.param((4, 8), 2, 24, id="images that share a block"),

@@ -218,6 +218,14 @@ def test_the_command_takes_files_of_embeddings(tiny_checkpoint, tmp_path, monkey
         ),
         (["--prompt-embeds", TWO, "--prompt", "a"], "stand in the place of prompts"),
         (
+            ["--prompt", "a", "b", "c", "--negative-prompt-embeds", TWO],
+            "--negative-prompt-embeds holds 2 for 3 videos: one, or one for each is needed",
+        ),
+        (
+            ["--prompt-embeds", "{tmp}/one.safetensors", "--negative-prompt-embeds", TWO],
+            "--negative-prompt-embeds holds 2 for 1 videos",
+        ),
+        (
             [
                 "--prompt",
                 "a",

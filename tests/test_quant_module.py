@@ -292,6 +292,55 @@ REASONS = {
 }
 
 
+class Twice(nn.Module):
+    """One layer reads what another does not."""
+
+    @nn.compact
+    def __call__(self, x, y):
+        first, second = nn.Dense(16, name="first"), nn.Dense(16, name="second")
+        return first(x), second(x), second(y)
+
+
+class Branches(nn.Module):
+    """Each batch is for a layer of its own."""
+
+    @nn.compact
+    def __call__(self, x, kind):
+        first, second = nn.Dense(16, name="first"), nn.Dense(16, name="second")
+        if self.is_initializing():
+            return first(x), second(x)
+        return first(x) if kind == "a" else second(x)
+
+
+def test_layers_share_a_range_only_where_all_that_they_read_is_one_tensor():
+    small, large = noise(64, 12), 100 * noise(64, 12, seed=1)
+    module = Twice()
+    variables = init(module, (small, large))
+    int8, quantized, _ = quantize_module(module, variables, [(small, large)], "minmax-w8a8")
+    exact, found = (call(m, v, (small, large)) for m, v in ((module, variables), (int8, quantized)))
+    assert sqnr(exact[0], found[0]) > 35
+    assert sqnr(exact[2], found[2]) > 35
+    module = Branches()
+    batches = [{"x": small, "kind": "a"}, {"x": large, "kind": "b"}]
+    variables = init(module, batches[0])
+    int8, quantized, _ = quantize_module(module, variables, batches, "minmax-w8a8")
+    for batch in batches:
+        assert sqnr(call(module, variables, batch), call(int8, quantized, batch)) > 35
+
+
+def test_batches_beyond_the_rows_give_no_more_of_them(monkeypatch):
+    module, batches = MLP(), [noise(8, 12, seed=seed) for seed in range(7)]
+    taken = []
+
+    def solve(layers, specs, statistics, *_):
+        taken.extend(len(found.rows) for found in statistics.values())
+        return []
+
+    monkeypatch.setattr("qvd_jax.quant.module.solve_layers", solve)
+    quantize_module(module, init(module, batches[0]), batches, "minmax-w8a8", rows=3)
+    assert taken == [3, 3]
+
+
 def test_what_cannot_be_int8_stays_float_and_is_named():
     x = noise(2, 4, 8)
     module, variables = Odd(), Odd().init(KEY, x)

@@ -252,14 +252,14 @@ def test_options_that_contradict_are_refused(options, message):
 
 
 def test_a_rotation_that_does_not_divide_the_channels_is_refused_by_layer():
-    layer = TracedLayer("a/b", (12, 10), (1, 12), (1, 10), 0)
+    layer = TracedLayer("a/b", (12, 10), (1, 12), (1, 10), (0,))
     policy = Policy("mine", (Rule("*", LayerSpec("scri", rotation=8)),))
     with pytest.raises(InputError, match="'mine': a/b: rotation = 8 does not divide its 12 chan"):
         match(policy, [layer])
 
 
 def test_a_low_rank_beyond_a_layers_own_is_refused_by_layer():
-    layer = TracedLayer("a/b", (3, 3, 12, 10), (1, 12), (1, 10), 0)
+    layer = TracedLayer("a/b", (3, 3, 12, 10), (1, 12), (1, 10), (0,))
     policy = Policy("mine", (Rule("*", LayerSpec("scri", low_rank=11)),))
     with pytest.raises(InputError, match=r"'mine': a/b: low_rank = 11 is more .*, at most 10"):
         match(policy, [layer])
@@ -267,7 +267,7 @@ def test_a_low_rank_beyond_a_layers_own_is_refused_by_layer():
 
 def test_a_kernel_of_several_taps_has_one_range_where_positions_have_their_own():
     shapes = {"dense": (12, 10), "1x1": (1, 1, 12, 10), "3x3": (3, 3, 12, 10)}
-    layers = [TracedLayer(path, shape, (1, 12), (1, 10), 0) for path, shape in shapes.items()]
+    layers = [TracedLayer(path, shape, (1, 12), (1, 10), (0,)) for path, shape in shapes.items()]
     policy = Policy("mine", (Rule("*", LayerSpec("scri", ranges="token")),))
     found = {path: spec.ranges for path, spec in match(policy, layers).items()}
     assert found == {"dense": "token", "1x1": "token", "3x3": "static"}
@@ -295,6 +295,32 @@ def test_learned_factors_are_better_than_those_of_one_range(ranges, bits):
         exact = net.apply({"params": params}, x)
         errors[method] = float(np.square(module.apply({"params": values}, x) - exact).mean())
     assert errors["learned"] < 0.98 * errors["scri"]
+
+
+@pytest.mark.parametrize("value", [0.0, 3.5])
+@pytest.mark.parametrize("options", [{}, {"rounding": "gptq"}, {"low_rank": 2}], ids=str)
+def test_of_a_constant_input_nothing_is_learned(value, options):
+    net, params, x = case(None)
+    constant = jnp.full_like(x, value)
+    found = []
+    for method in ("scri", "learned"):
+        spec = LayerSpec(method, 8, 8, **options)
+        module, values, *_ = quantized(net, params, constant, spec)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(values))
+        found.append(module.apply({"params": values}, x))
+    np.testing.assert_array_equal(*found)
+
+
+def test_derivatives_pass_tokens_whose_range_is_their_own():
+    values = jax.random.normal(jax.random.key(3), (64, 16)).at[0].set(0).at[1].set(1e-44)
+
+    def total(values):
+        steps, step = codec.token_steps(values, 127)
+        return (steps * step).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(values), np.ones(values.shape), rtol=1e-6)
+    steps, _ = codec.token_steps(values, 127)
+    assert np.abs(np.round(steps)).max() == 127
 
 
 def test_learned_factors_of_a_layer_that_is_all_zero_are_finite():

@@ -28,20 +28,20 @@ from qvd_jax.quant.policy import (
 from qvd_jax.quant.statistics import trace_layers
 
 LAYERS = [
-    TracedLayer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8), 0),
-    TracedLayer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32), 1),
-    TracedLayer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8), 2),
+    TracedLayer("conv_in", (3, 3, 4, 8), (1, 2, 4, 4, 4), (1, 2, 4, 4, 8), (0,)),
+    TracedLayer("time_embedding/linear_1", (8, 32), (1, 8), (1, 32), (1,)),
+    TracedLayer("down_blocks_0/blocks_0/resnet/time_emb_proj", (32, 8), (1, 32), (1, 8), (2,)),
     TracedLayer(
-        "down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8), 3
+        "down_blocks_0/blocks_0/resnet/conv1", (3, 3, 8, 8), (1, 2, 4, 4, 8), (1, 2, 4, 4, 8), (3,)
     ),
     TracedLayer(
         "down_blocks_0/blocks_0/motion_module/block/attn1/to_qkv",
         (8, 24),
         (16, 2, 8),
         (16, 2, 24),
-        4,
+        (4,),
     ),
-    TracedLayer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4), 5),
+    TracedLayer("conv_out", (3, 3, 8, 4), (1, 2, 4, 4, 8), (1, 2, 4, 4, 4), (5,)),
 ]
 
 

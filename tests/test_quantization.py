@@ -253,6 +253,27 @@ def test_ranges_of_tokens_and_of_steps_are_refused_together(pipe):
         quantize(pipe, "qvd-plus-w8a8", PROMPTS, replace(CONFIG, step_aware=True), SIZE)
 
 
+def test_steps_are_refused_where_no_layer_has_a_range_for_them(pipe):
+    with pytest.raises(InputError, match="step_aware has no meaning for the policy qvd-w8a16"):
+        quantize(pipe, "qvd-w8a16", PROMPTS, replace(CONFIG, step_aware=True), SIZE)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"options": {"steps": 3}}, "options: steps is a field of CalibrationConfig"),
+        ({"options": {"negative_prompts": "blurry"}}, "'negative_prompts' has no meaning for a"),
+        ({"options": {"num_frames": 3}}, "'num_frames' has no meaning for a calibration; .*frames"),
+        ({"prompts": ["a", 3]}, r"prompts\[1\] is no text, but of type int"),
+        ({"prompts": 3}, "prompts = 3: a text, or several"),
+    ],
+)
+def test_what_a_calibration_is_not_given_is_named_before_it_samples(pipe, given, message):
+    broken = replace(pipe, params={"unet": pipe.params["unet"]})
+    with pytest.raises(InputError, match=message):
+        quantize(broken, **{"prompts": PROMPTS, "config": CONFIG, **given})
+
+
 def test_what_plus_makes_of_layers_is_saved_and_restored(pipe, tmp_path):
     """Learned factors, GPTQ and ranges of tokens at 4 bits, of a few layers."""
     plus = make_plan(pipe, named_policy("qvd-plus-w4a8"), CONFIG, SIZE).specs

@@ -81,6 +81,16 @@ def test_a_run_goes_on_where_it_stopped_and_only_with_the_same_settings(
         assert message in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert made == ["001-b.mp4"]
+    # None is finished, and still it is this run's folder.
+    for path in out.glob("*.mp4"):
+        path.unlink()
+    assert run(tiny_checkpoint, *arguments, "--resume") == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    for path in out.glob("*.json"):
+        path.unlink()
+    assert run(tiny_checkpoint, *arguments, "--resume") == 2
+    message = "has no record of a run to go on with; pass --overwrite instead of --resume"
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_told_by_what_it_holds(tiny_checkpoint, tmp_path):

@@ -194,6 +194,12 @@ def test_loop_configs_that_cannot_be(change, message):
         replace(CONFIG, **change)
 
 
+def test_a_run_of_one_step_is_planned():
+    assert loop._optimizer(
+        loop.LoopConfig(steps=1, batch_size=1, learning_rate=0.1, warmup_steps=0)
+    )
+
+
 TINY_VAE = """
 loop: {steps: 2, batch_size: 2, learning_rate: 1.0e-3, warmup_steps: 1}
 vae: {model: {block_channels: [4, 4, 4, 4], layers_per_block: 1, norm_groups: 2}}

@@ -128,6 +128,7 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
         if prompts:
             raise InputError("--prompt-embeds stand in the place of prompts; leave these out")
         count = len(embeds["prompt_embeds"])
+        _check_negatives(embeds, count)
         return Inputs([], [f"{args.prompt_embeds.stem}-{i}" for i in range(count)], embeds)
     prompts = prompts or list(configs.defaults.prompts)
     if not prompts:
@@ -135,6 +136,7 @@ def read_inputs(args: argparse.Namespace, path: Path) -> Inputs:
             f"there are no prompts, and {path} has none of its own; pass --prompt TEXT or "
             f"--prompts-file FILE"
         )
+    _check_negatives(embeds, len(prompts))
     return Inputs(prompts, prompts, embeds)
 
 
@@ -154,6 +156,16 @@ def _read_embeds(
     if "negative_prompt_embeds" in found and args.negative_prompts:
         raise InputError("--negative-prompt-embeds stand in the place of --negative-prompt")
     return found
+
+
+def _check_negatives(embeds: Mapping[str, np.ndarray], count: int) -> None:
+    """Raises `InputError` unless there is none, one for all, or one for each of so many videos."""
+    negatives = embeds.get("negative_prompt_embeds")
+    if negatives is not None and len(negatives) not in (1, count):
+        raise InputError(
+            f"--negative-prompt-embeds holds {len(negatives)} for {count} videos: one, or one for "
+            f"each is needed"
+        )
 
 
 def note_unknown_words(pipe: VideoPipeline, prompts: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from qvd_jax.cli.command import passed, positive_int
-from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, switch
+from qvd_jax.diffusion.schedules import SOLVERS, SPACINGS, SchedulerConfig, switch, walked_as
 from qvd_jax.errors import naming
 from qvd_jax.pipelines.loading import CheckpointConfigs, read_configs
 from qvd_jax.pipelines.pipeline import VideoDefaults
@@ -58,7 +58,7 @@ def check_videos(
       names: of the checkpoints.
       args: of `add_size_arguments` and `add_sampler_arguments`.
       like: the checkpoint whose defaults stand for what the command line does not say.
-      **asked: of `asked_scheduler`.
+      **asked: of `asked_scheduler`: changes of the scheduler of `like`, as which all are walked.
 
     Returns:
       What all videos are to be like.
@@ -66,10 +66,20 @@ def check_videos(
     Raises:
       InputError: a folder is no checkpoint, or what is asked for does not fit.
     """
-    defaults = read_configs(like).defaults
+    defaults, scheduler = read_configs(like).defaults, switched(like, **asked)
     want = replace(defaults, **passed(args, "frames", "height", "width", "steps"))
     for name in names:
         with naming(name):
             configs = read_configs(name)
-            configs.check(want, switch(configs.scheduler, **asked))
+            configs.check(want, walked_as(configs.scheduler, scheduler))
     return want
+
+
+def switched(name: str, **asked: Any) -> SchedulerConfig:
+    """A checkpoint's scheduler with what is asked for.
+
+    Raises:
+      InputError: the folder is no checkpoint, or the scheduler cannot be so.
+    """
+    with naming(name):
+        return switch(read_configs(name).scheduler, **asked)

@@ -247,6 +247,29 @@ def switch(
     return replace(config, solver=solver, **given)
 
 
+# All else says how a solver walks it.
+_OF_MODEL = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "timestep_type",
+)
+
+
+def walked_as(config: SchedulerConfig, other: SchedulerConfig) -> SchedulerConfig:
+    """The noise a model was trained with, walked by another's solver at the other's steps.
+
+    Args:
+      config: the model's own.
+      other: whose solver, spacing and noise levels are taken.
+    """
+    return replace(other, **{name: getattr(config, name) for name in _OF_MODEL})
+
+
 def unsupported(config: SchedulerConfig) -> dict[str, str]:
     """What a config asks of its solver that is not supported: a sentence for each field."""
     read = READS[config.solver]

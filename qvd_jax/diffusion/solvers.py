@@ -253,7 +253,10 @@ def _log_snr_grid(config: SchedulerConfig, steps: int) -> _Grid:
     alpha = 1 / np.sqrt(sigmas**2 + 1)
     with np.errstate(divide="ignore"):
         log_snr = -np.log(sigmas)
-    return _Grid(timestep, alpha, sigmas * alpha, log_snr, np.diff(log_snr))
+    step = np.diff(log_snr)
+    # A last level that is the schedule's lowest was computed in two ways, a rounding apart.
+    step[np.abs(step) < 1e-12] = 0
+    return _Grid(timestep, alpha, sigmas * alpha, log_snr, step)
 
 
 def _multistep_schedule(
@@ -286,6 +289,11 @@ def _dpmsolver(config: SchedulerConfig, steps: int) -> Schedule:
     stochastic = config.solver == "dpmsolver++-sde"
     width = 2.0 if stochastic else 1.0
     alpha, sigma, h = grid.alpha, grid.sigma, grid.step
+    if stochastic and (h < 0).any():
+        raise InputError(
+            f"{config.solver} cannot end on more noise than it has: final_sigmas_type = "
+            f"{config.final_sigmas_type!r} is above the lowest noise level; 'zero' is below all"
+        )
     gain = -np.expm1(-width * h)
     to_samples = np.zeros((steps, config.solver_order))
     for i in range(steps):

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import numpy as np
 from qvd_jax import memory
 from qvd_jax.axes import Array
 from qvd_jax.config import check_seed
+from qvd_jax.diffusion.schedules import walked_as
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
@@ -84,7 +85,7 @@ def compare(
     """Samples all cases with every model and measures what tells them apart.
 
     Args:
-      models: by name; the first is the reference, whose solver all sample with.
+      models: by name; the first is the reference, whose solver and steps all sample with.
       cases: what is sampled.
       want: steps, frames, size and guidance of all videos; None takes the reference's.
       seed: the first.
@@ -104,7 +105,8 @@ def compare(
     reference = next(iter(models.values()))
     want = want or reference.defaults
     models = {
-        name: pipe.with_scheduler(reference.scheduler.solver) for name, pipe in models.items()
+        name: replace(pipe, scheduler=walked_as(pipe.scheduler, reference.scheduler))
+        for name, pipe in models.items()
     }
     layers = layers or {name: [] for name in models}
     measures = measures or pixels(len(models))

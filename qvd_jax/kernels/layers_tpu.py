@@ -73,9 +73,21 @@ class Output(NamedTuple):
     residual: Array | None = None
 
 
-def can_use(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is worth its call for an input of this shape, `[..., L, C]`."""
-    return math.prod(shape[:-1]) >= _LEAST_TOKENS
+def can_use(shape: tuple[int, ...], outputs: int = 0, parts: int = 1) -> bool:
+    """Whether a kernel is worth its call, and the chip holds its blocks.
+
+    Args:
+      shape: of its input, `[..., L, C]`.
+      outputs: O of a product, or of its value where it is gated; 0 without a product.
+      parts: 2 with a gate.
+    """
+    tokens, channels = math.prod(shape[:-1]), shape[-1]
+    # What moves is there twice. Values count as float32, weights as bfloat16.
+    width = block_of_outputs(outputs, 2 * parts * channels, _WEIGHT_BYTES)
+    inputs = _TOKENS * channels * (2 * 4 + 4 + 2)
+    weights = 2 * 2 * parts * width * channels
+    results = _TOKENS * width * (2 * 2 * 4 + 2 * 4 * parts)
+    return tokens >= _LEAST_TOKENS and inputs + weights + results <= VMEM_BYTES
 
 
 def dense(

@@ -88,7 +88,8 @@ class Dense(nn.Dense):
         operands = x, kernel, bias, residual
         activated = isinstance(x, Normalized) and x.activated
         # In float32 the kernel's product would round its operands.
-        if self.dtype != jnp.bfloat16 or activated or not layers_tpu.can_use(x.shape):
+        fits = layers_tpu.can_use(x.shape, kernel.shape[-1])
+        if self.dtype != jnp.bfloat16 or activated or not fits:
             return in_passes(*operands)
         return on_tpu(fused, in_passes, *operands)
 

@@ -36,7 +36,7 @@ class ImageToVideoDefaults(VideoDefaults):
     """What a video from an image is like when nobody asks otherwise.
 
     Attributes:
-      guidance_scale: of the last frame; 1 or less turns guidance off.
+      guidance_scale: of the last frame; where both are 1 or less there is no guidance.
       min_guidance_scale: of the first frame; those between are spaced evenly.
       motion_bucket_id: how much motion the model is told to make, 0 to 255.
       noise_aug_strength: standard deviation of noise added to the image's pixels in [-1, 1].
@@ -50,6 +50,11 @@ class ImageToVideoDefaults(VideoDefaults):
     min_guidance_scale: float = 1.0
     motion_bucket_id: int = 127
     noise_aug_strength: float = 0.02
+
+    @property
+    def guided(self) -> bool:
+        """Whether there is guidance at any frame."""
+        return max(self.guidance_scale, self.min_guidance_scale) > 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +100,7 @@ class ImageToVideoPipeline(VideoPipeline[ImageToVideoDefaults]):
           height: H in pixels, the images'; a multiple of the VAE's stride.
           width: W in pixels, likewise.
           steps: S.
-          guidance_scale: of the last frame; 1 or less samples without guidance.
+          guidance_scale: of the last frame; where both are 1 or less there is no guidance.
           min_guidance_scale: of the first frame.
           fps: frames per second the model is told.
           motion_bucket_id: how much motion the model is told to make, 0 to 255.

@@ -1,6 +1,7 @@
 """Samples with a float pipeline to see what its UNet's layers read, at every step."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -35,7 +36,8 @@ class CalibrationConfig:
 
     Attributes:
       steps: S of the sampling; None takes the pipeline's default.
-      rows: rows sampled of each layer's input, over all steps and prompts.
+      rows: rows sampled of each layer's input, over all steps and prompts, of each of which as
+        many are taken; that number is rounded up.
       seed: of the noise and the rows.
       step_aware: whether layers inside the sampling loop get a step D for each of its steps.
     """
@@ -261,8 +263,22 @@ def _latents_shape(pipe: VideoPipeline, want: Any) -> tuple[int, int, int, int]:
 
 
 def split_options(pipe: VideoPipeline, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Defaults with what the options say of the video, and the options about something else."""
-    known = {field.name for field in fields(pipe.defaults)}
+    """Defaults with what the options say of the video, and the options about something else.
+
+    Raises:
+      InputError: one is none that layers' inputs are observed with.
+    """
+    known = {field.name for field in fields(pipe.defaults)} - {"steps", "prompts"}
+    told = inspect.signature(pipe.conditions).parameters.keys()
+    more = told - {"inputs", "want", "seed", "negatives", "indices"}
+    for name in options:
+        if name in ("steps", "seed"):
+            raise InputError(f"options: {name} is a field of CalibrationConfig")
+        if name not in known | more:
+            raise InputError(
+                f"options: {name!r} has no meaning for a calibration; "
+                f"{', '.join(sorted(known | more))} have"
+            )
     video = {name: value for name, value in options.items() if name in known}
-    more = {name: value for name, value in options.items() if name not in known}
-    return pipe.wanted(**video), more
+    others = {name: value for name, value in options.items() if name in more}
+    return pipe.wanted(**video), others

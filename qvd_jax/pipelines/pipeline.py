@@ -264,6 +264,10 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         Raises:
           InputError: the one that is asked for does not fit.
         """
+        if not isinstance(asked, MeshConfig | None):
+            raise InputError(
+                f"mesh = {asked!r}: a MeshConfig is needed; qvd_jax.meshes.parse reads a text"
+            )
         devices = meshes.devices_of(self.params)
         if asked is not None and len(devices) < asked.size:
             devices = jax.local_devices()
@@ -385,8 +389,9 @@ def check_indices(indices: Sequence[int], count: int) -> Sequence[int]:
     """The indices of so many videos.
 
     Raises:
-      InputError: there are more or fewer, or one is negative.
+      InputError: there are more or fewer, or one is none of 0 to 2**31 - 1.
     """
-    if len(indices) != count or min(indices, default=0) < 0:
-        raise InputError(f"indices = {list(indices)}: {count} that are not negative are needed")
-    return indices
+    found = [check_integer(f"indices[{i}]", index) for i, index in enumerate(indices)]
+    if len(found) != count or not all(0 <= index < 2**31 for index in found):
+        raise InputError(f"indices = {found}: {count} of 0 to {2**31 - 1} are needed")
+    return found

@@ -9,6 +9,7 @@ from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.stages import shortcut_splits
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.components import GAINS
+from qvd_jax.pipelines.images import to_arrays
 from qvd_jax.pipelines.observation import (
     CalibrationConfig,
     Observed,
@@ -18,6 +19,8 @@ from qvd_jax.pipelines.observation import (
     unseen,
 )
 from qvd_jax.pipelines.pipeline import VideoPipeline
+from qvd_jax.pipelines.text import as_prompts
+from qvd_jax.pipelines.text_to_video import TextToVideoPipeline
 from qvd_jax.quant.layers import layer_set
 from qvd_jax.quant.policy import (
     LayerSpec,
@@ -62,12 +65,13 @@ def quantize(
 
     Raises:
       InputError: the pipeline is quantized already, the policy fits no layer, there are no
-        inputs, or a layer's input is not finite.
+        inputs or others than the pipeline takes, or a layer's input is not finite.
     """
     policy = named_policy(policy) if isinstance(policy, str) else policy
     plan = make_plan(pipe, policy, config, options)
-    given = pipe.defaults.prompts if prompts is None else prompts
-    inputs = [given] if isinstance(given, str) else list(given)
+    given: Any = pipe.defaults.prompts if prompts is None else prompts
+    is_told_texts = isinstance(pipe, TextToVideoPipeline)
+    inputs = as_prompts(given) if is_told_texts else to_arrays(given, "prompts")
     observed = collect(pipe, plan.layers, inputs, config, options, progress, mesh=mesh)
     return solve(pipe, plan, observed, inputs, config, options, progress, mesh)
 
@@ -120,6 +124,11 @@ def make_plan(
             path: _by_step(path, spec) if path not in outside else spec
             for path, spec in specs.items()
         }
+        if all(spec.ranges != "step" for spec in specs.values()):
+            raise InputError(
+                f"step_aware has no meaning for the policy {policy.name}: it quantizes the input "
+                f"of no layer inside the sampling loop"
+            )
     return Plan(policy.name, {layer.path: layer for layer in layers}, specs)
 
 

@@ -66,6 +66,7 @@ class TextPipeline(VideoPipeline[VideoDefaults]):
         Raises:
           InputError: there is no prompt.
         """
+        prompts = as_prompts(prompts)
         if not prompts:
             raise InputError("there are no prompts; at least one is needed")
         ids = jnp.asarray(self.token_ids(prompts, length), jnp.int32)
@@ -151,13 +152,31 @@ def read_texts(
       width: C of the UNet's context.
 
     Raises:
-      InputError: both were given, or embeddings have another shape or are not finite.
+      InputError: both were given, prompts are no texts, or embeddings have another shape or are
+        not finite.
     """
     if embeds is None:
-        return [prompts] if isinstance(prompts, str) else prompts
+        return None if prompts is None else as_prompts(prompts, name.replace("_embeds", "s"))
     if prompts is not None:
         raise InputError(f"{name} stand in the place of {prompts!r}; give one of the two")
     return as_embeds(embeds, name, width)
+
+
+def as_prompts(prompts: Any, name: str = "prompts") -> list[str]:
+    """One text or several, of any sequence, as a list.
+
+    Raises:
+      InputError: something else is among them; it is named.
+    """
+    try:
+        found = [prompts] if isinstance(prompts, str) else list(prompts)
+    except TypeError as error:
+        raise InputError(f"{name} = {prompts!r}: a text, or several, are needed") from error
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise InputError(f"{name}[{number}] is no text, but of type {type(text).__name__}")
+    # Arrays of numpy have strings of their own.
+    return [str(text) for text in found]
 
 
 def as_embeds(embeds: ArrayLike, name: str, width: int) -> np.ndarray:

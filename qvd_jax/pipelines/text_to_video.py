@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qvd_jax.axes import Array
+from qvd_jax.config import check_finite, check_integer
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions
 from qvd_jax.errors import InputError
@@ -122,19 +123,20 @@ class TextToVideoPipeline(TextPipeline):
         scale = (controlnet_conditioning_scale, control_guidance_start, control_guidance_end)
         images = to_arrays(conditioning_frames, "conditioning_frames")
         controlnet = self.unet.config.controlnet
-        if controlnet is None and (images or scale != (1.0, 0.0, 1.0)):
-            raise InputError("conditioning_frames were given, the model has no ControlNet")
-        if controlnet is not None:
+        shown = as_frames(controlnet_frame_indices)
+        if controlnet is None:
+            _refuse_control(images, shown, scale)
+        else:
             if not images:
                 raise InputError(
                     "the model has a ControlNet, whose conditioning_frames are missing"
                 )
             check_scale(*scale)
             if controlnet.ignores_latents:
-                check_control_images(images, controlnet_frame_indices, want)
-                self._note_unguided(controlnet_frame_indices, want)
+                check_control_images(images, shown, want)
+                self._note_unguided(shown, want)
             else:
-                check_control_video(images, controlnet_frame_indices, want)
+                check_control_video(images, shown, want)
         return self._generate(
             list(inputs),
             lambda: self.conditions(
@@ -143,7 +145,7 @@ class TextToVideoPipeline(TextPipeline):
                 seed,
                 negatives,
                 images,
-                controlnet_frame_indices,
+                shown,
                 *scale,
             ),
             want,
@@ -232,6 +234,36 @@ def control_key(seed: int | Array) -> Array:
     return jax.random.fold_in(jax.random.key(seed), np.iinfo(np.uint32).max)
 
 
+def as_frames(indices: Any) -> list[int]:
+    """Which frames SparseCtrl's images are about, as integers.
+
+    Raises:
+      InputError: they are no list, or one is no integer.
+    """
+    name = "controlnet_frame_indices"
+    try:
+        found = list(indices)
+    except TypeError as error:
+        raise InputError(f"{name} = {indices!r}: a list of frames is needed") from error
+    return [check_integer(f"{name}[{i}]", index) for i, index in enumerate(found)]
+
+
+def _refuse_control(
+    images: Sequence[np.ndarray], indices: Sequence[int], scale: tuple[float, float, float]
+) -> None:
+    """Raises `InputError` for what a model without a ControlNet was given for one."""
+    given = {
+        "conditioning_frames": len(images) > 0,
+        "controlnet_frame_indices": len(indices) > 0,
+        "controlnet_conditioning_scale": scale[0] != 1,
+        "control_guidance_start": scale[1] != 0,
+        "control_guidance_end": scale[2] != 1,
+    }
+    names = " and ".join(name for name, is_given in given.items() if is_given)
+    if names:
+        raise InputError(f"{names} given, but the model has no ControlNet")
+
+
 def check_control_images(
     images: Sequence[np.ndarray], indices: Sequence[int], want: VideoDefaults
 ) -> None:
@@ -272,8 +304,9 @@ def check_scale(scale: float, start: float, end: float) -> None:
       start: share of the steps before the first to which it adds.
       end: share of the steps up to the last to which it adds.
     """
-    if not np.isfinite(scale):
-        raise InputError(f"controlnet_conditioning_scale = {scale}: it must be finite")
+    check_finite("controlnet_conditioning_scale", scale)
+    check_finite("control_guidance_start", start)
+    check_finite("control_guidance_end", end)
     if not 0 <= start < end <= 1:
         raise InputError(
             f"control_guidance_start = {start:g}, control_guidance_end = {end:g}: shares of the "

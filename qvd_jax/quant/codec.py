@@ -121,8 +121,8 @@ def channel_codes(steps: Array) -> Array:
 def token_steps(values: Array, limit: float) -> tuple[Array, Array]:
     """Values in steps of the token they belong to, and that step.
 
-    Each token's largest value gets the largest code, so nothing is clipped (dynamic quantization:
-    ZeroQuant, Yao et al., arXiv 2206.01861, section 4.2).
+    Each token's largest value gets the largest code, so nothing is clipped, and derivatives pass
+    (dynamic quantization: ZeroQuant, Yao et al., arXiv 2206.01861, section 4.2).
 
     Args:
       values: of `channel_values`, `[..., C]`.
@@ -132,8 +132,10 @@ def token_steps(values: Array, limit: float) -> tuple[Array, Array]:
       The steps, and D `[..., 1]`. Derivatives see D as a constant.
     """
     reach = lax.stop_gradient(jnp.abs(values).max(-1, keepdims=True))
-    step = jnp.where(reach > 0, reach / limit, 1.0)
-    return jnp.clip(values / step, -limit, limit), step
+    # What is next to nothing has no digits to divide by.
+    step = reach / limit
+    step = jnp.where(step >= jnp.finfo(step.dtype).tiny, step, 1.0)
+    return values / step, step
 
 
 def two_range_steps(x: AnyArray, scale: Any, offset: Any, ratio: Any, bits: int) -> AnyArray:

@@ -189,7 +189,9 @@ def _dense(
 
     operands = x, record, residual
     activated = isinstance(x, Normalized) and x.activated
-    if activated or not spec.fused or not layers_tpu.can_use(x.shape):
+    parts = 2 if gated else 1
+    fits = layers_tpu.can_use(x.shape, record.scale.shape[-1] // parts, parts)
+    if activated or not spec.fused or not fits:
         return in_passes(*operands)
     return on_tpu(fused, in_passes, *operands)
 

@@ -95,4 +95,9 @@ def learn(
     (*_, best), _ = jax.lax.scan(descend, begin, length=_STEPS)
     factor = jnp.exp(best)
     step = quantizer.step if token else step_of(factor)
-    return quantizer._replace(factor=factor, step=step)
+    # An input that is constant has no range to learn a factor of, nor a step.
+    is_constant = half.max() == 0
+    return quantizer._replace(
+        factor=jnp.where(is_constant, quantizer.factor, factor),
+        step=jnp.where(is_constant, quantizer.step, step),
+    )

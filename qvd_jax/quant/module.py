@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import flax
@@ -81,7 +81,8 @@ def quantize_module(
         arguments, or the one argument. They are to be as varied as what the module will see.
       policy: the name of a policy (METHOD-WIDTH), by which every layer that can be is int8; or
         rules, which must name none that cannot.
-      rows: rows sampled of each layer's input, over all batches.
+      rows: rows sampled of each layer's input, over all batches, of each of which as many are
+        taken; that number is rounded up.
       seed: of the rows.
       options: of each call: those of `nn.Module.apply` (`method`, `rngs`, `mutable`), and keyword
         arguments such as `train=False`.
@@ -102,12 +103,12 @@ def quantize_module(
     for number, call in enumerate(calls):
         if call not in calls[:number]:
             found, refused = _survey(run, call, number)
-            layers = {**found, **layers}
+            layers = _joined(layers, found)
             kept |= refused
     layers = {path: layer for path, layer in layers.items() if path not in kept}
     specs = _decide(policy, layers, kept)
     kept |= {path: _NO_RULE for path in layers if path not in specs}
-    statistics = _collect(run, calls, specs, math.ceil(rows / len(calls)), seed)
+    statistics = _collect(run, calls, specs, rows, seed)
     records: dict[str, QuantizedParams] = {}
     reports = []
     for path, record, report in solve_layers(layers, specs, statistics, params, {}):
@@ -202,6 +203,17 @@ def _check(module: nn.Module, variables: Any, batches: Any) -> Params:
     return params
 
 
+def _joined(layers: Traced, found: Traced) -> Traced:
+    """Layers of several calls, with the shapes of the first and what all of them read."""
+    begin = 1 + max((n for layer in layers.values() for n in layer.source), default=-1)
+    joined = dict(layers)
+    for path, layer in found.items():
+        more = tuple(begin + number for number in layer.source)
+        known = layers.get(path, replace(layer, source=()))
+        joined[path] = replace(known, source=known.source + more)
+    return joined
+
+
 def _survey(run: _Run, call: _Call, number: int) -> tuple[Traced, dict[str, str]]:
     """The layers a call would quantize by path, and why others stay float; nothing is computed.
 
@@ -285,7 +297,7 @@ def _decide(policy: str | Policy, layers: Traced, kept: Mapping[str, str]) -> di
         if not layers:
             raise InputError(f"no layer of the module can be int8{_listed(kept)}")
         return decide(policy, list(layers.values()))
-    others = [TracedLayer(path, (), (), (), 0) for path in kept]
+    others = [TracedLayer(path, (), (), (), ()) for path in kept]
     specs = match(policy, [*layers.values(), *others])
     if demanded := {path: reason for path, reason in kept.items() if path in specs}:
         raise InputError(
@@ -326,13 +338,17 @@ def _collect(
         if program is None:
             program = _program(run, call, specs)
             programs.append((call, program))
-        places = draw_places(jax.random.fold_in(key, number), rows)
+        places = draw_places(jax.random.fold_in(key, number), math.ceil(rows / len(calls)))
         found = program(run.variables, call.arrays, places)
         # In the order of the calls: the first that is not finite is where it began.
         for path in filter(found.__contains__, parts):
             if not bool(found[path].finite):
                 raise InputError(f"{path}: its input is not finite in batch {number + 1}")
-            parts[path].append(found[path])
+            kept = found[path]
+            if number * rows // len(calls) == (number + 1) * rows // len(calls):
+                # Of more calls than rows only some, evenly chosen, give one.
+                kept = kept._replace(rows=kept.rows[:0])
+            parts[path].append(kept)
     return {path: join(seen) for path, seen in parts.items()}
 
 

@@ -302,8 +302,8 @@ class TracedLayer:
       kernel: shape of the kernel as one matrix for each tap, `[*taps, C, O]`.
       inputs: shape of what it is called with in one forward, `[..., C]`.
       outputs: shape of what it returns, `[..., O]`.
-      source: number of the tensor it is called with; layers that share it read the same one,
-        along the same axes.
+      source: numbers of the tensors it is called with, one for each call; layers that have the
+        same read the same ones, along the same axes.
       upsampled: whether that is a nearest-neighbour upsampling.
     """
 
@@ -311,7 +311,7 @@ class TracedLayer:
     kernel: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    source: int
+    source: tuple[int, ...]
     upsampled: bool = False
 
     @property

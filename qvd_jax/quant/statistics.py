@@ -5,6 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import flax
@@ -178,12 +179,15 @@ def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
 
     def note(layer: nn.Module, x: LayerInput, result: Array) -> None:
         path = "/".join(layer.path)
-        if path in found or not select(layer, x):
+        if not select(layer, x):
             return
         axes = contracted(layer, len(x.shape))
         same = [n for n, (given, along) in enumerate(sources) if given is x and along == axes]
         sources.append((x, axes))
         source = same[0] if same else len(sources) - 1
+        if path in found:
+            found[path] = replace(found[path], source=(*found[path].source, source))
+            return
         kernel = kernel_shape(layer, math.prod(x.shape[axis] for axis in axes))
         upsampled = isinstance(x, Upsampled) and x.is_doubled
         if isinstance(layer, nn.Conv):
@@ -192,7 +196,7 @@ def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
             # Of a gated layer the result is half of the outputs.
             kept = [size for axis, size in enumerate(x.shape) if axis not in axes]
             outputs = (*kept, kernel[-1])
-        found[path] = TracedLayer(path, kernel, x.shape, outputs, source, upsampled)
+        found[path] = TracedLayer(path, kernel, x.shape, outputs, (source,), upsampled)
 
     with watching(note):
         yield found

@@ -214,9 +214,10 @@ def data_mesh(config: LoopConfig, asked: MeshConfig | None = None) -> Mesh:
 
 
 def _optimizer(config: LoopConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, max(config.warmup_steps, 1), config.decay_steps or config.steps
-    )
+    warmup = max(config.warmup_steps, 1)
+    # Behind the warm-up there is a step at least, of one step in all as well.
+    decay = max(config.decay_steps or config.steps, warmup + 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, decay)
     return optax.chain(
         optax.clip_by_global_norm(config.gradient_clip),
         optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay),

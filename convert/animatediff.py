@@ -46,8 +46,8 @@ def is_original(tensors: Tensors) -> bool:
 def motion_tensors(tensors: Tensors, where: str) -> Tensors:
     """The motion modules of an adapter or an original checkpoint, by diffusers' names.
 
-    MagicAnimate's checkpoint holds a whole UNet, whose other tensors come along; where its names
-    begin with `unet.` only the motion modules are meant.
+    MagicAnimate's checkpoint, and those of AnimateDiff's training, hold a whole UNet, whose other
+    tensors come along; where its names begin with `unet.` only the motion modules are meant.
 
     Raises:
       InputError: the file holds something else.

@@ -67,6 +67,12 @@ def open_controlnet(path: Path, begun: Mapping[str, LazyTensor]) -> ControlNet:
     for start, kind in _OTHERS.items():
         if any(name.removeprefix(_ORIGINAL).startswith(start) for name in tensors):
             raise InputError(f"{path} is {kind}; a ControlNet of Stable Diffusion 1.5 is expected")
+    if path.is_file() and re.search(r"_shuffle(_fp16)?$", path.stem):
+        # Its tensors do not say it; the original code goes by the name, too.
+        raise InputError(
+            f"{path}: global_pool_conditions = True, as of every ControlNet of this name, is not "
+            f"supported; it averages what it adds over each frame"
+        )
     if any(re.match(rf"({_ORIGINAL})?(input_blocks|zero_convs)\.", name) for name in tensors):
         renamed, notes = _open_original(tensors, begun, path)
     else:

@@ -112,7 +112,9 @@ def _open_modelscope(_: Path, parts: Parts, __: Path | None) -> OpenedUNet:
     return OpenedUNet(tensors, config, family.defaults, size, family.title, notes=notes)
 
 
-def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> OpenedUNet:
+def _open_animatediff(
+    source: Path, parts: Parts, motion: Path | None, *, takes_whole_unets: bool = False
+) -> OpenedUNet:
     tensors, unet_json, place = _unet_of(parts)
     where = place
     has_motion = any(".motion_modules." in name for name in tensors)
@@ -133,7 +135,16 @@ def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> Opened
         adapter, motion_json = _open_motion(adapter_folder)
         notes = adapter.notes
         original = animatediff.is_original(adapter)
-        tensors = {**tensors, **animatediff.motion_tensors(adapter, str(adapter_folder))}
+        added = animatediff.motion_tensors(adapter, str(adapter_folder))
+        modules = {name: added[name] for name in added if ".motion_modules." in name}
+        if len(modules) < len(added) and not takes_whole_unets:
+            notes = (
+                *notes,
+                f"of {adapter_folder} the motion modules are read, not the {len(added)} tensors of "
+                f"a UNet in which they are; those of {place} stay",
+            )
+            added = modules
+        tensors = {**tensors, **added}
         where = f"{place} with {adapter_folder}"
     config, more = animatediff.unet_config(
         tensors, unet_json, motion_json, original_norms=original, where=where
@@ -154,8 +165,11 @@ def _open_animatediff(source: Path, parts: Parts, motion: Path | None) -> Opened
 
 
 def _open_magicanimate(source: Path, parts: Parts, motion: Path | None) -> OpenedUNet:
-    """AnimateDiff's, beside which the command names MagicAnimate's other networks."""
-    opened = _open_animatediff(source, parts, motion)
+    """AnimateDiff's, beside which the command names MagicAnimate's other networks.
+
+    The file of its motion modules has all of the UNet that it was trained with.
+    """
+    opened = _open_animatediff(source, parts, motion, takes_whole_unets=True)
     return opened._replace(description=FAMILIES["magicanimate"].title)
 
 

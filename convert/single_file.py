@@ -211,7 +211,7 @@ def _open_sd15(path: Path, found: Weights, config: Path | None, *, needs_vae: bo
             f"latents are expected"
         )
     known, tokenizer, config_notes = _configs(path, tensors, config)
-    known["unet"] = {**known["unet"], **_sample_size(path, found.header)}
+    known["unet"] = {**known["unet"], **_sample_size(found.header)}
     prediction = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     claimed = found.header.get("modelspec.prediction_type")
     if claimed is not None:
@@ -223,9 +223,15 @@ def _open_sd15(path: Path, found: Weights, config: Path | None, *, needs_vae: bo
         known["scheduler"] = {**known["scheduler"], "prediction_type": prediction[claimed]}
     if "v_pred" in found:
         known["scheduler"] = {**known["scheduler"], "prediction_type": "v_prediction"}
+    if "ztsnr" in found:
+        known["scheduler"] = {**known["scheduler"], "rescale_betas_zero_snr": True}
+    # As in a folder.
+    text = known["text_encoder"]
+    tensors["text_encoder"] = companions.first_layers(tensors["text_encoder"], text)
     notes = (
         *found.notes,
         *config_notes,
+        *_header_notes(path, found.header),
         *companions.position_ids_note(split["text_encoder"], str(path)),
         *_schedule_notes(path, found, known["scheduler"]),
         *_left_notes(path, found, _SD15_PREFIXES),
@@ -350,12 +356,31 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
         )
 
 
-def _sample_size(path: Path, header: Mapping[str, str]) -> dict[str, int]:
-    """The size of the videos by default, from the header's "512x512"."""
-    width, _, height = header.get("modelspec.resolution", "").partition("x")
-    if not (width.isdigit() and width == height and int(width) % 8 == 0):
+def _sample_size(header: Mapping[str, str]) -> Json:
+    """The size of the videos by default, from the header's "512x768", width and height."""
+    sides = header.get("modelspec.resolution", "").split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) % 8 == 0 for side in sides):
         return {}
-    return {"sample_size": int(width) // 8}
+    width, height = (int(side) // 8 for side in sides)
+    return {"sample_size": width if width == height else [height, width]}
+
+
+def _header_notes(path: Path, header: Mapping[str, str]) -> tuple[str, ...]:
+    """What a header says and is not obeyed."""
+    notes = []
+    size, layer = (header.get(f"modelspec.{name}") for name in ("resolution", "encoder_layer"))
+    if size is not None and not _sample_size(header):
+        notes.append(
+            f"{path}: its header says modelspec.resolution = {size!r}, which is not read; "
+            f"WIDTHxHEIGHT in multiples of 8 is"
+        )
+    if layer not in (None, "1"):
+        notes.append(
+            f"{path}: its header says modelspec.encoder_layer = {layer!r}, that it was trained "
+            f"with another than the last layer of the text encoder; a folder for --config whose "
+            f"text_encoder has as many num_hidden_layers is obeyed"
+        )
+    return tuple(notes)
 
 
 def _schedule_notes(path: Path, found: Tensors, scheduler: Json) -> tuple[str, ...]:
@@ -391,7 +416,9 @@ def _read(tensor: LazyTensor) -> np.ndarray:
 def _left_notes(path: Path, found: Tensors, prefixes: Mapping[str, str]) -> tuple[str, ...]:
     known = (*prefixes.values(), *_IRRELEVANT)
     left = [
-        name for name in found if not name.startswith(known) and name not in (*_TABLES, "v_pred")
+        name
+        for name in found
+        if not name.startswith(known) and name not in (*_TABLES, "v_pred", "ztsnr")
     ]
     return _names_note(path, left)
 

@@ -71,9 +71,11 @@ def unet_config(
         f"{where}: num_attention_heads",
     )
     taken = keys.require(tensors, "add_embedding.linear_1.weight", where)[1]
-    if taken % _ID_WIDTH:
+    added_ids = STABLE_VIDEO_DIFFUSION.added_ids
+    if taken != added_ids * _ID_WIDTH:
         raise InputError(
-            f"{where}: add_embedding takes {taken} inputs; {_ID_WIDTH} for each number is supported"
+            f"{where}: add_embedding takes {taken} inputs; {added_ids * _ID_WIDTH} are supported, "
+            f"of frames a second, motion and noise"
         )
     if not original_norms:
         # diffusers' blocks have their epsilons built in.
@@ -88,7 +90,7 @@ def unet_config(
             "temporal_heads": heads,
             "temporal_op": STABLE_VIDEO_DIFFUSION.temporal_op,
             "max_frames": STABLE_VIDEO_DIFFUSION.max_frames,
-            "added_ids": taken // _ID_WIDTH,
+            "added_ids": added_ids,
         },
         where,
     )

@@ -300,11 +300,38 @@ _HEADER: dict[str, str] = {
     "sd_merge_models": "the models it was merged from",
     "sd_merge_recipe": "the models it was merged from",
     "total_size": "its own size",
+    **dict.fromkeys(
+        (
+            "modelspec.architecture",
+            "modelspec.encoder_layer",
+            "modelspec.prediction_type",
+            "modelspec.resolution",
+        ),
+        "read where a whole model or a VAE is one file",
+    ),
+    **dict.fromkeys(
+        (
+            "modelspec.author",
+            "modelspec.date",
+            "modelspec.description",
+            "modelspec.hash_sha256",
+            "modelspec.implementation",
+            "modelspec.license",
+            "modelspec.merged_from",
+            "modelspec.sai_model_spec",
+            "modelspec.tags",
+            "modelspec.thumbnail",
+            "modelspec.timestep_range",
+            "modelspec.title",
+            "modelspec.trigger_phrase",
+            "modelspec.usage_hint",
+        ),
+        "what the model is called, who made it, of what, and for what",
+    ),
 }
 """Keys of the headers of .safetensors files, and why they do not change what the weights do."""
 
 _HEADER_PREFIXES: dict[str, str] = {
-    "modelspec.": "read where a whole model or a VAE is one file",
     "ss_": "the record of a training by kohya's scripts",
     "sshs_": "hashes of the file by kohya's scripts",
 }

@@ -271,11 +271,11 @@ def _parser() -> argparse.ArgumentParser:
                 "--checkpoint", nargs="+", default=["shapes"], metavar="DIR|NAME", help="(shapes)"
             )
         if name != "products":
+            taken = ["bfloat16"] if name == "compiled" else list(DTYPES)
             one.add_argument(
-                "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="(both)"
+                "--dtype", nargs="+", choices=DTYPES, default=taken, help=f"({' and '.join(taken)})"
             )
         if name == "compiled":
-            one.set_defaults(dtype=["bfloat16"])
             one.add_argument(
                 "--chip",
                 required=True,

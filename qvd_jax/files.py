@@ -207,18 +207,22 @@ def replace_when_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
       InputError: it could not be written; a file that was there stays.
     """
-    handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    partial: Path | None = None
     try:
+        handle, name = tempfile.mkstemp(prefix=_PARTIAL, suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
         write(partial)
         partial.chmod(0o644)
         partial.replace(path)
     # RuntimeError: what imageio raises when ffmpeg fails.
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{path} could not be written: {first_line(error)}") from error
+        # The place of the file beside it is nothing the user gave.
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"{path} could not be written: {reason}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
 
 
 def remove_partial(folder: Path) -> None:

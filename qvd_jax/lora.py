@@ -244,14 +244,16 @@ def merge_params(params: Params, adapter: Adapter) -> Params:
     _check_base(params, adapter)
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(params))
     for layer, down, up in _additions(adapter):
-        kernel = flat[*layer, "kernel"]
+        boxed = flat[*layer, "kernel"]
+        kernel = meta.unbox(boxed)
         if _is_codes(kernel):
             raise InputError(
                 f"{'/'.join(layer)}: its weights are codes, which cannot take the additions; merge "
                 f"into the float checkpoint it was quantized from, and calibrate that"
             )
         added = adapter.config.scale * jnp.matmul(down, up, precision="highest")
-        flat[*layer, "kernel"] = (kernel + added.reshape(kernel.shape)).astype(kernel.dtype)
+        merged = (kernel + added.reshape(kernel.shape)).astype(kernel.dtype)
+        flat[*layer, "kernel"] = meta.replace_boxed(boxed, merged)
     return flax.traverse_util.unflatten_dict(flat)
 
 

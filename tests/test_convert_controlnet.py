@@ -233,6 +233,13 @@ def test_bad_conditions_are_one_line(converted, walk, tmp_path, capsys, argument
     assert not (tmp_path / "out.gif").exists()
 
 
+@pytest.mark.parametrize("name", ["control_v11e_sd15_shuffle.pth", "x_shuffle_fp16.pth"])
+def test_a_controlnet_that_averages_what_it_adds_is_refused_by_its_name(tiny, tmp_path, name):
+    torch.save({"input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(qvd_jax.InputError, match="global_pool_conditions = True, as of every"):
+        open_source(tiny[0], controlnet=tmp_path / name)
+
+
 def test_a_scale_needs_a_controlnet(tiny_checkpoint, tmp_path, capsys):
     out = ["--controlnet-conditioning-scale", "0.5", "--out", str(tmp_path / "out.gif")]
     assert sample.main(["--checkpoint", str(tiny_checkpoint), "--prompt", "a", *out]) == 2

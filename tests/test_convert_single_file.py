@@ -196,6 +196,7 @@ def test_the_published_size_needs_no_configs(tmp_path):
         ({"modelspec.prediction_type": "v"}, "prediction_type", "v_prediction"),
         ({"modelspec.prediction_type": "epsilon"}, "prediction_type", "epsilon"),
         ({"modelspec.resolution": "128x128"}, "sample_size", 16),
+        ({"modelspec.resolution": "128x64"}, "sample_size", [8, 16]),
     ],
 )
 def test_the_header_is_obeyed(whole, place, header, field, value):
@@ -203,6 +204,41 @@ def test_the_header_is_obeyed(whole, place, header, field, value):
     configs = single_file.open_model_file(file, None, needs_vae=True).configs
     part = "unet" if field == "sample_size" else "scheduler"
     assert configs[part][field] == value
+
+
+def test_what_a_header_says_and_is_not_obeyed_is_named(whole, place):
+    header = {
+        "modelspec.resolution": "100",
+        "modelspec.encoder_layer": "2",
+        "modelspec.title": "x",
+        "modelspec.unknown": "y",
+    }
+    file = write(whole, place / "model.safetensors", **header)
+    notes = "\n".join(single_file.open_model_file(file, None, needs_vae=True).notes)
+    assert "modelspec.resolution = '100', which is not read; WIDTHxHEIGHT" in notes
+    assert "modelspec.encoder_layer = '2', that it was trained with another than the last" in notes
+    assert "modelspec.unknown" in notes
+    assert "modelspec.title" not in notes
+
+
+def test_markers_of_v_prediction_without_signal_at_the_end_are_obeyed(whole, place):
+    marked = {**whole, "v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    file = write(marked, place / "model.safetensors")
+    found = single_file.open_model_file(file, None, needs_vae=True)
+    scheduler = found.configs["scheduler"]
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["rescale_betas_zero_snr"] is True
+    assert not any("ztsnr" in note or "v_pred" in note for note in found.notes)
+
+
+def test_a_config_with_fewer_layers_cuts_the_text_encoder_as_of_a_folder(whole, place):
+    file = write(whole, place / "model.safetensors")
+    config = place / "sd15" / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
+    found = single_file.open_model_file(file, None, needs_vae=True)
+    layers = {name.split(".")[2] for name in found.tensors["text_encoder"] if ".layers." in name}
+    assert layers == {"0"}
+    assert not any("num_hidden_layers" in note for note in found.notes)
 
 
 @pytest.mark.parametrize(

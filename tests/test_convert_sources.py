@@ -260,6 +260,20 @@ def test_original_motion_checkpoint_gives_the_weights_of_the_adapter_with_its_ow
     assert pipe.description == "AnimateDiff v2, GroupNorm scopes of original AnimateDiff"
 
 
+def test_of_a_unet_that_animatediff_trained_the_motion_modules_are_taken(
+    sd15, tiny, reference, tmp_path, capsys
+):
+    """The original code loads these names alone; the images are the other model's."""
+    spatial, motion = split_motion(read_weights(tiny[0] / "unet"))
+    content = {**original_motion(motion), **{name: 2 * spatial[name] for name in spatial}}
+    state = {f"module.{name}": tensor for name, tensor in content.items()}
+    torch.save({"epoch": 3, "global_step": 9, "state_dict": state}, tmp_path / "checkpoint.ckpt")
+    pipe = run(sd15, tmp_path / "out", "--motion", tmp_path / "checkpoint.ckpt")
+    assert_same_params(pipe, reference.params)
+    said = capsys.readouterr()
+    assert "the motion modules are read, not the" in said.out + said.err
+
+
 def test_original_v1_converts_to_bfloat16_rounded_and_joins_frames_in_resnets_alone(tmp_path):
     folder = tmp_path / "v1"
     pipeline = random_animatediff.make_pipeline(folder, "v1", seed=1)

@@ -18,7 +18,7 @@ from diffusers import (
 from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_diffusion as published
 from parity import relative_error
 from PIL import Image
-from pytorch_sources import ldm_unet, open_clip_visual, svd_vae
+from pytorch_sources import ldm_unet, open_clip_visual, read_weights, svd_vae
 from random_families import make_svd, original_svd
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -344,3 +344,12 @@ def test_bad_folders_end_with_one_message(tiny, tmp_path, capsys, change, argume
     assert convert([str(folder), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("inputs", [256, 700, 1280])
+def test_relatives_that_are_told_other_numbers_are_refused(tiny, inputs):
+    weights = read_weights(tiny[0] / "unet")
+    tensors = {name: LazyTensor(tuple(tensor.shape), None) for name, tensor in weights.items()}
+    tensors["add_embedding.linear_1.weight"] = LazyTensor((128, inputs), None)
+    with pytest.raises(qvd_jax.InputError, match=f"takes {inputs} inputs; 768 are supported, of f"):
+        svd.unet_config(tensors, {}, original_norms=False, where="x")

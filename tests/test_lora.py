@@ -196,6 +196,27 @@ def test_an_adapter_is_added_once():
         lora.merge_params(tuned["params"], adapter)
 
 
+def test_parameters_keep_the_names_of_their_partitions():
+    kernel = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    module, x = nn.Sequential([nn.Dense(8, kernel_init=kernel)]), noise(4, 6)
+    variables = module.init(KEY, x)
+    adapter = filled(lora.create_for_module(module, variables, x))
+    merged = lora.merge_params(variables["params"], adapter)
+    assert merged["layers_0"]["kernel"].names == ("in", "out")
+    attached, values = lora.attach_to_module(module, variables, adapter)
+    np.testing.assert_allclose(
+        module.apply({"params": merged}, x), attached.apply(values, x), rtol=1e-5
+    )
+
+
+def test_an_adapter_that_cannot_be_written_names_its_file(tmp_path):
+    module, x = nn.Sequential([nn.Dense(8)]), noise(4, 6)
+    adapter = lora.create_for_module(module, module.init(KEY, x), x)
+    message = r"none/adapter.npz could not be written: No such file or directory"
+    with pytest.raises(InputError, match=message):
+        lora.save(adapter, tmp_path / "none" / "adapter.npz")
+
+
 def test_damaged_adapters_are_refused(tmp_path):
     module, x = Net(), noise(4, 6, 6, 8)
     variables = module.init(KEY, x)

@@ -31,12 +31,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser, default: str) -> None
     parser.add_argument(
         "--karras",
         action=argparse.BooleanOptionalAction,
-        help="noise levels of Karras et al. (the checkpoint's own)",
+        help=f"noise levels of Karras et al. ({default})",
     )
     parser.add_argument(
         "--timestep-spacing",
         choices=SPACINGS,
-        help="how the steps lie over time (the checkpoint's own)",
+        help=f"how the steps lie over time ({default})",
     )
 
 

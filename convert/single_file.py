@@ -1,5 +1,6 @@
 """Models that are one file: Stable Diffusion 1.5 and Stable Video Diffusion, and VAEs."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -358,10 +359,10 @@ def _check_header(path: Path, header: Mapping[str, str]) -> None:
 
 def _sample_size(header: Mapping[str, str]) -> Json:
     """The size of the videos by default, from the header's "512x768", width and height."""
-    sides = header.get("modelspec.resolution", "").split("x")
-    if len(sides) != 2 or not all(side.isdecimal() and int(side) % 8 == 0 for side in sides):
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", header.get("modelspec.resolution", ""))
+    if found is None or any(int(side) % 8 for side in found.groups()):
         return {}
-    width, height = (int(side) // 8 for side in sides)
+    width, height = (int(side) // 8 for side in found.groups())
     return {"sample_size": width if width == height else [height, width]}
 
 

@@ -100,14 +100,11 @@ class TextToVideoPipeline(TextPipeline):
         inputs = read_texts(prompts, prompt_embeds, "prompt_embeds", channels)
         if inputs is None or not len(inputs):
             raise InputError("there are no prompts; prompts or prompt_embeds are needed")
-        negatives = _for_all(
-            read_texts(
-                negative_prompts, negative_prompt_embeds, "negative_prompt_embeds", channels
-            ),
-            len(inputs),
+        negated = read_texts(
+            negative_prompts, negative_prompt_embeds, "negative_prompt_embeds", channels
         )
+        negatives = _for_all(negated, len(inputs))
         _check_lengths(inputs, negatives, self.context_length)
-        is_negated = bool(negative_prompts) or negative_prompt_embeds is not None
         want = self.wanted(
             frames=frames,
             height=height,
@@ -115,7 +112,7 @@ class TextToVideoPipeline(TextPipeline):
             steps=steps,
             guidance_scale=guidance_scale,
         )
-        if is_negated and not want.guided:
+        if negated is not None and any(map(len, negated)) and not want.guided:
             _logger.warning(
                 "negative prompts have no effect at guidance_scale = %g; more than 1 is needed",
                 want.guidance_scale,

@@ -42,7 +42,6 @@ from qvd_jax.cli.videos import (
 )
 from qvd_jax.config import to_dict
 from qvd_jax.data import video_io
-from qvd_jax.diffusion.schedules import walked_as
 from qvd_jax.errors import InputError, naming
 from qvd_jax.files import check_fillable, check_writable
 from qvd_jax.hosts import Hosts
@@ -195,7 +194,7 @@ def timed_load(name: str, args: argparse.Namespace) -> tuple[VideoPipeline, floa
     pipe = load(name, dtype=DTYPES.get(args.dtype), sharding=replicated())
     seconds = time.perf_counter() - started
     scheduler = switched(args.checkpoint, **asked_scheduler(args))
-    return replace(pipe, scheduler=walked_as(pipe.scheduler, scheduler)), seconds
+    return pipe.walking_as(scheduler), seconds
 
 
 def call_options(args: argparse.Namespace) -> dict[str, Any]:

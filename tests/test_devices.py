@@ -31,7 +31,8 @@ EIGHT = replace(CONFIG, batch_size=8)
 TOLERANCE = 1e-5
 FLIPPED = 1e-2
 """Of int8 products of divided halves or frames: what is a rounding apart before a quantizer may be
-a code apart behind it. Less than half of the latents are further apart than `TOLERANCE`."""
+a code apart behind it. How many are depends on the order in which a CPU adds: with AVX512 less than
+half of the latents are further apart than `TOLERANCE`, without it the median is 3e-4."""
 
 # All axes at once, windows, joint norms, videos that do not divide, noise at each step; frames of
 # networks with temporal convolutions and norms over them; step-aware scales.
@@ -222,7 +223,7 @@ def check_same(found: dict[str, np.ndarray], case: str, mesh: str) -> None:
         assert relative_error(other, one) <= TOLERANCE, mesh
     else:
         apart = np.abs(other - one) / np.abs(one).max()
-        assert np.median(apart) <= TOLERANCE, mesh
+        assert np.median(apart) <= FLIPPED / 10, mesh
         assert apart.max() <= FLIPPED, mesh
 
 

@@ -261,12 +261,7 @@ _OF_MODEL = (
 
 
 def walked_as(config: SchedulerConfig, other: SchedulerConfig) -> SchedulerConfig:
-    """The noise a model was trained with, walked by another's solver at the other's steps.
-
-    Args:
-      config: the model's own.
-      other: whose solver, spacing and noise levels are taken.
-    """
+    """The noise a model was trained with, walked by another's solver at the other's steps."""
     return replace(other, **{name: getattr(config, name) for name in _OF_MODEL})
 
 

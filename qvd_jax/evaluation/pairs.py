@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ import numpy as np
 from qvd_jax import memory
 from qvd_jax.axes import Array
 from qvd_jax.config import check_seed
-from qvd_jax.diffusion.schedules import walked_as
 from qvd_jax.environment import environment
 from qvd_jax.errors import InputError, naming
 from qvd_jax.evaluation.batches import NONE_KEPT, Batches
@@ -104,10 +103,7 @@ def compare(
     """
     reference = next(iter(models.values()))
     want = want or reference.defaults
-    models = {
-        name: replace(pipe, scheduler=walked_as(pipe.scheduler, reference.scheduler))
-        for name, pipe in models.items()
-    }
+    models = {name: pipe.walking_as(reference.scheduler) for name, pipe in models.items()}
     layers = layers or {name: [] for name in models}
     measures = measures or pixels(len(models))
     real = check_measures([*models], cases, want, seeds, measures, real)

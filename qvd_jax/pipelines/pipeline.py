@@ -16,7 +16,13 @@ from qvd_jax.axes import Array, Params
 from qvd_jax.config import check_choice, check_finite, check_integer, check_seed
 from qvd_jax.diffusion import sampler
 from qvd_jax.diffusion.sampler import Conditions, SamplerConfig, Videos
-from qvd_jax.diffusion.schedules import SchedulerConfig, Solver, TimestepSpacing, switch
+from qvd_jax.diffusion.schedules import (
+    SchedulerConfig,
+    Solver,
+    TimestepSpacing,
+    switch,
+    walked_as,
+)
 from qvd_jax.diffusion.solvers import Schedule, make_schedule
 from qvd_jax.errors import InputError, NotFiniteError
 from qvd_jax.meshes import DATA, MeshConfig, Work
@@ -112,6 +118,10 @@ class VideoPipeline(abc.ABC, Generic[Defaults]):
         """The pipeline with another solver, or other steps of it: see `schedules.switch`."""
         scheduler = switch(self.scheduler, solver, karras=karras, timestep_spacing=timestep_spacing)
         return replace(self, scheduler=scheduler)
+
+    def walking_as(self, scheduler: SchedulerConfig) -> Self:
+        """The pipeline at another's steps, by its solver: see `schedules.walked_as`."""
+        return replace(self, scheduler=walked_as(self.scheduler, scheduler))
 
     @abc.abstractmethod
     def __call__(

@@ -248,16 +248,7 @@ def switch(
 
 
 # All else says how a solver walks it.
-_OF_MODEL = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "rescale_betas_zero_snr",
-    "prediction_type",
-    "timestep_type",
-)
+_OF_MODEL = _BETAS | {"timestep_type"}
 
 
 def walked_as(config: SchedulerConfig, other: SchedulerConfig) -> SchedulerConfig:

@@ -20,7 +20,7 @@ from qvd_jax.meshes import MeshConfig
 from qvd_jax.models.unet3d import UNet3D
 from qvd_jax.pipelines.components import GAINS
 from qvd_jax.pipelines.pipeline import VideoPipeline
-from qvd_jax.quant.statistics import Statistics, draw_places, observe
+from qvd_jax.quant.statistics import Statistics, draw_places, observe, thinned
 
 Progress = Callable[[str, int, int], None]
 """Called with what is done, how many parts are done and of how many."""
@@ -148,9 +148,7 @@ def collect(
             inside = (latents, feature, context, control, conditions.reference, scale)
             own = jax.tree.map(lambda gain, step=step: gain[step], gains)
             _, found = _observe(unet, params, inside, places, own, method="denoise")
-            if call * config.rows // calls == (call + 1) * config.rows // calls:
-                # Of more calls than rows only some, evenly chosen, give one.
-                found = {path: one._replace(rows=one.rows[:0]) for path, one in found.items()}
+            found = {path: thinned(one, call, calls, config.rows) for path, one in found.items()}
             _add(parts, found, f"step {step + 1} of {steps}, input {number + 1}")
             in_loop |= found.keys()
         seen.append(_to_arrays(parts, in_loop))

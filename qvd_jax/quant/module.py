@@ -28,6 +28,7 @@ from qvd_jax.quant.statistics import (
     draw_places,
     join,
     observe,
+    thinned,
     tracing,
 )
 
@@ -344,11 +345,7 @@ def _collect(
         for path in filter(found.__contains__, parts):
             if not bool(found[path].finite):
                 raise InputError(f"{path}: its input is not finite in batch {number + 1}")
-            kept = found[path]
-            if number * rows // len(calls) == (number + 1) * rows // len(calls):
-                # Of more calls than rows only some, evenly chosen, give one.
-                kept = kept._replace(rows=kept.rows[:0])
-            parts[path].append(kept)
+            parts[path].append(thinned(found[path], number, len(calls), rows))
     return {path: join(seen) for path, seen in parts.items()}
 
 

@@ -202,6 +202,19 @@ def tracing(select: Select = lambda layer, x: True) -> Iterator[Traced]:
         yield found
 
 
+def thinned(found: Statistics, call: int, calls: int, rows: int) -> Statistics:
+    """What was seen in one of several calls; of more calls than rows some, evenly chosen, give one.
+
+    Args:
+      found: in this call.
+      call: its number.
+      calls: how many there are.
+      rows: wanted of all calls together.
+    """
+    gives_none = call * rows // calls == (call + 1) * rows // calls
+    return found._replace(rows=found.rows[:0]) if gives_none else found
+
+
 def join(parts: list[Statistics]) -> Statistics:
     """The statistics of several steps as one."""
     return Statistics(
